@@ -1,0 +1,1 @@
+"""PanoLLaVA: a vision-language model for 360° panoramas, trained in three reproducible stages."""

@@ -1,0 +1,102 @@
+"""The command line: one short function a command, which imports what that command needs and
+nothing else."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from panollava import logs, paths
+from panollava.config import Settings, load_settings
+from panollava.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    name = options.log_name(options)
+    try:
+        with logs.start(name, paths.LOGS):
+            options.run(options)
+    except UserError:  # logged, with what to do, as the last line
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="panollava", description="PanoLLaVA, step by step")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run, log_name=lambda options: options.command)
+        return command
+
+    add("prepare", _prepare, "check the rows and turn each panorama into views")
+    train = add("train", _train, "train one stage: vision, resampler or finetune")
+    train.add_argument("stage")
+    train.set_defaults(log_name=_stage_log_name)
+    add("features", _features, "run the frozen encoder once over every panorama")
+    add("evaluate", _evaluate, "answer every query of a split, and score the answers")
+    add("digest", _digest, "write the digest of the code that each pipeline stage runs")
+    add("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)")
+    add("demo-towers", _demo_towers, "pretrain the demo's towers (in data/demo)")
+    return parser
+
+
+def _stage_log_name(options: argparse.Namespace) -> str:
+    from panollava.stage import STAGES
+
+    number = STAGES[options.stage].number if options.stage in STAGES else 0
+    return f"stage{number}_{options.stage}"
+
+
+def _settings(only: tuple[str, ...]) -> Settings:
+    return load_settings(paths.PARAMS, only)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from panollava.prepare import prepare
+
+    settings = _settings(("data", "views"))
+    prepare(settings.data, settings.views, paths.PREPARED, Path("."))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from panollava.stage import find_stage
+
+    stage = find_stage(options.stage)
+    settings = _settings(stage.reads)
+    from panollava.train import train
+
+    train(stage, settings)
+
+
+def _features(options: argparse.Namespace) -> None:
+    from panollava.features import READS, write_features
+
+    write_features(_settings(READS))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from panollava.evaluate import READS, evaluate
+
+    evaluate(_settings(READS))
+
+
+def _digest(options: argparse.Namespace) -> None:
+    from panollava.digest import write_digests
+
+    write_digests(paths.DIGESTS)
+
+
+def _demo_scenes(options: argparse.Namespace) -> None:
+    from panollava.demo.scenes import load_demo_settings, make_scenes
+
+    make_scenes(load_demo_settings(paths.PARAMS), Path("."))
+
+
+def _demo_towers(options: argparse.Namespace) -> None:
+    from panollava.demo.towers import load_demo_settings, make_towers
+
+    make_towers(load_demo_settings(paths.PARAMS), Path("towers"))

@@ -1,0 +1,193 @@
+"""The settings: `params.yaml` read once into frozen dataclasses, with every key checked.
+
+A command sees only the sections that it declares, so that no stage can read a parameter which
+`dvc.yaml` doesn't list for it. Values are checked where they are used."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from panollava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    dir: str  # folder that holds train.csv, valid.csv and test.csv
+    max_rejected: float  # largest share of a split's rows that may be bad (0..1)
+    workers: int  # threads that decode pictures
+
+
+@dataclass(frozen=True)
+class Views:
+    strategy: str  # e2p | cubemap | sliding_window | resize
+    size: int  # pixels, square
+    fov: float  # degrees
+    overlap: float  # share of a view's fov that the next view sees as well (0..1)
+    pitch: float  # degrees, up positive
+    global_view: bool  # e2p: one more view of the whole panorama
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    path: str  # hub id, or a folder written by save_pretrained
+    revision: str | None  # hub branch, tag or commit
+    trust_remote_code: bool  # run code from the hub
+
+
+@dataclass(frozen=True)
+class Resampler:
+    type: str
+    width: int  # features of its hidden layer
+    pool: int  # patch tokens are averaged pool x pool
+    direction_degree: int  # harmonics in the encoding of each token's direction
+
+
+@dataclass(frozen=True)
+class Model:
+    towers: str  # folder of local towers, which the stages depend on
+    encoder: Pretrained
+    language_model: Pretrained
+    resampler: Resampler
+    features: str  # float32 | float16: precision in which the encoder's features are kept
+
+
+@dataclass(frozen=True)
+class VisionStage:
+    epochs: int
+    batch_size: int  # panoramas a step
+    accumulate: int  # parts that a step is computed in, one after the other
+    lr: float
+    max_text_length: int
+    overlap: str  # exact | naive
+    invariance: float
+    variance: float
+    covariance: float
+    expander: int  # width of VICReg's expander; 0: none
+
+
+@dataclass(frozen=True)
+class TextStage:
+    epochs: int
+    batch_size: int  # rows a step
+    accumulate: int
+    lr: float
+    encoder_lr: float | None  # learning rate of the encoder where it trains; null: lr
+    max_text_length: int  # tokens of a query and its answer
+
+
+@dataclass(frozen=True)
+class Stages:
+    vision: VisionStage
+    resampler: TextStage
+    finetune: TextStage
+
+
+@dataclass(frozen=True)
+class Trainer:
+    accelerator: str  # cpu | gpu | auto
+    devices: int
+    threads: int  # of the processor; results depend on it in the last bits
+    precision: str  # 32-true | bf16-mixed
+    workers: int  # processes that load batches; 0: none
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip: float  # largest norm of the gradient
+    warmup: float  # share of the steps
+    schedule: str  # cosine | linear | constant: the learning rate after the warm-up
+    log_every: int  # steps
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    split: str  # valid | test
+    batch_size: int  # panoramas at once
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int
+    data: Data
+    views: Views
+    model: Model
+    stage: Stages
+    trainer: Trainer
+    evaluate: Evaluate
+
+
+def load_settings(path: Path, only: tuple[str, ...] | None = None) -> Settings:
+    """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that stay readable;
+    any other attribute of the result raises AttributeError.
+
+    Raises:
+        UserError: no file, no YAML, an unknown, missing or mistyped key, a value of another type.
+    """
+    try:
+        # YAML 1.2: `3e-05`, as DVC writes it, is a number there and a string in YAML 1.1.
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; run the command in the project's folder, "
+            "or copy a profile there: cp presets/quic360.yaml params.yaml"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    settings = _build(Settings, tree, "", path)
+    return settings if only is None else _Restricted(settings, only)  # type: ignore[return-value]
+
+
+def _build(kind: Any, value: Any, key: str, path: Path) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key or 'the file'}: expected a mapping, found {value!r}")
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        prefix = f"{key}." if key else ""
+        for name in value:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0)
+                raise UserError(
+                    f"{path}: unknown parameter '{prefix}{name}'; "
+                    f"the nearest known one is '{prefix}{near[0]}'"
+                )
+        if missing := [name for name in fields if name not in value]:
+            raise UserError(
+                f"{path}: missing parameter '{prefix}{missing[0]}'; "
+                "see params.yaml of the project for its meaning and a value"
+            )
+        types_ = typing.get_type_hints(kind)
+        return kind(
+            **{name: _build(types_[name], value[name], prefix + name, path) for name in fields}
+        )
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(
+            f"{path}: {key}: expected {wanted.__name__}, "
+            f"found {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+class _Restricted:
+    """Settings of which only the named keys can be read."""
+
+    def __init__(self, settings: Any, only: tuple[str, ...]) -> None:
+        for name in {key.split(".")[0] for key in only}:
+            value = getattr(settings, name)
+            deeper = [key[len(name) + 1 :] for key in only if key.startswith(name + ".")]
+            if name not in only:
+                value = _Restricted(value, tuple(deeper))
+            setattr(self, name, value)

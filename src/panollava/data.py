@@ -1,0 +1,129 @@
+"""What `prepare` and `features` wrote, memory-mapped, and its batches."""
+
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from panollava.dialogue import Dialogue, Packed, Row, pack
+from panollava.errors import UserError
+from panollava.steps import Step, divide, plan_epoch
+
+BatchT = TypeVar("BatchT", covariant=True)
+
+
+class Reader(Protocol[BatchT]):
+    """Plans a split's epochs, and loads the parts of a step."""
+
+    def plan(self, epoch: int | None) -> list[Step]: ...
+
+    def load(self, part: Step) -> BatchT: ...
+
+
+class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
+    """Item i is step i of an epoch, in at most `accumulate` parts."""
+
+    def __init__(self, reader: Reader[BatchT], epoch: int | None, accumulate: int) -> None:
+        self.reader = reader
+        self.steps = reader.plan(epoch)
+        self.accumulate = accumulate
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[BatchT]:
+        parts = divide(self.steps[index], self.accumulate)
+        return [self.reader.load(part) for part in parts]
+
+
+def open_array(path: Path) -> NDArray:
+    """A memory-mapped .npy file. Raises UserError if it is missing or broken."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a whole .npy file ({error}); remove it and run: dvc repro"
+        ) from None
+
+
+def read_prepared_rows(path: Path) -> pd.DataFrame:
+    """Columns panorama, row, url, query, annotation; all text as it stands."""
+    try:
+        return pd.read_csv(path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
+
+
+class ViewReader:
+    """Views alone; a step's batch size counts panoramas."""
+
+    def __init__(self, views: Path, batch_size: int, seed: int) -> None:
+        self.array = open_array(views)
+        self.batch_size, self.seed = batch_size, seed
+
+    def plan(self, epoch: int | None) -> list[Step]:
+        panoramas = {panorama: [panorama] for panorama in range(len(self.array))}
+        return plan_epoch(panoramas, self.batch_size, self.seed, epoch)
+
+    def load(self, part: Step) -> Tensor:
+        """uint8 (panoramas, views, size, size, 3)."""
+        return gather(self.array, [panorama for panorama, _ in part])
+
+
+class TextBatch(NamedTuple):
+    vision: Tensor  # views or features, (panoramas, views, ...)
+    packed: Packed
+    rows: int
+
+
+class TextReader:
+    """Rows packed behind their panoramas; a step's batch size counts rows."""
+
+    def __init__(
+        self,
+        vision: Path,
+        rows: Path,
+        dialogue: Dialogue,
+        vision_tokens: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Tokenizes all rows. Raises UserError for a row that leaves no answer."""
+        self.array = open_array(vision)
+        self.dialogue, self.vision_tokens = dialogue, vision_tokens
+        self.batch_size, self.seed = batch_size, seed
+        table = read_prepared_rows(rows)
+        self.rows: list[Row] = [
+            dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
+            for row in table.itertuples()
+        ]
+        self.cut = sum(row.answer[-1] != dialogue.stop for row in self.rows)
+        self.by_panorama: dict[int, list[int]] = {}
+        for index, panorama in enumerate(table["panorama"]):
+            self.by_panorama.setdefault(int(panorama), []).append(index)
+
+    def plan(self, epoch: int | None) -> list[Step]:
+        return plan_epoch(self.by_panorama, self.batch_size, self.seed, epoch)
+
+    def load(self, part: Step) -> TextBatch:
+        packed = pack(
+            self.dialogue.prefix,
+            self.vision_tokens,
+            [[self.rows[index] for index in rows] for _, rows in part],
+            self.dialogue.pad,
+        )
+        count = sum(len(rows) for _, rows in part)
+        return TextBatch(gather(self.array, [panorama for panorama, _ in part]), packed, count)
+
+
+def gather(array: NDArray, index: list[int]) -> Tensor:
+    """Rows of a memory-mapped array, copied into memory; half precision becomes single."""
+    rows = np.stack([array[i] for i in index])
+    return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))

@@ -1,0 +1,167 @@
+"""The dialogue: the prompt in the tokenizer's own chat template, and the packing of all rows of
+a panorama behind one prefix.
+
+    [text before the image][vision tokens][query 1, answer 1][query 2, answer 2] ...
+
+Each row sees the prefix and itself, and its positions restart after the prefix, so that it gets
+the loss that it would get in a sequence of its own."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from panollava.errors import UserError
+
+# Unlikely words that hold a place while the chat template is rendered.
+_IMAGE, _QUERY, _ANSWER = "⟦image⟧", "⟦query⟧", "⟦answer⟧"
+_PLAIN_TEMPLATE = f"USER: {_IMAGE}\n{_QUERY}\nASSISTANT: {_ANSWER}"
+
+IGNORED = -1  # segment of padding
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query and its answer as tokens."""
+
+    query: list[int]
+    answer: list[int]  # ends with the stop token unless it was cut
+
+    def __len__(self) -> int:
+        return len(self.query) + len(self.answer)
+
+
+class Packed(NamedTuple):
+    """Rows of several panoramas, one sequence each. The prefix has the same length in all."""
+
+    tokens: Tensor  # (batch, length) int64; what stands at vision tokens isn't read
+    positions: Tensor  # (batch, length) int64
+    segments: Tensor  # (batch, length) int64: 0 prefix, 1.. rows, -1 padding
+    predicts: Tensor  # (answers,) int64: flat positions whose next token is supervised
+    labels: Tensor  # (answers,) int64
+
+
+class Dialogue:
+    """Turns queries and answers into tokens, in the words of one tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_text_length: int = 0) -> None:
+        """Raises UserError if the chat template doesn't keep the text that it is given, or the
+        tokenizer has no token that ends an answer."""
+        self.tokenizer = tokenizer
+        self.max_text_length = max_text_length
+        before, between, opening, closing = self._render()
+        self.prefix = self._tokens(before)
+        self._between, self._opening = between, opening
+        stop = self._tokens(closing.strip()) if closing.strip() else []
+        if not stop:
+            if tokenizer.eos_token_id is None:
+                raise UserError(
+                    f"the tokenizer {tokenizer.name_or_path} has neither a chat template that "
+                    "closes an answer nor an end-of-sequence token"
+                )
+            stop = [int(tokenizer.eos_token_id)]
+        self.stop: int = stop[0]
+        self.pad: int = int(
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop
+        )
+
+    def query(self, text: str) -> list[int]:
+        """Tokens from the end of the image to where the answer begins."""
+        return self._tokens(self._between + text + self._opening)
+
+    def row(self, query: str, answer: str, place: str = "") -> Row:
+        """Tokens of a row, the answer cut to `max_text_length` in all.
+
+        Raises:
+            UserError: nothing of the answer is left, or it has no token; `place` names the row.
+        """
+        asked, answered = self.query(query), self._tokens(answer)
+        if not answered:
+            raise UserError(f"{place}: the answer {answer!r} has no token; remove the row")
+        room = self.max_text_length - len(asked)
+        if room < 1:
+            raise UserError(
+                f"{place}: the query takes {len(asked)} tokens, so that max_text_length "
+                f"{self.max_text_length} leaves nothing of the answer; "
+                f"set the stage's max_text_length to {len(asked) + len(answered) + 1} or more"
+            )
+        return Row(asked, [*answered, self.stop][:room])
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer's tokens, up to the stop token."""
+        if self.stop in tokens:
+            tokens = tokens[: tokens.index(self.stop)]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+    def _render(self) -> tuple[str, str, str, str]:
+        """The template's text before the image, between image and query, between query and
+        answer, and after the answer."""
+        rendered = _PLAIN_TEMPLATE
+        if self.tokenizer.chat_template:
+            user = {"role": "user", "content": f"{_IMAGE}\n{_QUERY}"}
+            assistant = {"role": "assistant", "content": _ANSWER}
+            rendered = str(
+                self.tokenizer.apply_chat_template([user, assistant], tokenize=False)
+            )
+        pieces = [rendered]
+        for mark in (_IMAGE, _QUERY, _ANSWER):
+            head, found, tail = pieces.pop().partition(mark)
+            if not found or mark in tail:
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} doesn't keep a user's "
+                    "text and an answer once and in order; use a tokenizer whose template does"
+                )
+            pieces += [head, tail]
+        before, between, opening, closing = pieces
+        if not self.tokenizer.chat_template and self.tokenizer.bos_token:
+            before = self.tokenizer.bos_token + before
+        return before, between, opening, closing
+
+
+def pack(prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad: int) -> Packed:
+    """Pack the rows of each panorama behind the prefix, padded at the end to one length.
+
+    Raises:
+        UserError: a row without a supervised token.
+    """
+    start = len(prefix) + vision_tokens
+    length = start + max(sum(len(row) for row in rows) for rows in panoramas)
+    tokens = torch.full((len(panoramas), length), pad)
+    positions = torch.zeros((len(panoramas), length), dtype=torch.int64)
+    segments = torch.full((len(panoramas), length), IGNORED)
+    tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    positions[:, :start] = torch.arange(start)
+    segments[:, :start] = 0
+    predicts: list[int] = []
+    labels: list[int] = []
+    for sequence, rows in enumerate(panoramas):
+        at = start
+        for segment, row in enumerate(rows, start=1):
+            if not row.answer:
+                raise UserError("a row without a supervised answer token can't be trained on")
+            end = at + len(row)
+            tokens[sequence, at:end] = torch.tensor(row.query + row.answer)
+            positions[sequence, at:end] = torch.arange(start, start + len(row))
+            segments[sequence, at:end] = segment
+            # The token before each answer token predicts it.
+            first = sequence * length + at + len(row.query) - 1
+            predicts += range(first, first + len(row.answer))
+            labels += row.answer
+            at = end
+    return Packed(tokens, positions, segments, torch.tensor(predicts), torch.tensor(labels))
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """What each token may attend to: (batch, length) -> bool (batch, 1, length, length).
+
+    Padding attends to itself, because attention over nothing is not a number."""
+    length = segments.shape[1]
+    index = torch.arange(length, device=segments.device)
+    query, key = segments[:, :, None], segments[:, None, :]
+    allowed = (index[:, None] >= index) & ((key == 0) | (key == query)) & (key != IGNORED)
+    return (allowed | (index[:, None] == index))[:, None]

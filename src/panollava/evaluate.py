@@ -1,0 +1,147 @@
+"""The model's answers to every (panorama, query) of a split, and what they score.
+
+Each query is asked twice: with the panorama's own features, and with another's. The difference
+is the grounding gap: a model that doesn't look at the picture has none."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from panollava import paths
+from panollava.captions import score
+from panollava.config import Settings
+from panollava.data import gather, open_array, read_prepared_rows
+from panollava.dialogue import Dialogue
+from panollava.errors import UserError
+from panollava.features import autocast, choose_device
+from panollava.generate import answer
+from panollava.model import PanoLLaVA, build_model
+from panollava.stage import find_stage
+from panollava.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+READS = (
+    "views",
+    "model",
+    "evaluate",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.precision",
+)
+_RESULT_OF = find_stage("finetune")
+
+Key = tuple[int, str]  # (panorama, query)
+
+
+def evaluate(settings: Settings) -> None:
+    """Write metrics/evaluate/metrics.json and runs/evaluate/predictions.csv."""
+    own = settings.evaluate
+    if own.split not in ("valid", "test"):
+        raise UserError(f"evaluate.split: expected valid or test, found '{own.split}'")
+    torch.set_num_threads(settings.trainer.threads)
+    model, tokenizer = build_model(settings.model, settings.views)
+    source = paths.weights_file(_RESULT_OF.name)
+    load_weights(source, model, _RESULT_OF.saves, _RESULT_OF.name)
+    device = choose_device(settings.trainer.accelerator)
+    model.eval().requires_grad_(False).to(device)
+    features = open_array(paths.FEATURES / f"{own.split}.npy")
+    rows = read_prepared_rows(paths.PREPARED / own.split / "rows.csv")
+    references: dict[Key, list[str]] = {}
+    for row in rows.itertuples():
+        references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
+    sources = {"own": np.arange(len(features))}
+    if len(features) > 1:
+        sources["swapped"] = np.roll(sources["own"], len(features) // 2)
+    else:
+        log.warning("one panorama alone can't be swapped: no grounding gap")
+    answers: dict[str, dict[Key, str]] = {}
+    with autocast(device, settings.trainer.precision):
+        for name, shown in sources.items():
+            answers[name] = _ask(
+                model, Dialogue(tokenizer), features, shown, list(references), settings, name
+            )
+    metrics = summarise(answers, references)
+    log.info("%s", json.dumps(metrics, indent=2))
+    urls = dict(zip(rows["panorama"], rows["url"], strict=True))
+    _write_predictions(paths.PREDICTIONS, answers, references, urls)
+    _write(paths.EVALUATION, json.dumps(metrics, indent=2) + "\n")
+
+
+def summarise(
+    answers: dict[str, dict[Key, str]], references: dict[Key, list[str]]
+) -> dict[str, Any]:
+    """Scores with the own panorama, with another's, and their difference."""
+    metrics: dict[str, Any] = {
+        "captions": len(references),
+        "panoramas": len({panorama for panorama, _ in references}),
+        "references": sum(map(len, references.values())),
+        **score(answers["own"], references),
+    }
+    if "swapped" in answers:
+        swapped = score(answers["swapped"], references)
+        swapped = {name: value for name, value in swapped.items() if isinstance(value, float)}
+        metrics["swapped"] = swapped
+        metrics["grounding_gap"] = {name: metrics[name] - value for name, value in swapped.items()}
+    return metrics
+
+
+def _ask(
+    model: PanoLLaVA,
+    dialogue: Dialogue,
+    features: np.ndarray,
+    shown: np.ndarray,
+    keys: list[Key],
+    settings: Settings,
+    name: str,
+) -> dict[Key, str]:
+    """Answers where panorama p is seen with the features of panorama `shown[p]`."""
+    device = next(model.parameters()).device
+    asked: dict[int, list[str]] = {}
+    for panorama, query in keys:
+        asked.setdefault(panorama, []).append(query)
+    panoramas = list(asked)
+    size = settings.evaluate.batch_size
+    result: dict[Key, str] = {}
+    for at in tqdm(range(0, len(panoramas), size), desc=f"answers, {name} panorama"):
+        batch = panoramas[at : at + size]
+        seen = gather(features, [int(shown[panorama]) for panorama in batch]).to(device)
+        queries = [asked[panorama] for panorama in batch]
+        texts = answer(model, dialogue, seen, queries, settings.evaluate.max_new_tokens)
+        for panorama, own, said in zip(batch, queries, texts, strict=True):
+            result.update({(panorama, q): text for q, text in zip(own, said, strict=True)})
+    return result
+
+
+def _write_predictions(
+    path: Path,
+    answers: dict[str, dict[Key, str]],
+    references: dict[Key, list[str]],
+    urls: dict[int, str],
+) -> None:
+    table = pd.DataFrame(
+        {
+            "panorama": panorama,
+            "url": urls[panorama],
+            "query": query,
+            "prediction": answers["own"][panorama, query],
+            **({"swapped": answers["swapped"][panorama, query]} if "swapped" in answers else {}),
+            "references": json.dumps(own, ensure_ascii=False),
+        }
+        for (panorama, query), own in references.items()
+    )
+    _write(path, table.to_csv(index=False))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,100 @@
+"""The frozen encoder run once over every panorama, its pooled features kept on disk."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from panollava import paths
+from panollava.config import Settings
+from panollava.data import gather, open_array
+from panollava.encoder import load_encoder, pool_tokens
+from panollava.errors import UserError
+from panollava.stage import find_stage
+from panollava.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+READS = (
+    "views",
+    "model.encoder",
+    "model.resampler.pool",
+    "model.features",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.precision",
+)
+_BATCH = 8  # panoramas at once
+_TRAINED_BY = find_stage("resampler")  # the last stage that trains the encoder
+
+
+class _EncoderAlone(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+
+def write_features(settings: Settings) -> None:
+    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits."""
+    torch.set_num_threads(settings.trainer.threads)
+    dtype = settings.model.features
+    if dtype not in ("float32", "float16"):
+        raise UserError(f"model.features: expected float32 or float16, found '{dtype}'")
+    model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
+    source = paths.weights_file(_TRAINED_BY.name)
+    load_weights(source, model, ("encoder",), _TRAINED_BY.name, among=_TRAINED_BY.saves)
+    device = choose_device(settings.trainer.accelerator)
+    model.eval().requires_grad_(False).to(device)
+    for split in ("train", "valid", "test"):
+        views = open_array(paths.PREPARED / split / "views.npy")
+        out = paths.FEATURES / f"{split}.npy"
+        _write(model.encoder, views, settings.model.resampler.pool, out, dtype, device, settings)
+        log.info("features of %d panoramas: %s", len(views), out)
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device that Lightning would take for `trainer.accelerator`."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The arithmetic of `trainer.precision`, outside Lightning."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+
+
+@torch.inference_mode()
+def _write(
+    encoder: nn.Module,
+    views: np.ndarray,
+    pool: int,
+    out: Path,
+    dtype: str,
+    device: torch.device,
+    settings: Settings,
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(out.name + ".part")
+    array = None
+    for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
+        index = list(range(at, min(at + _BATCH, len(views))))
+        with autocast(device, settings.trainer.precision):
+            features = pool_tokens(encoder(gather(views, index).to(device)), pool)
+        values = features.float().cpu().numpy()
+        if not np.isfinite(values.astype(dtype)).all():
+            raise UserError(
+                f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in {dtype}; "
+                "set model.features to float32"
+            )
+        if array is None:
+            shape = (len(views), *values.shape[1:])
+            array = np.lib.format.open_memmap(beside, "w+", np.dtype(dtype), shape)
+        array[index] = values
+    assert array is not None  # prepare never writes an empty split
+    array.flush()
+    os.replace(beside, out)

@@ -1,0 +1,99 @@
+"""PanoLLaVA: encoder, resampler and projector in front of a frozen language model."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from panollava import config, sphere, views
+from panollava.dialogue import Packed, attention_mask
+from panollava.encoder import (
+    encoder_grid,
+    from_pretrained_arguments,
+    load_encoder,
+    load_from,
+    pool_tokens,
+)
+from panollava.resampler import build_resampler
+
+
+class PanoLLaVA(nn.Module):
+    """Its children are the parts that the stages freeze and train."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        resampler: nn.Module,
+        projector: nn.Module,
+        language_model: nn.Module,
+        pool: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.resampler = resampler
+        self.projector = projector
+        self.language_model = language_model
+        self.pool = pool
+
+    def features(self, views: Tensor) -> Tensor:
+        """uint8 (batch, views, size, size, 3) -> (batch, views, grid, grid, features), pooled."""
+        return pool_tokens(self.encoder(views), self.pool)
+
+    def vision_tokens(self, features: Tensor) -> Tensor:
+        """(batch, views, grid, grid, features) -> (batch, tokens, hidden)."""
+        return self.projector(self.resampler(features))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 (batch, length) -> (batch, length, hidden)."""
+        return self.language_model.get_input_embeddings()(tokens)
+
+    def hidden_states(self, embedded: Tensor, mask: Tensor, positions: Tensor, **cache) -> Tensor:  # type: ignore[no-untyped-def]
+        """Last hidden states of the language model, before its head.
+
+        `mask`: bool (batch, 1, queries, keys); `positions`: (batch, queries)."""
+        decoder = self.language_model.get_decoder()
+        output = decoder(
+            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **cache
+        )
+        return output.last_hidden_state
+
+    def loss_sum(self, features: Tensor, packed: Packed, prefix: int) -> Tensor:
+        """Cross-entropy summed over the answer tokens; logits exist at those alone.
+
+        `prefix`: number of text tokens before the image."""
+        vision = self.vision_tokens(features)
+        text = self.embed(packed.tokens)
+        rest = text[:, prefix + vision.shape[1] :]
+        embedded = torch.cat([text[:, :prefix], vision.to(text.dtype), rest], dim=1)
+        hidden = self.hidden_states(
+            embedded, attention_mask(packed.segments), packed.positions, use_cache=False
+        )
+        answers = hidden.flatten(0, 1)[packed.predicts]
+        logits = self.language_model.get_output_embeddings()(answers)
+        return functional.cross_entropy(logits.float(), packed.labels, reduction="sum")
+
+
+def build_model(
+    settings: config.Model, layout_settings: config.Views, seed: int = 0
+) -> tuple[PanoLLaVA, PreTrainedTokenizerBase]:
+    """Load the pretrained towers and make a resampler and projector whose start is a function of
+    `seed`. Raises UserError for towers, views or a resampler that don't fit."""
+    encoder = load_encoder(settings.encoder, layout_settings.size)
+    language, tokenizer = load_language_model(settings.language_model)
+    grid = encoder_grid(encoder, layout_settings.size, settings.resampler.pool)
+    rays = views.token_rays(views.layout(layout_settings), grid)
+    encoding = sphere.encode_direction(rays, settings.resampler.direction_degree)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resampler = build_resampler(settings.resampler, encoder.width, torch.from_numpy(encoding))
+        projector = nn.Linear(settings.resampler.width, language.config.hidden_size)
+    model = PanoLLaVA(encoder, resampler, projector, language, settings.resampler.pool)
+    return model, tokenizer
+
+
+def load_language_model(pretrained: config.Pretrained):  # type: ignore[no-untyped-def]
+    """A causal language model in fp32, and its tokenizer."""
+    source = from_pretrained_arguments(pretrained)
+    tokenizer = load_from(AutoTokenizer, source)
+    language = load_from(AutoModelForCausalLM, source, dtype=torch.float32)
+    return language, tokenizer

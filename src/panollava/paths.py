@@ -1,0 +1,30 @@
+"""Every place in the project's folder, once. Paths are relative to the project's root, where the
+commands run."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+LOGS = Path("logs")
+PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
+FEATURES = Path("runs/features")  # <split>.npy
+DIGESTS = Path("runs/digest")  # <stage>.txt
+PREDICTIONS = Path("runs/evaluate/predictions.csv")
+EVALUATION = Path("metrics/evaluate/metrics.json")
+
+
+def run_folder(stage: str) -> Path:
+    return Path(f"runs/vlm_{stage}")
+
+
+def weights_file(stage: str) -> Path:
+    return run_folder(stage) / "model_final.safetensors"
+
+
+def curves_folder(stage: str) -> Path:
+    """DVCLive's folder of a training stage."""
+    return Path(f"metrics/{stage}")
+
+
+def speed_folder(stage: str) -> Path:
+    """What differs from run to run (speed, memory) is kept apart from what must not."""
+    return Path(f"metrics/speed/{stage}")

@@ -1,0 +1,117 @@
+"""Directions on the sphere, and how panoramas and views map to them; the only trigonometry.
+
+Rays are (x right, y up, z forward). Yaw grows to the right from the panorama's centre, pitch
+grows upwards. Settings are in degrees, everything inside in radians."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Projection(Protocol):
+    """A rectangle of picture cells, each looking along a ray."""
+
+    def rays(self, rows: int, columns: int) -> Array: ...
+
+    def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]: ...
+
+
+def rays_from_angles(yaw: Array, pitch: Array) -> Array:
+    """Radians, any shape (...) -> unit rays (..., 3)."""
+    yaw, pitch = np.broadcast_arrays(yaw, pitch)
+    flat = np.cos(pitch)
+    return np.stack([flat * np.sin(yaw), np.sin(pitch), flat * np.cos(yaw)], axis=-1)
+
+
+def angles_from_rays(rays: Array) -> tuple[Array, Array]:
+    """Rays of any length (..., 3) -> yaw in [-pi, pi], pitch in [-pi/2, pi/2]."""
+    x, y, z = np.moveaxis(rays, -1, 0)
+    return np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
+
+
+def cell_centres(count: int) -> Array:
+    """Centres of `count` equal cells of [0, 1]."""
+    return (np.arange(count) + 0.5) / count
+
+
+def panorama_rays(height: int, width: int) -> Array:
+    """Rays of an equirectangular panorama's pixels: (height, width, 3)."""
+    return Window(0, 0, 360, 180).rays(height, width)
+
+
+def panorama_position(rays: Array) -> Array:
+    """Where rays meet the panorama: (..., 3) -> fractions (x, y), (..., 2), x in [0, 1)."""
+    yaw, pitch = angles_from_rays(rays)
+    return np.stack([(yaw / (2 * np.pi) + 0.5) % 1, 0.5 - pitch / np.pi], axis=-1)
+
+
+@dataclass(frozen=True)
+class Gnomonic:
+    """A square perspective view: yaw, pitch and field of view in degrees."""
+
+    yaw: float
+    pitch: float
+    fov: float
+
+    def rays(self, rows: int, columns: int) -> Array:
+        half = np.tan(np.radians(self.fov) / 2)
+        x = (2 * cell_centres(columns) - 1) * half
+        y = (1 - 2 * cell_centres(rows)) * half
+        x, y = np.meshgrid(x, y)
+        rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ self._rotation().T
+        return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+    def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
+        half = np.tan(np.radians(self.fov) / 2)
+        x, y, z = np.moveaxis(rays @ self._rotation(), -1, 0)
+        front = z > 0
+        depth = np.where(front, z, 1) * half
+        position = np.stack([(1 + x / depth) / 2, (1 - y / depth) / 2], axis=-1)
+        return position, front & ((position >= 0) & (position <= 1)).all(axis=-1)
+
+    def _rotation(self) -> Array:
+        """From the view's axes to the panorama's: pitch first, then yaw."""
+        cp, sp = np.cos(np.radians(self.pitch)), np.sin(np.radians(self.pitch))
+        cy, sy = np.cos(np.radians(self.yaw)), np.sin(np.radians(self.yaw))
+        up = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
+        turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+        return turn @ up
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle cut from the panorama: centre and extent in degrees."""
+
+    yaw: float
+    pitch: float
+    width: float
+    height: float
+
+    def rays(self, rows: int, columns: int) -> Array:
+        yaw = self.yaw + (cell_centres(columns) - 0.5) * self.width
+        pitch = self.pitch + (0.5 - cell_centres(rows)) * self.height
+        return rays_from_angles(np.radians(yaw)[None, :], np.radians(pitch)[:, None])
+
+    def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
+        yaw, pitch = np.degrees(angles_from_rays(rays))
+        x = ((yaw - self.yaw + 180) % 360 - 180) / self.width + 0.5
+        y = 0.5 - (pitch - self.pitch) / self.height
+        position = np.stack([x, y], axis=-1)
+        return position, ((position >= 0) & (position <= 1)).all(axis=-1)
+
+
+def encode_direction(rays: Array, degree: int) -> Array:
+    """Features of a direction, smooth on the whole sphere, poles included.
+
+    The unit ray and, for k = 2..degree, cos(pitch)^k (sin k yaw, cos k yaw): sectoral spherical
+    harmonics. (..., 3) -> (..., 3 + 2 (degree - 1))."""
+    yaw, pitch = angles_from_rays(rays)
+    features = list(np.moveaxis(rays_from_angles(yaw, pitch), -1, 0))
+    for k in range(2, degree + 1):
+        flat = np.cos(pitch) ** k
+        features += [flat * np.sin(k * yaw), flat * np.cos(k * yaw)]
+    return np.stack(features, axis=-1)

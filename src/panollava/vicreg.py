@@ -1,0 +1,99 @@
+"""Stage objective: VICReg between what adjacent views see of the same directions."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from panollava import losses, paths, views
+from panollava.config import Settings
+from panollava.data import ViewReader
+from panollava.encoder import encoder_grid, load_encoder
+from panollava.overlap import correspondences, matched_tokens
+from panollava.stage import Stage
+
+
+class VisionModel(nn.Module):
+    """The encoder alone, as a model with one part."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+
+class Objective(nn.Module):
+    """Statistics are those of the whole step, in however many parts it is computed."""
+
+    def __init__(self, stage: Stage, settings: Settings) -> None:
+        super().__init__()
+        own = settings.stage.vision
+        self.settings = own
+        encoder = load_encoder(settings.model.encoder, settings.views.size)
+        self.model = VisionModel(encoder)
+        self.pairs = correspondences(
+            views.layout(settings.views),
+            encoder_grid(encoder, settings.views.size),
+            own.overlap,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.expander = _expander(encoder.width, own.expander)
+        self.readers = {
+            split: ViewReader(paths.PREPARED / split / "views.npy", own.batch_size, settings.seed)
+            for split in ("train", "valid")
+        }
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": list(self.parameters()), "lr": self.settings.lr}]
+
+    def count(self, batch: Tensor) -> int:
+        """Panoramas of a part."""
+        return len(batch)
+
+    def step(self, parts: list[Tensor], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Leave the gradient of the step's loss, and return the loss and its parts.
+
+        Several parts are computed twice, as in GradCache (Gao et al., 2021): once to have all
+        features for the statistics, once to carry the loss's gradient on into the encoder."""
+        if len(parts) == 1:
+            x, y = self._matched(parts[0])
+            result = self._losses(x, y)
+            backward(result["loss"])
+            return {name: value.detach() for name, value in result.items()}
+        with torch.no_grad():
+            matched = [self._matched(part) for part in parts]
+        x = torch.cat([x for x, _ in matched]).requires_grad_()
+        y = torch.cat([y for _, y in matched]).requires_grad_()
+        result = self._losses(x, y)
+        gradients = torch.autograd.grad(result["loss"], (x, y))
+        sizes = [len(x) for x, _ in matched]
+        for part, *gradient in zip(parts, *(g.split(sizes) for g in gradients), strict=True):
+            again = self._matched(part)
+            backward(sum((z * g).sum() for z, g in zip(again, gradient, strict=True)))
+        return {name: value.detach() for name, value in result.items()}
+
+    def validate(self, parts: list[Tensor]) -> tuple[Tensor, int]:
+        """The loss summed over panoramas, and their number."""
+        x, y = zip(*(self._matched(part) for part in parts), strict=True)
+        count = sum(len(part) for part in parts)
+        return self._losses(torch.cat(x), torch.cat(y))["loss"] * count, count
+
+    def _matched(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = matched_tokens(self.model.encoder(batch), self.pairs)
+        return self.expander(x), self.expander(y)
+
+    def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        own = self.settings
+        return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
+
+
+def _expander(features: int, width: int) -> nn.Module:
+    """VICReg's expander, without the paper's batch norm: nothing here uses batch statistics."""
+    if not width:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Linear(features, width),
+        nn.LayerNorm(width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+    )
