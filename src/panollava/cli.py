@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from panollava import logs, paths
+from panollava import logs, paths, resume
 from panollava.config import Settings, load_settings
 from panollava.errors import UserError
 
@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = options.log_name(options)
     try:
         with logs.start(name, paths.LOGS):
+            resume.remove_finished()
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
         sys.exit(1)

@@ -104,6 +104,7 @@ class Trainer:
     schedule: str  # cosine | linear | constant: the learning rate after the warm-up
     log_every: int  # steps
     keep_checkpoints: int
+    save_every: int  # steps after which a killed run can go on
 
 
 @dataclass(frozen=True)

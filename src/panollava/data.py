@@ -20,17 +20,21 @@ BatchT = TypeVar("BatchT", covariant=True)
 class Reader(Protocol[BatchT]):
     """Plans a split's epochs, and loads the parts of a step."""
 
+    files: tuple[Path, ...]  # all that it reads
+
     def plan(self, epoch: int | None) -> list[Step]: ...
 
     def load(self, part: Step) -> BatchT: ...
 
 
 class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
-    """Item i is step i of an epoch, in at most `accumulate` parts."""
+    """The steps of an epoch from `start` on, each in at most `accumulate` parts."""
 
-    def __init__(self, reader: Reader[BatchT], epoch: int | None, accumulate: int) -> None:
+    def __init__(
+        self, reader: Reader[BatchT], epoch: int | None, accumulate: int, start: int = 0
+    ) -> None:
         self.reader = reader
-        self.steps = reader.plan(epoch)
+        self.steps = reader.plan(epoch)[start:]
         self.accumulate = accumulate
 
     def __len__(self) -> int:
@@ -65,6 +69,7 @@ class ViewReader:
     """Views alone; a step's batch size counts panoramas."""
 
     def __init__(self, views: Path, batch_size: int, seed: int) -> None:
+        self.files = (views,)
         self.array = open_array(views)
         self.batch_size, self.seed = batch_size, seed
 
@@ -96,6 +101,7 @@ class TextReader:
         seed: int,
     ) -> None:
         """Tokenizes all rows. Raises UserError for a row that leaves no answer."""
+        self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
         self.batch_size, self.seed = batch_size, seed

@@ -4,6 +4,8 @@ Optimization is by hand, because a step's loss is one mean over all its parts: L
 average the means of parts of unequal size."""
 
 import math
+import os
+import pickle
 import resource
 import sys
 import time
@@ -14,7 +16,6 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 from dvclive import Live
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,29 +37,40 @@ class StageObjective(Protocol):
 
 
 class LitStage(pl.LightningModule):
-    """One optimizer step a batch; a batch is a list of parts."""
+    """One optimizer step a batch; a batch is a list of parts.
+
+    It counts its own epochs and steps and goes on from any of its checkpoints by itself, so that
+    a run in several pieces leaves the same bytes as a run in one."""
 
     def __init__(
-        self, objective: StageObjective, trainer: Trainer, epochs: int, accumulate: int
+        self, objective: StageObjective, trainer: Trainer, epochs: int, accumulate: int, seed: int
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.objective = objective
         self.settings = trainer
         self.accumulate = accumulate
+        self.seed = seed
         train = objective.readers["train"]
-        self.total_steps = sum(len(train.plan(epoch)) for epoch in range(epochs))
+        self.epoch_steps = [len(train.plan(epoch)) for epoch in range(epochs)]
+        self.total_steps = sum(self.epoch_steps)
+        self.epoch = 0  # that is being trained
+        self.epoch_step = 0  # steps done of it
+        self.step = 0  # steps done in all
         self.values: dict[str, float] = {}  # of the last step, for the curves
+        self.history: list[tuple[int, dict[str, float]]] = []  # the curves so far
+        self.best: list[tuple[float, int]] = []  # (validation loss, epoch), the best first
         self._validation: list[tuple[Tensor, int]] = []
+        self._optimizer_state: dict[str, Any] | None = None
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader("train", self.current_epoch)
+        return self._loader("train", self.epoch, self.epoch_step)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader("valid", None)
+        return self._loader("valid", None, 0)
 
-    def _loader(self, split: str, epoch: int | None) -> DataLoader:
-        dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate)
+    def _loader(self, split: str, epoch: int | None, start: int) -> DataLoader:
+        dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate, start)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -92,7 +104,15 @@ class LitStage(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_train_start(self) -> None:
+        if self._optimizer_state is not None:
+            self.optimizers().optimizer.load_state_dict(self._optimizer_state["optimizer"])  # type: ignore[union-attr]
+            self.lr_schedulers().load_state_dict(self._optimizer_state["scheduler"])  # type: ignore[union-attr]
+            self._optimizer_state = None
+
     def training_step(self, batch: list, batch_idx: int) -> None:
+        # Whatever is random in a step depends on the seed and the step alone.
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         result = self.objective.step(batch, self.manual_backward)
@@ -100,7 +120,7 @@ class LitStage(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
         if not torch.isfinite(result["loss"] + norm):
             raise UserError(
-                f"step {self.global_step}: the loss is {result['loss'].item()} and its "
+                f"step {self.step + 1}: the loss is {result['loss'].item()} and its "
                 f"gradient's norm {norm.item()}; nothing of this run is kept. Lower the stage's "
                 "learning rate, or use trainer.precision 32-true"
             )
@@ -112,6 +132,8 @@ class LitStage(pl.LightningModule):
             "train/learning_rate": rate,
             "train/gradient_norm": norm,  # type: ignore[dict-item]
         }
+        self.step += 1
+        self.epoch_step += 1
         self.log("loss", result["loss"], prog_bar=True, logger=False)
 
     def validation_step(self, batch: list, batch_idx: int) -> None:
@@ -123,24 +145,59 @@ class LitStage(pl.LightningModule):
         loss = torch.stack(total).sum() / sum(count)
         if not torch.isfinite(loss):
             raise UserError(
-                f"after step {self.global_step}: the validation loss is {loss.item()}; "
+                f"after step {self.step}: the validation loss is {loss.item()}; "
                 "nothing of this run is kept. Lower the stage's learning rate"
             )
         self.log("val_loss", loss, prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Frozen parts stay out of the checkpoint: they come from their own files."""
+        """A checkpoint holds the trained parts, the optimizer and where the run stands, and
+        nothing that differs between equal runs: no path, no time, no count of restarts."""
         trained = self._trained()
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in trained
+        weights = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        kept = {
+            "epoch": self.epoch,
+            "global_step": self.step,
+            "pytorch-lightning_version": pl.__version__,
+            "state_dict": weights,
+            "optimizer_states": checkpoint["optimizer_states"],
+            "lr_schedulers": checkpoint["lr_schedulers"],
+            "epoch_step": self.epoch_step,
+            "history": self.history,
+            "best": self.best,
+        }
+        checkpoint.clear()
+        checkpoint.update(_canonical(kept))
+
+    def go_on_from(self, path: Path) -> None:
+        """Take up a run where its checkpoint left it.
+
+        Raises:
+            UserError: the file is damaged, or of another model.
+        """
+        saved = read_checkpoint(path)
+        self.load_trained(saved["state_dict"], path)
+        self.epoch, self.epoch_step = saved["epoch"], saved["epoch_step"]
+        self.step = saved["global_step"]
+        self.history = [(step, values) for step, values in saved["history"]]
+        self.best = [(loss, epoch) for loss, epoch in saved["best"]]
+        self._optimizer_state = {
+            "optimizer": saved["optimizer_states"][0],
+            "scheduler": saved["lr_schedulers"][0],
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, trained = checkpoint["state_dict"], self._trained()
-        if saved.keys() != trained:
-            odd = sorted(saved.keys() ^ trained)[0]
-            raise UserError(f"the checkpoint is of another model: '{odd}' is in one of them alone")
-        checkpoint["state_dict"] = {**self.state_dict(), **saved}
+    def load_trained(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Load the trained parameters of a checkpoint, all of them and no other."""
+        own = dict(self.named_parameters())
+        if odd := sorted(weights.keys() ^ self._trained()):
+            raise UserError(f"{path}: of another model: '{odd[0]}' is in one of them alone")
+        for name, value in weights.items():
+            if own[name].shape != value.shape:
+                raise UserError(
+                    f"{path}: of another model: '{name}' has shape {tuple(value.shape)}, "
+                    f"expected {tuple(own[name].shape)}"
+                )
+            own[name].data.copy_(value)
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -150,6 +207,34 @@ def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:
     """Trained weights decay; biases and the scales of norms do not."""
     trained = [p for p in parameters if p.requires_grad]
     return [([p for p in trained if p.ndim > 1], decay), ([p for p in trained if p.ndim < 2], 0.0)]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and plain values alone. Raises UserError for a damaged or foreign file."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: damaged, or no checkpoint ({reason}); remove it and run the stage again"
+        ) from None
+    if not isinstance(saved, dict) or not {"state_dict", "epoch_step", "best"} <= saved.keys():
+        raise UserError(f"{path}: not a checkpoint of PanoLLaVA")
+    return saved
+
+
+def _canonical(tree: Any) -> Any:
+    """Equal values in equal bytes: pickle writes an object that it has met before as a reference,
+    so that equal trees differ where one of them shares a string or a tuple."""
+    if isinstance(tree, dict):
+        return {_canonical(key): _canonical(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_canonical(value) for value in tree]
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().clone()
+    return sys.intern(tree) if type(tree) is str else tree
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # by the share of steps done after warm-up
@@ -163,7 +248,7 @@ class Curves(pl.Callback):
     """DVCLive's curves of a stage, the same for the same inputs."""
 
     def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every = folder, every
+        self.every = every
         self.live = open_live(folder)
 
     def write(self, step: int, values: dict[str, float], plot: bool = True) -> None:
@@ -172,13 +257,57 @@ class Curves(pl.Callback):
             self.live.log_metric(name, value, plot=plot)
         self.live.make_summary()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
-        step = trainer.global_step
-        if step == 1 or step % self.every == 0 or trainer.is_last_batch:
-            self.write(trainer.global_step, {k: float(v) for k, v in module.values.items()})
+    def _record(self, module: LitStage, values: dict[str, float]) -> None:
+        module.history.append((module.step, values))
+        self.write(module.step, values)
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.write(trainer.global_step, {"val/loss": float(trainer.callback_metrics["val_loss"])})
+    def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
+        last = module.epoch_step == module.epoch_steps[module.epoch]
+        if module.step == 1 or module.step % self.every == 0 or last:
+            self._record(module, {name: float(value) for name, value in module.values.items()})
+
+    def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
+        self._record(module, {"val/loss": float(trainer.callback_metrics["val_loss"])})
+
+
+class Checkpoints(pl.Callback):
+    """Keeps the best epochs by validation loss, and the point from which a killed run goes on.
+
+    It comes after `Curves`, so that a checkpoint holds the curves up to itself."""
+
+    def __init__(self, folder: Path, keep: int, every: int) -> None:
+        self.folder, self.keep, self.every = folder, keep, every
+        self.progress = folder / "progress.ckpt"
+
+    def files(self, module: LitStage) -> list[Path]:
+        """The checkpoints of the best epochs, the best first."""
+        return [
+            self.folder / f"epoch={epoch:02d}-val_loss={loss:.3f}.ckpt"
+            for loss, epoch in module.best
+        ]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
+        last = module.epoch_step == module.epoch_steps[module.epoch]
+        if module.step % self.every == 0 and not last:  # after the last comes validation
+            _save(trainer, self.progress)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
+        entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
+        module.best = sorted([*module.best, entry])[: max(1, self.keep)]
+        module.epoch, module.epoch_step = module.epoch + 1, 0
+        files = self.files(module)
+        if entry in module.best:
+            _save(trainer, files[module.best.index(entry)])
+        _save(trainer, self.progress)
+        for file in self.folder.glob("epoch=*.ckpt"):
+            if file not in files:
+                file.unlink()
+
+
+def _save(trainer: pl.Trainer, path: Path) -> None:
+    beside = path.with_name(path.name + ".part")
+    trainer.save_checkpoint(beside)
+    os.replace(beside, path)
 
 
 class Speed(pl.Callback):
@@ -195,31 +324,13 @@ class Speed(pl.Callback):
         self, trainer: pl.Trainer, module: LitStage, outputs: Any, batch: list, batch_idx: int
     ) -> None:
         self.rows += sum(module.objective.count(part) for part in batch)
-        if trainer.global_step % self.every == 0 or trainer.is_last_batch:
+        if module.step % self.every == 0 or trainer.is_last_batch:
             now = time.perf_counter()
-            self.live.step = trainer.global_step
+            self.live.step = module.step
             self.live.log_metric("rows_per_second", self.rows / (now - self.since))
             self.live.log_metric("peak_memory_gb", peak_memory(module.device) / 1e9)
             self.live.make_summary()
             self.rows, self.since = 0, now
-
-
-class BestEpochs(ModelCheckpoint):
-    """Keeps the best epochs by validation loss. Its own state names paths, so none is saved."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="{epoch:02d}-{val_loss:.3f}",
-            monitor="val_loss",
-            save_top_k=keep,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 def open_live(folder: Path) -> Live:

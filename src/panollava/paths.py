@@ -5,6 +5,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 LOGS = Path("logs")
+RESUME = Path(".resume")  # unfinished work of training stages
 PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
 FEATURES = Path("runs/features")  # <split>.npy
 DIGESTS = Path("runs/digest")  # <stage>.txt

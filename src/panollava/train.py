@@ -13,9 +13,10 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from panollava import paths
-from panollava.config import Settings
-from panollava.errors import UserError
-from panollava.lit import BestEpochs, Curves, LitStage, Speed
+from panollava.config import Settings, Trainer
+from panollava.digest import digests
+from panollava.lit import Checkpoints, Curves, LitStage, Speed, StageObjective, read_checkpoint
+from panollava.resume import fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.weights import load_weights, save_weights
 
@@ -24,7 +25,9 @@ logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARN
 
 
 def train(stage: Stage, settings: Settings) -> None:
-    """Raises UserError for what the user can mend; nothing is left as a result then."""
+    """Train the stage, or go on with its unfinished work, and publish the result.
+
+    Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -37,57 +40,92 @@ def train(stage: Stage, settings: Settings) -> None:
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
     log.info("%s", freeze_all_but(objective.model, stage.trains))
+    module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
+    work = work_folder(stage.name, _fingerprint(stage, settings, objective))
+    checkpoints = Checkpoints(
+        work, settings.trainer.keep_checkpoints, settings.trainer.save_every
+    )
+    curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every)
+    if checkpoints.progress.is_file():
+        module.go_on_from(checkpoints.progress)
+        for step, values in module.history:
+            curves.write(step, values)
+        log.info("goes on from step %d of %d (%s)", module.step, module.total_steps, work)
+    if module.epoch < own.epochs:
+        log.info("%d epochs, %d steps", own.epochs, module.total_steps)
+        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every)
+        _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
+    _publish(stage, settings, module, checkpoints, curves)
+    mark_finished(work)
+
+
+def _publish(
+    stage: Stage, settings: Settings, module: LitStage, checkpoints: Checkpoints, curves: Curves
+) -> None:
+    """Write the stage's outputs: the best epochs' checkpoints, and the best one's weights."""
     folder = paths.run_folder(stage.name)
     shutil.rmtree(folder, ignore_errors=True)
-    module = LitStage(objective, settings.trainer, own.epochs, own.accumulate)
-    curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every)
-    best = BestEpochs(folder / "checkpoints", settings.trainer.keep_checkpoints)
-    if own.epochs:
-        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every)
-        log.info("%d epochs, %d steps", own.epochs, module.total_steps)
-        _fit(module, settings, own.epochs, [curves, speed, best, TQDMProgressBar(refresh_rate=5)])
-        chosen = Path(best.best_model_path)
-        log.info("best epoch: %s", chosen.name)
-        state = torch.load(chosen, map_location="cpu", weights_only=True)
-        loss = float(best.best_model_score)  # type: ignore[arg-type]
-        result = {"best/epoch": state["epoch"], "best/val_loss": loss}
-        curves.write(module.total_steps, result, plot=False)
-        module.on_load_checkpoint(state)
-        module.load_state_dict(state["state_dict"])
+    (folder / "checkpoints").mkdir(parents=True)
+    files = checkpoints.files(module)
+    for file in files:
+        shutil.copyfile(file, folder / "checkpoints" / file.name)
+    if files:
+        loss, epoch = module.best[0]
+        log.info("best epoch: %s", files[0].name)
+        module.load_trained(read_checkpoint(files[0])["state_dict"], files[0])
+        curves.write(module.step, {"best/epoch": epoch, "best/val_loss": loss}, plot=False)
     else:
-        (folder / "checkpoints").mkdir(parents=True)
+        (paths.curves_folder(stage.name) / "plots").mkdir(exist_ok=True)
         curves.live.make_summary()
         log.info("0 epochs: the stage passes on what it starts from")
     final = paths.weights_file(stage.name)
-    save_weights(final, objective.model, stage.saves, _header(stage, settings, objective.model))
+    model = module.objective.model
+    save_weights(final, model, stage.saves, _header(stage, settings, model))
     log.info("wrote %s", final)
 
 
-def _fit(module: LitStage, settings: Settings, epochs: int, callbacks: list[pl.Callback]) -> None:
-    trainer_settings = settings.trainer
+def _fingerprint(stage: Stage, settings: Settings, objective: StageObjective) -> str:
+    """Of everything that the result depends on."""
+    described = {
+        "stage": repr(stage),
+        "settings": {key: repr(_read(settings, key)) for key in stage.reads},
+        "code": digests(Path(__file__).parent)[stage.name],
+        "torch": torch.__version__,
+    }
+    files = [file for reader in objective.readers.values() for file in reader.files]
+    return fingerprint(described, files, objective.state_dict())
+
+
+def _read(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
     with warnings.catch_warnings():
-        # Workers are the user's choice (trainer.workers), and batches are lists of parts.
+        # Workers are the user's choice (trainer.workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Frozen parts are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own
-        warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
         trainer = pl.Trainer(
-            accelerator=trainer_settings.accelerator,
-            devices=trainer_settings.devices,
-            precision=trainer_settings.precision,  # type: ignore[arg-type]
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            precision=settings.precision,  # type: ignore[arg-type]
             max_epochs=epochs,
-            callbacks=callbacks,
+            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=5)],
             logger=False,
+            enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
             num_sanity_val_steps=0,
-            log_every_n_steps=1,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            # Some GPU kernels have no deterministic form; Lightning says which.
+            deterministic=True if settings.accelerator == "cpu" else "warn",
         )
         trainer.fit(module)
-    if trainer.interrupted:
-        raise UserError("interrupted; run the same command again")
 
 
 def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Scores of captions against references: BLEU-1..4, ROUGE-L and CIDEr-D, as pycocoevalcap computes
+them. What the model answers, and to which queries, is `evaluate`'s.
+
+The field's tokenizer, Stanford's PTBTokenizer, needs Java. Here NLTK's Penn Treebank tokenizer
+takes its place: on the 6,243 annotations of QuIC-360's test split it gives the same tokens for
+99.7%. What differs is mostly slashes, hyphens and words run together."""
+
+import logging
+import re
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+import nltk
+from nltk.tokenize.destructive import NLTKWordTokenizer
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.cider.cider_scorer import precook
+from pycocoevalcap.rouge.rouge import Rouge
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = f"nltk {nltk.__version__} NLTKWordTokenizer, lower case, without COCO's punctuation"
+
+Key = TypeVar("Key", bound=Hashable)
+
+# As in pycocoevalcap.tokenizer.ptbtokenizer, and "..", of which Stanford's makes two periods.
+# Brackets stay, as there: its "-LRB-" never matches its own lower-cased tokens.
+_PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ; ..".split())
+# NLTK's tokenizer expects one sentence: it separates a period at the very end only. A period
+# after a word is separated here, unless it belongs to an abbreviation such as "p.m.".
+_END_OF_SENTENCE = re.compile(r"(?<![.\s])(?<!\.\w)\.(?=\s)")
+_TOKENIZER = NLTKWordTokenizer()
+
+
+def tokenize(caption: str) -> list[str]:
+    """Lower-cased tokens without punctuation."""
+    tokens = _TOKENIZER.tokenize(_END_OF_SENTENCE.sub(" .", caption), convert_parentheses=True)
+    return [token for token in map(str.lower, tokens) if token not in _PUNCTUATION]
+
+
+def score(
+    predictions: Mapping[Key, str], references: Mapping[Key, list[str]]
+) -> dict[str, float | int | str]:
+    """Scores of one prediction a key against all references of that key.
+
+    Returns:
+        `bleu_1` .. `bleu_4`, `rouge_l` (0..1) and `cider_d` (0..10), each only where it can be
+        computed; `captions`, the number of captions scored; `tokenizer`, its name. A warning in
+        the log says what was left out and why.
+
+    Raises:
+        ValueError: predictions and references have different keys.
+    """
+    if predictions.keys() != references.keys():
+        odd = next(iter(predictions.keys() ^ references.keys()))
+        raise ValueError(f"{odd!r} has a prediction or references, but not both")
+    theirs = {key: _joined(texts) for key, texts in references.items()}
+    if wordless := [key for key, texts in theirs.items() if not texts]:
+        log.warning(
+            "%d captions have no reference with a word in it and are left out of the scores, "
+            "the first is %r",
+            len(wordless),
+            wordless[0],
+        )
+    theirs = {key: texts for key, texts in theirs.items() if texts}
+    ours = {key: [" ".join(tokenize(predictions[key]))] for key in theirs}
+    scores: dict[str, float | int | str] = {"captions": len(ours), "tokenizer": TOKENIZER}
+    silent = sum(text == [""] for text in ours.values())
+    if silent == len(ours):
+        log.warning("no prediction has a word in it: no score can be computed")
+        return scores
+    if silent:
+        log.warning("%d of %d predictions have no word in them and score 0", silent, len(ours))
+    longest = max(len(text.split()) for [text] in ours.values())
+    bleu, _ = Bleu(4).compute_score(theirs, ours, verbose=0)
+    for order, value in enumerate(bleu, start=1):
+        if longest >= order:
+            scores[f"bleu_{order}"] = float(value)
+        else:
+            log.warning("no prediction has %d words: bleu_%d is left out", order, order)
+    rouge, _ = Rouge().compute_score(theirs, ours)
+    scores["rouge_l"] = float(rouge)
+    if _documents_differ(theirs):
+        cider, _ = Cider().compute_score(theirs, ours)
+        scores["cider_d"] = float(cider)
+    else:
+        log.warning(
+            "cider_d is left out: it weighs words by how few captions they occur in, and all %d "
+            "captions have the same references",
+            len(theirs),
+        )
+    return scores
+
+
+def _joined(texts: list[str]) -> list[str]:
+    """Tokens joined by spaces, which pycocoevalcap splits at; texts without a token are left out."""
+    return [" ".join(tokens) for tokens in map(tokenize, texts) if tokens]
+
+
+def _documents_differ(references: Mapping[Key, list[str]]) -> bool:
+    """Whether any n-gram occurs in the references of some captions and not of others."""
+    documents = (frozenset().union(*map(precook, texts)) for texts in references.values())
+    return len(set(documents)) > 1

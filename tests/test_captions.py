@@ -1,0 +1,179 @@
+"""Scores agree with the field's definitions, worked out by hand, and are never made up."""
+
+import csv
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pycocoevalcap
+import pytest
+
+from conftest import SHARED
+from panollava import captions
+from panollava.captions import score, tokenize
+
+MAT = {"mat": "The cat sat on the mat."}
+MAT_REFERENCE = {"mat": ["The cat is on the mat."]}
+
+
+def test_bleu_as_worked_out_by_hand() -> None:
+    scores = score(MAT, MAT_REFERENCE)
+    # Matches: 5 of 6 words, 3 of 5 pairs, 1 of 4 triples, 0 of 3 fours.
+    assert scores["bleu_1"] == pytest.approx(5 / 6)
+    assert scores["bleu_2"] == pytest.approx(math.sqrt(5 / 6 * 3 / 5))
+    assert scores["bleu_3"] == pytest.approx(0.5)
+    assert scores["bleu_4"] == pytest.approx(0, abs=1e-3)
+
+
+def test_bleu_punishes_brevity_against_the_nearest_reference() -> None:
+    references = {"mat": ["a cat on a big red mat", "the cat sat"]}
+    scores = score({"mat": "the cat"}, references)
+    assert scores["bleu_1"] == pytest.approx(math.exp(1 - 3 / 2))
+
+
+def test_bleu_counts_over_all_captions_together() -> None:
+    scores = score({1: "a b c d", 2: "x"}, {1: ["a b c d"], 2: ["y"]})
+    assert scores["bleu_1"] == pytest.approx(4 / 5)
+
+
+def test_rouge_as_worked_out_by_hand() -> None:
+    assert score(MAT, MAT_REFERENCE)["rouge_l"] == pytest.approx(5 / 6)
+    # Precision 1, recall 1/3, beta 1.2.
+    scores = score({"mat": "the cat"}, {"mat": ["the cat sat on the mat"]})
+    assert scores["rouge_l"] == pytest.approx(2.44 * (1 / 3) / (1 / 3 + 1.44))
+
+
+def test_cider_as_worked_out_by_hand() -> None:
+    references = {1: ["a b c d"], 2: ["w x y z"]}
+    assert score({1: "a b c d", 2: "w x y z"}, references)["cider_d"] == pytest.approx(10)
+    assert score({1: "a b c d", 2: "a b c d"}, references)["cider_d"] == pytest.approx(5)
+    # One word too many: cosines of words, pairs, triples and fours, and the length's penalty.
+    cosines = (4 / math.sqrt(5 * 4), 3 / math.sqrt(4 * 3), 2 / math.sqrt(3 * 2), 1 / math.sqrt(2))
+    first = 10 * sum(cosines) / 4 * math.exp(-1 / (2 * 6**2))
+    scores = score({1: "a b c d q", 2: "w x y z"}, references)
+    assert scores["cider_d"] == pytest.approx((first + 10) / 2)
+
+
+def test_every_reference_counts() -> None:
+    references = {1: ["nothing of that", "a red box"], 2: ["x y"]}
+    scores = score({1: "a red box", 2: "x y"}, references)
+    assert scores["bleu_1"] == pytest.approx(1) and scores["rouge_l"] == pytest.approx(1)
+
+
+def test_the_result_names_the_tokenizer_and_the_number_of_captions() -> None:
+    scores = score(MAT, MAT_REFERENCE)
+    assert scores["captions"] == 1
+    assert str(scores["tokenizer"]).startswith("nltk 3.") and "Tokenizer" in scores["tokenizer"]
+
+
+def test_case_and_punctuation_do_not_count() -> None:
+    scores = score({1: "the box is RED"}, {1: ['"The box," is red!']})
+    assert scores["bleu_4"] == pytest.approx(1) and scores["rouge_l"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("There is a lake. The lake's wide.", "there is a lake the lake 's wide"),
+        ("It can't be (seen) at 3:30 p.m. here", "it ca n't be -lrb- seen -rrb- at 3:30 p.m. here"),
+        ("Trees... and -- a road; two-way..", "trees and a road two-way"),
+        ("line one\nline two.", "line one line two"),
+        (" .,! ", ""),
+    ],
+)
+def test_tokens(caption: str, tokens: str) -> None:
+    assert tokenize(caption) == tokens.split()
+
+
+def test_cider_of_one_caption_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    scores = score(MAT, MAT_REFERENCE)
+    assert "cider_d" not in scores and "rouge_l" in scores
+    assert "cider_d is left out" in caplog.text
+
+
+def test_cider_of_captions_with_the_same_references_is_left_out() -> None:
+    references = {1: ["a box", "a ball"], 2: ["a ball", "a box"]}
+    assert "cider_d" not in score({1: "a box", 2: "a ball"}, references)
+
+
+@pytest.mark.parametrize("predictions", [{}, {1: "", 2: " ..."}])
+def test_without_a_predicted_word_there_is_no_score(
+    predictions: dict[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = score(predictions, {key: ["a box"] for key in predictions})
+    assert scores.keys() == {"captions", "tokenizer"}
+    assert scores["captions"] == len(predictions)
+    assert "no score can be computed" in caplog.text
+
+
+def test_one_silent_prediction_among_others_scores_nothing_and_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = score({1: "a b c d", 2: ""}, {1: ["a b c d"], 2: ["w x y z"]})
+    assert scores["rouge_l"] == pytest.approx(0.5) and scores["cider_d"] == pytest.approx(5)
+    assert "1 of 2 predictions" in caplog.text
+
+
+def test_bleu_of_an_order_that_no_prediction_reaches_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = score({1: "two boxes", 2: "red"}, {1: ["two boxes"], 2: ["blue"]})
+    assert {"bleu_1", "bleu_2"} <= scores.keys() and not {"bleu_3", "bleu_4"} & scores.keys()
+    assert "bleu_3 is left out" in caplog.text and "bleu_4 is left out" in caplog.text
+
+
+def test_references_without_a_word_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    scores = score({1: "", 2: "a box"}, {1: ["..."], 2: ["!", "a box"]})
+    assert scores["captions"] == 1 and scores["rouge_l"] == pytest.approx(1)
+    assert "1 captions have no reference" in caplog.text
+
+
+def test_a_caption_without_its_references_is_refused() -> None:
+    with pytest.raises(ValueError, match="'ball'"):
+        score({"ball": "a ball", **MAT}, MAT_REFERENCE)
+
+
+def test_nothing_is_printed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    score({1: "a b c d", 2: "w x y z"}, {1: ["a b c d"], 2: ["w x y z"]})
+    assert capsys.readouterr() == ("", "") and caplog.text == ""
+
+
+def test_neither_java_nor_downloaded_data_is_needed(tmp_path: Path) -> None:
+    source = Path(captions.__file__).parents[1]
+    program = "from panollava.captions import score; print(score({1: 'a b', 2: 'c'}, "
+    program += "{1: ['a b'], 2: ['c']})['cider_d'])"
+    bare = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(source), "NLTK_DATA": ""}
+    keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=bare | keep
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) > 0
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="Stanford's tokenizer needs Java")
+@pytest.mark.skipif(not (SHARED / "quic360_full").is_dir(), reason="needs QuIC-360's rows")
+def test_tokens_agree_with_stanfords_on_real_annotations(tmp_path: Path) -> None:
+    with (SHARED / "quic360_full" / "test.csv").open(encoding="utf-8", newline="") as file:
+        texts = [" ".join(row["annotation"].split()) for row in csv.DictReader(file)]
+    texts = [text for text in texts if text]
+    (tmp_path / "captions.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    [folder] = pycocoevalcap.__path__
+    [jar] = (Path(folder) / "tokenizer").glob("stanford-corenlp-*.jar")
+    main = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), *main, "captions.txt"]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    lines = output.decode("utf-8").splitlines()
+    punctuation = captions._PUNCTUATION - {".."}
+    theirs = [[token for token in line.split() if token not in punctuation] for line in lines]
+    assert len(theirs) == len(texts) == 6243
+    same = sum(a == tokenize(text) for a, text in zip(theirs, texts, strict=True))
+    assert same / len(texts) > 0.995
+    print(f"{same} of {len(texts)} agree")  # noqa: T201

@@ -1,0 +1,217 @@
+"""What a user finds on the console and in the log file."""
+
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+from panollava import logs
+from panollava.errors import UserError
+
+log = logging.getLogger("panollava.test")
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """`code` in a new process; the log goes to `folder`."""
+    head = f"""
+        import logging, sys, warnings
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(logs.__file__).parents[1])!r})
+        from panollava import logs
+        from panollava.errors import UserError
+        log = logging.getLogger("panollava.test")
+        folder = Path({str(folder)!r})
+    """
+    program = textwrap.dedent(head) + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def only_log(folder: Path) -> str:
+    [path] = folder.iterdir()
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_file_is_named_after_the_stage_and_the_time(tmp_path: Path) -> None:
+    with logs.start("stage1_vision", tmp_path / "logs") as path:
+        pass
+    assert re.fullmatch(r"stage1_vision_\d{8}_\d{6}\.log", path.name)
+    assert path.parent == tmp_path / "logs"
+
+
+def test_messages_go_to_the_console_plain_and_to_the_file_with_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logs.start("prepare", tmp_path) as path:
+        log.info("8 panoramas")
+        log.warning("one is dark")
+    assert capsys.readouterr().err == f"log: {path}\n8 panoramas\nwarning: one is dark\n"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"[\d-]{10} [\d:,]{12} INFO panollava.test: 8 panoramas", lines[-2])
+
+
+def test_after_the_block_nothing_is_logged_or_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
+    root, library = logging.getLogger(), logging.getLogger("transformers")
+    before = (root.level, list(root.handlers), type(library), warnings.showwarning)
+    with logs.start("prepare", tmp_path) as path:
+        pass
+    assert (root.level, list(root.handlers), type(library), warnings.showwarning) == before
+    capsys.readouterr()
+    log.error("late")
+    assert "late" not in path.read_text(encoding="utf-8") + capsys.readouterr().err
+
+
+def test_runs_in_the_same_second_have_files_of_their_own(tmp_path: Path) -> None:
+    paths = [logs._create(tmp_path, "prepare") for _ in range(20)]
+    threads = [
+        threading.Thread(target=lambda: paths.append(logs._create(tmp_path, "prepare")))
+        for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == len(list(tmp_path.iterdir())) == 40
+
+
+def test_libraries_imported_later_write_to_the_same_file(tmp_path: Path) -> None:
+    result = run(
+        """
+        with logs.start("train", folder):
+            import pytorch_lightning
+            from transformers.utils import logging as theirs
+            theirs.get_logger("transformers.modeling").warning("odd weights")
+            logging.getLogger("pytorch_lightning.trainer").info("GPU available: no")
+            logging.getLogger("pytorch_lightning.trainer").warning("no validation")
+            logging.getLogger("httpx").info("HTTP request")
+        """,
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    text = only_log(tmp_path)
+    for message in ("odd weights", "GPU available: no", "no validation", "HTTP request"):
+        assert text.count(message) == 1
+    # Once each on the console, and nothing but warnings of others.
+    console = result.stderr.splitlines()[1:]
+    assert console == ["warning: odd weights", "warning: no validation"]
+
+
+def test_libraries_imported_before_write_to_the_same_file(tmp_path: Path) -> None:
+    result = run(
+        """
+        import pytorch_lightning
+        from transformers.utils import logging as theirs
+        theirs.get_logger("transformers.modeling")
+        with logs.start("train", folder):
+            theirs.get_logger("transformers.modeling").warning("odd weights")
+            logging.getLogger("pytorch_lightning.trainer").warning("no validation")
+        """,
+        tmp_path,
+    )
+    assert only_log(tmp_path).count("odd weights") == 1
+    assert result.stderr.splitlines()[1:] == ["warning: odd weights", "warning: no validation"]
+
+
+def test_python_warnings_are_logged_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logs.start("train", tmp_path) as path:
+        warnings.simplefilter("always")
+        warnings.warn("deprecated thing", UserWarning, stacklevel=1)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "deprecated" in line]
+    assert line.startswith("warning: UserWarning: deprecated thing (") and __file__ in line
+    assert path.read_text(encoding="utf-8").count("deprecated thing") == 1
+
+
+def test_a_user_error_shows_its_message_last_and_leaves_its_traceback_in_the_file(
+    tmp_path: Path,
+) -> None:
+    result = run(
+        """
+        try:
+            with logs.start("prepare", folder):
+                raise UserError("train.csv: row 3: no picture; remove the row")
+        except UserError:
+            sys.exit(1)
+        """,
+        tmp_path,
+    )
+    message = "train.csv: row 3: no picture; remove the row"
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[1:] == [f"error: {message}"]
+    text = only_log(tmp_path)
+    assert "Traceback" in text and text.splitlines()[-1].endswith(f"ERROR panollava: {message}")
+
+
+def test_a_fault_is_in_the_file_with_its_traceback_and_once_on_the_console(tmp_path: Path) -> None:
+    result = run('with logs.start("prepare", folder): [][1]', tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") == 1
+    assert "IndexError: a fault of the program; report it with" in result.stderr
+    text = only_log(tmp_path)
+    assert text.count("Traceback") == 1 and "IndexError: list index out of range" in text
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_leaving_the_program_is_no_fault(tmp_path: Path, status: int) -> None:
+    result = run(f'with logs.start("prepare", folder): sys.exit({status})', tmp_path)
+    assert result.returncode == status
+    assert "ERROR" not in only_log(tmp_path) and len(result.stderr.splitlines()) == 1
+
+
+def test_messages_stand_above_progress_bars(tmp_path: Path) -> None:
+    result = run(
+        """
+        from tqdm import tqdm
+        with logs.start("prepare", folder):
+            for i in tqdm(range(20), desc="views", mininterval=0):
+                if i % 5 == 2:
+                    log.info("message %d", i)
+        """,
+        tmp_path,
+    )
+    seen = re.split(r"[\r\n]+", result.stderr)
+    for i in (2, 7, 12, 17):
+        assert f"message {i}" in seen, result.stderr
+    assert any(line.startswith("views: 100%") for line in seen)
+    assert "views" not in only_log(tmp_path)
+
+
+def test_a_malformed_message_of_a_library_does_not_stop_the_run(tmp_path: Path) -> None:
+    result = run(
+        """
+        with logs.start("train", folder):
+            logging.getLogger("transformers.x").warning("no place for it", FutureWarning)
+            log.info("goes on")
+        """,
+        tmp_path,
+    )
+    assert result.returncode == 0 and "goes on" in only_log(tmp_path)
+
+
+def test_tables_align_words_left_and_numbers_right() -> None:
+    rows = [("encoder", "trains", "92,884,224"), ("projector", "frozen", "0")]
+    assert logs.table(rows, header=("part", "", "parameters")) == (
+        "part               parameters\n"
+        "encoder    trains  92,884,224\n"
+        "projector  frozen           0"
+    )
+    assert logs.table([], header=("a", "b")) == "a  b"
+
+
+def test_a_table_with_a_short_row_is_refused() -> None:
+    with pytest.raises(ValueError):
+        logs.table([("a",)], header=("a", "b"))
+
+
+def test_user_errors_are_raised_again(tmp_path: Path) -> None:
+    with pytest.raises(UserError), logs.start("prepare", tmp_path):
+        raise UserError("x")

@@ -1,0 +1,171 @@
+"""Promises of the packed model, on small real towers."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from panollava.config import Model, Settings, load_settings
+from panollava.dialogue import Dialogue, pack
+from panollava.errors import UserError
+from panollava.generate import answer
+from panollava.model import PanoLLaVA, build_model
+
+ROWS = [
+    [("what", "the red box"), ("where", "left ."), ("what is", "a green ball")],
+    [("where is the ball", "right")],
+]
+
+
+def settings_for(towers: Path) -> Settings:
+    settings = load_settings(ROOT / "params.yaml")
+    model = dataclasses.replace(
+        settings.model,
+        encoder=dataclasses.replace(settings.model.encoder, path=str(towers / "encoder")),
+        language_model=dataclasses.replace(
+            settings.model.language_model, path=str(towers / "language_model")
+        ),
+    )
+    views = dataclasses.replace(settings.views, size=32)
+    return dataclasses.replace(settings, model=model, views=views)
+
+
+@pytest.fixture(scope="module")
+def built(towers: Path) -> tuple[PanoLLaVA, Dialogue]:
+    settings = settings_for(towers)
+    model, tokenizer = build_model(settings.model, settings.views, seed=0)
+    return model.eval(), Dialogue(tokenizer, 64)
+
+
+def loss_of(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor, rows: list) -> torch.Tensor:
+    """Packed loss, summed."""
+    tokenized = [[dialogue.row(*row) for row in own] for own in rows]
+    features = model.features(views)
+    tokens = model.vision_tokens(features).shape[1]
+    packed = pack(dialogue.prefix, tokens, tokenized, dialogue.pad)
+    return model.loss_sum(features, packed, len(dialogue.prefix))
+
+
+def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -> list[float]:
+    """One row a sequence through transformers' own causal model and its own loss."""
+    losses = []
+    vision = model.vision_tokens(model.features(views))
+    embed = model.language_model.get_input_embeddings()
+    for panorama, own in enumerate(ROWS):
+        for query, text in own:
+            row = dialogue.row(query, text)
+            before = embed(torch.tensor([dialogue.prefix]))
+            after = embed(torch.tensor([row.query + row.answer]))
+            embedded = torch.cat([before, vision[panorama : panorama + 1], after], dim=1)
+            labels = torch.full(embedded.shape[:2], -100)
+            labels[0, -len(row.answer) :] = torch.tensor(row.answer)
+            output = model.language_model(inputs_embeds=embedded, labels=labels)
+            losses.append(float(output.loss) * len(row.answer))
+    return losses
+
+
+def random_views(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_packed_rows_have_the_loss_of_separate_rows(built) -> None:
+    model, dialogue = built
+    views = random_views(2)
+    with torch.no_grad():
+        packed = float(loss_of(model, dialogue, views, ROWS))
+        separate = separate_losses(model, dialogue, views)
+        alone = [float(loss_of(model, dialogue, views[:1], [[row]])) for row in ROWS[0]]
+    assert packed == pytest.approx(sum(separate), abs=1e-5 * len(separate))
+    assert alone == pytest.approx(separate[:3], abs=1e-5)
+
+
+def test_packed_rows_have_the_gradient_of_separate_rows(built) -> None:
+    model, dialogue = built
+    views = random_views(2)
+    parameter = model.projector.weight
+    together = torch.autograd.grad(loss_of(model, dialogue, views, ROWS), parameter)[0]
+    apart = sum(
+        torch.autograd.grad(loss_of(model, dialogue, views[i : i + 1], [[row]]), parameter)[0]
+        for i, own in enumerate(ROWS)
+        for row in own
+    )
+    assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_a_panorama_does_not_depend_on_its_neighbours_in_the_batch(built) -> None:
+    model, _ = built
+    views = random_views(3)
+    with torch.no_grad():
+        together = model.vision_tokens(model.features(views))
+        alone = model.vision_tokens(model.features(views[1:2]))
+    assert torch.allclose(together[1:2], alone, atol=1e-5)
+
+
+def test_a_roll_by_one_stride_is_a_shift_of_the_directions(built) -> None:
+    """The same view seen one stride further is told from before by its direction alone."""
+    model, _ = built
+    features = model.features(random_views(1))
+    rolled = torch.roll(features, 1, dims=1)
+    plain, turned = model.resampler(features), model.resampler(rolled)
+    assert not torch.allclose(plain.roll(16, 1), turned, atol=1e-3)
+    directions = model.resampler.directions
+    model.resampler.directions = torch.roll(directions, 1, dims=0)
+    try:
+        assert torch.allclose(plain.view(1, 8, -1).roll(1, 1).flatten(), model.resampler(rolled).flatten(), atol=1e-5)
+    finally:
+        model.resampler.directions = directions
+
+
+def test_batched_answers_are_those_of_generate_row_by_row(built) -> None:
+    model, dialogue = built
+    features = model.features(random_views(2)).detach()
+    queries = [["what", "where is the red box", "a"], ["where"]]
+    together = answer(model, dialogue, features, queries, max_new_tokens=8)
+    embed = model.language_model.get_input_embeddings()
+    for panorama, own in enumerate(queries):
+        vision = model.vision_tokens(features[panorama : panorama + 1])
+        for query, said in zip(own, together[panorama], strict=True):
+            before = embed(torch.tensor([dialogue.prefix]))
+            after = embed(torch.tensor([dialogue.query(query)]))
+            produced = model.language_model.generate(
+                inputs_embeds=torch.cat([before, vision, after], dim=1),
+                attention_mask=torch.ones(1, before.shape[1] + vision.shape[1] + after.shape[1]),
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=dialogue.stop,
+                pad_token_id=dialogue.pad,
+            )
+            assert said == dialogue.decode(produced[0].tolist())
+
+
+def test_the_start_is_a_function_of_the_seed(towers: Path) -> None:
+    settings = settings_for(towers)
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(seed + 3)  # whatever was drawn before
+        return build_model(settings.model, settings.views, seed)[0].projector.weight
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def replace_model(model: Model, **changes: object) -> Model:
+    return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+
+
+def test_views_of_another_size_than_the_encoder_takes_are_an_error(towers: Path) -> None:
+    settings = settings_for(towers)
+    views = dataclasses.replace(settings.views, size=224)
+    with pytest.raises(UserError, match=r"views.size is 224.*32 x 32"):
+        build_model(settings.model, views)
+
+
+def test_an_unknown_resampler_or_tower_is_an_error(towers: Path) -> None:
+    settings = settings_for(towers)
+    odd = dataclasses.replace(settings.model.resampler, type="perceiver")
+    with pytest.raises(UserError, match=r"unknown resampler 'perceiver'.*mlp"):
+        build_model(replace_model(settings.model, resampler=odd), settings.views)
+    nowhere = dataclasses.replace(settings.model.encoder, path="data/nowhere/encoder")
+    with pytest.raises(UserError, match="data/nowhere/encoder"):
+        build_model(replace_model(settings.model, encoder=nowhere), settings.views)

@@ -1,0 +1,37 @@
+import pytest
+from torch import nn
+
+from panollava.errors import UserError
+from panollava.stage import STAGES, find_stage, freeze_all_but
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
+        self.projector = nn.Linear(3, 2)
+        self.empty = nn.GELU()
+
+
+def test_named_parts_train_and_all_others_are_frozen() -> None:
+    model = Model()
+    table = freeze_all_but(model, ("projector",))
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert all(p.requires_grad for p in model.projector.parameters())
+    assert not model.encoder.training and model.projector.training
+    assert "frozen  9" in table and "trains  8" in table
+
+
+def test_a_name_that_matches_no_parameter_is_an_error() -> None:
+    for name in ("resampler", "empty"):
+        with pytest.raises(UserError, match=name):
+            freeze_all_but(Model(), (name,))
+
+
+def test_an_unknown_stage_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="unknown stage 'finetuning'.*vision, resampler, finetune"):
+        find_stage("finetuning")
+
+
+def test_each_stage_starts_from_the_one_before() -> None:
+    assert [s.starts_from for s in STAGES.values()] == [None, "vision", "resampler"]

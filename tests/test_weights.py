@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from panollava.errors import UserError
+from panollava.weights import load_weights, read_header, save_weights
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, width)
+        self.projector = nn.Linear(width, 2)
+        self.language_model = nn.Linear(2, 2)
+
+
+def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "model_final.safetensors", Model(), Model()
+    header = {"stage": "resampler", "settings": {"views": {"fov": 90.0}}}
+    save_weights(path, one, ("encoder", "projector"), header)
+    assert load_weights(path, other, ("encoder", "projector"), "resampler") == header
+    assert torch.equal(one.encoder.weight, other.encoder.weight)
+    assert not torch.equal(one.language_model.weight, other.language_model.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model_final.safetensors"]
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    model = Model()
+    for name in ("a", "b"):
+        save_weights(tmp_path / name, model, ("encoder",), {"stage": "vision", "b": 1, "a": 2})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_one_part_of_several_can_be_loaded(tmp_path: Path) -> None:
+    path, both = tmp_path / "w", ("encoder", "projector")
+    save_weights(path, Model(), both, {"stage": "resampler"})
+    load_weights(path, Model(), ("encoder",), "resampler", among=both)
+    with pytest.raises(UserError, match="is not part of the model"):
+        load_weights(path, Model(), ("encoder",), "resampler")
+
+
+def test_files_of_another_stage_shape_or_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    save_weights(path, Model(), ("encoder",), {"stage": "vision", "settings": {"size": 64}})
+    with pytest.raises(UserError, match="result of stage 'vision', expected 'resampler'"):
+        load_weights(path, Model(), ("encoder",), "resampler")
+    with pytest.raises(UserError, match=r"shape \(3,\), expected \(4,\)"):
+        load_weights(path, Model(width=4), ("encoder",), "vision")
+    with pytest.raises(UserError, match=r"projector.* is missing"):
+        load_weights(path, Model(), ("encoder", "projector"), "vision")
+
+
+def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        read_header(tmp_path / "nowhere")
+    path = tmp_path / "w"
+    save_weights(path, Model(), ("encoder",), {"stage": "vision"})
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="w: damaged"):
+        read_header(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not written by PanoLLaVA"):
+        read_header(path)
