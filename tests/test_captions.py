@@ -67,7 +67,7 @@ def test_every_reference_counts() -> None:
 def test_the_result_names_the_tokenizer_and_the_number_of_captions() -> None:
     scores = score(MAT, MAT_REFERENCE)
     assert scores["captions"] == 1
-    assert str(scores["tokenizer"]).startswith("nltk 3.") and "Tokenizer" in scores["tokenizer"]
+    assert str(scores["tokenizer"]).startswith("nltk 3.")
 
 
 def test_case_and_punctuation_do_not_count() -> None:
@@ -176,4 +176,3 @@ def test_tokens_agree_with_stanfords_on_real_annotations(tmp_path: Path) -> None
     assert len(theirs) == len(texts) == 6243
     same = sum(a == tokenize(text) for a, text in zip(theirs, texts, strict=True))
     assert same / len(texts) > 0.995
-    print(f"{same} of {len(texts)} agree")  # noqa: T201

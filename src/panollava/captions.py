@@ -3,7 +3,8 @@ them. What the model answers, and to which queries, is `evaluate`'s.
 
 The field's tokenizer, Stanford's PTBTokenizer, needs Java. Here NLTK's Penn Treebank tokenizer
 takes its place: on the 6,243 annotations of QuIC-360's test split it gives the same tokens for
-99.7%. What differs is mostly slashes, hyphens and words run together."""
+99.6% of them (what differs is mostly slashes, hyphens and words run together). The first annotation
+of each of its 1,169 queries, scored against the others, has the same scores to 0.0001."""
 
 import logging
 import re
@@ -85,15 +86,14 @@ def score(
         scores["cider_d"] = float(cider)
     else:
         log.warning(
-            "cider_d is left out: it weighs words by how few captions they occur in, and all %d "
-            "captions have the same references",
-            len(theirs),
+            "cider_d is left out: it weighs words by how few captions have them in their "
+            "references, and here all captions have the same ones"
         )
     return scores
 
 
 def _joined(texts: list[str]) -> list[str]:
-    """Tokens joined by spaces, which pycocoevalcap splits at; texts without a token are left out."""
+    """Tokens joined by spaces, which pycocoevalcap splits at; texts without any are left out."""
     return [" ".join(tokens) for tokens in map(tokenize, texts) if tokens]
 
 

@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", _evaluate, "answer every query of a split, and score the answers")
     add("digest", _digest, "write the digest of the code that each pipeline stage runs")
     add("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)")
-    add("demo-towers", _demo_towers, "pretrain the demo's towers (in data/demo)")
+    add("demo-encoder", _demo_encoder, "pretrain the demo's encoder (in data/demo)")
+    add("demo-language-model", _demo_language_model, "pretrain its language model (in data/demo)")
     return parser
 
 
@@ -92,12 +93,21 @@ def _digest(options: argparse.Namespace) -> None:
 
 
 def _demo_scenes(options: argparse.Namespace) -> None:
-    from panollava.demo.scenes import load_demo_settings, make_scenes
+    from panollava.demo.dataset import make_scenes
+    from panollava.demo.settings import load_demo_settings
 
     make_scenes(load_demo_settings(paths.PARAMS), Path("."))
 
 
-def _demo_towers(options: argparse.Namespace) -> None:
-    from panollava.demo.towers import load_demo_settings, make_towers
+def _demo_encoder(options: argparse.Namespace) -> None:
+    from panollava.demo.encoder import make_encoder
+    from panollava.demo.settings import load_demo_settings
 
-    make_towers(load_demo_settings(paths.PARAMS), Path("towers"))
+    make_encoder(load_demo_settings(paths.PARAMS), Path("towers/encoder"))
+
+
+def _demo_language_model(options: argparse.Namespace) -> None:
+    from panollava.demo.language import make_language_model
+    from panollava.demo.settings import load_demo_settings
+
+    make_language_model(load_demo_settings(paths.PARAMS), Path("towers/language_model"))

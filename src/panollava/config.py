@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -132,6 +132,16 @@ def load_settings(path: Path, only: tuple[str, ...] | None = None) -> Settings:
     Raises:
         UserError: no file, no YAML, an unknown, missing or mistyped key, a value of another type.
     """
+    settings = read(Settings, path)
+    return settings if only is None else _Restricted(settings, only)  # type: ignore[return-value]
+
+
+Kind = TypeVar("Kind")
+
+
+def read(kind: type[Kind], path: Path) -> Kind:
+    """Read a YAML file into a dataclass, every key checked. Raises UserError, see
+    `load_settings`."""
     try:
         # YAML 1.2: `3e-05`, as DVC writes it, is a number there and a string in YAML 1.1.
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -142,8 +152,7 @@ def load_settings(path: Path, only: tuple[str, ...] | None = None) -> Settings:
         ) from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    settings = _build(Settings, tree, "", path)
-    return settings if only is None else _Restricted(settings, only)  # type: ignore[return-value]
+    return _build(kind, tree, "", path)
 
 
 def _build(kind: Any, value: Any, key: str, path: Path) -> Any:

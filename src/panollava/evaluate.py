@@ -89,7 +89,9 @@ def summarise(
         swapped = score(answers["swapped"], references)
         swapped = {name: value for name, value in swapped.items() if isinstance(value, float)}
         metrics["swapped"] = swapped
-        metrics["grounding_gap"] = {name: metrics[name] - value for name, value in swapped.items()}
+        metrics["grounding_gap"] = {
+            name: metrics[name] - value for name, value in swapped.items() if name in metrics
+        }
     return metrics
 
 

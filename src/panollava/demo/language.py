@@ -1,0 +1,186 @@
+"""The demo's language model: Qwen2's architecture, pretrained to answer from what stands before.
+
+Where the panorama's tokens will be, it reads context tokens: sums of word embeddings that state
+the scene's facts, in any order, repeated, and among tokens that say nothing of them. A model
+that has learned from text alone and is then frozen can't use such a prefix."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell, vocabulary
+from panollava.demo.scenes import Scene, make_scene
+from panollava.demo.settings import DemoSettings
+from panollava.dialogue import Dialogue, pack
+from panollava.generate import answer as generate
+from panollava.model import PanoLLaVA
+
+log = logging.getLogger(__name__)
+
+CONTEXT = 128  # tokens of a panorama: eight views of 4 x 4
+_WIDTH = 128
+_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant"]
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_language_model(settings: DemoSettings, folder: Path) -> None:
+    """Pretrain the language model, and save it and its tokenizer as `from_pretrained` reads
+    them, with how often it is right given the true context."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    tokenizer = make_tokenizer()
+    own = settings.language_model
+    model = with_context(_model(len(tokenizer), tokenizer))
+    dialogue = Dialogue(tokenizer, 128)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=own.lr, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, own.lr, total_steps=own.steps, pct_start=0.1
+    )
+    bar = tqdm(range(own.steps), desc="language model")
+    for step in bar:
+        random = np.random.default_rng((settings.stream("language_model"), step))
+        first = step * own.batch_size
+        scenes = [
+            make_scene(settings.stream("language_model"), first + i) for i in range(own.batch_size)
+        ]
+        loss = _loss(model, dialogue, scenes, own.noise, random)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    report = {"loss": round(loss.item(), 4), "right": _right(model, dialogue, settings)}
+    log.info("given the true context: %s", report)
+    model.language_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, marks and line ends, with ChatML's template."""
+    words = [*_SPECIAL, *vocabulary()]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    pieces = Regex(r"\n|\w+|[^\w\s]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = _TEMPLATE
+    return fast
+
+
+def _model(vocabulary_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=vocabulary_size,
+        hidden_size=_WIDTH,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def with_context(language_model: nn.Module) -> PanoLLaVA:
+    """The language model behind parts that pass context tokens on as they are."""
+    return PanoLLaVA(nn.Identity(), nn.Identity(), nn.Identity(), language_model, pool=1)
+
+
+def _loss(
+    model: PanoLLaVA,
+    dialogue: Dialogue,
+    scenes: list[Scene],
+    noise: float,
+    random: np.random.Generator,
+) -> Tensor:
+    context = context_tokens(model, dialogue, scenes, noise, random)
+    asked = [
+        [dialogue.row(query, text) for _, query, text in rows(scene, "", 1, int(seed))]
+        for scene, seed in zip(scenes, random.integers(1 << 31, size=len(scenes)), strict=True)
+    ]
+    packed = pack(dialogue.prefix, CONTEXT, asked, dialogue.pad)
+    return model.loss_sum(context, packed, len(dialogue.prefix)) / len(packed.labels)
+
+
+def context_tokens(
+    model: PanoLLaVA,
+    dialogue: Dialogue,
+    scenes: list[Scene],
+    noise: float,
+    random: np.random.Generator,
+) -> Tensor:
+    """(scenes, CONTEXT, width): each object stands at one to eight places, the kind of scene at
+    most others, and the rest is noise."""
+    facts = [_place_facts(scene, random) for scene in scenes]
+    ids = dialogue.tokenizer.get_vocab()
+    longest = max(len(words) for own in facts for words in own)
+    index = torch.tensor(
+        [[[ids[w] for w in words] + [0] * (longest - len(words)) for words in own] for own in facts]
+    )
+    known = (index != ids["<pad>"]).unsqueeze(-1)
+    summed = (model.embed(index) * known).sum(dim=2)
+    norm = summed.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    normed = summed / norm * _WIDTH**0.5
+    noises = torch.from_numpy(random.standard_normal(normed.shape).astype(np.float32))
+    return normed + noise * noises
+
+
+def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
+    """The words of each context token."""
+    tokens: list[list[str]] = [[scene.kind] for _ in range(CONTEXT)]
+    silent = random.integers(0, CONTEXT // 2)
+    order = random.permutation(CONTEXT)
+    for at in order[:silent]:
+        tokens[at] = []
+    at = silent
+    for item in scene.objects:
+        words = [item.color, item.shape, item.direction]
+        if item is scene.largest:
+            words.append("largest")
+        for _ in range(random.integers(1, 9)):
+            tokens[order[at]] = words
+            at += 1
+    return tokens
+
+
+def _right(model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, count: int = 50) -> float:
+    """The share of answers that are one of the true ones, word by word."""
+    random = np.random.default_rng(settings.stream("probe"))
+    scenes = [make_scene(settings.stream("probe"), index) for index in range(count)]
+    model.eval()
+    with torch.no_grad():
+        noise = settings.language_model.noise
+        context = context_tokens(model, dialogue, scenes, noise, random)
+    queries = [[spell(query) for query in QUERIES.values()] for _ in scenes]
+    said = generate(model, dialogue, context, queries, max_new_tokens=48)
+    right = [
+        text in {spell(answer(scene, topic, template)) for template in range(TEMPLATES)}
+        for scene, own in zip(scenes, said, strict=True)
+        for topic, text in zip(QUERIES, own, strict=True)
+    ]
+    return round(sum(right) / len(right), 4)

@@ -1,0 +1,139 @@
+"""Questions about a scene, their answers in words, and the facts read back out of an answer."""
+
+import re
+
+import numpy as np
+
+from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Object, Scene
+
+NUMBERS = ("no", "one", "two", "three", "four")
+PLACES = {  # how a direction is said
+    "front": ("in front", "ahead"),
+    "right": ("on the right", "to the right"),
+    "behind": ("behind", "at the back"),
+    "left": ("on the left", "to the left"),
+}
+QUERIES = {
+    "scene": "what kind of place is this ?",
+    "colors": "which colors do the objects have ?",
+    **{direction: f"what is {PLACES[direction][0]} ?" for direction in DIRECTIONS},
+    "count": "how many objects are there ?",
+    "largest": "which object is the largest ?",
+    "around": "what is all around ?",
+}
+TEMPLATES = 3  # ways to say every answer
+
+
+def answer(scene: Scene, topic: str, template: int) -> str:
+    """The true answer to a query of QUERIES, said in one of TEMPLATES ways."""
+    if topic == "scene":
+        where = "indoors" if scene.indoors else "outdoors"
+        return (
+            f"this is a {scene.kind} , {where} .",
+            f"it is a {scene.kind} , {where} .",
+            f"a {scene.kind} , seen {where} .",
+        )[template]
+    if topic == "colors":
+        colors = _listed([name for name in COLORS if name in {o.color for o in scene.objects}])
+        return (
+            f"the objects are {colors} .",
+            f"the colors are {colors} .",
+            f"they are {colors} .",
+        )[template]
+    if topic == "count":
+        number = NUMBERS[len(scene.objects)]
+        noun = "object" if len(scene.objects) == 1 else "objects"
+        verb = "is" if len(scene.objects) == 1 else "are"
+        return (
+            f"there {verb} {number} {noun} .",
+            f"one can see {number} {noun} ." if number != "one" else "one can see one object .",
+            f"{number} {noun} {verb} in the {scene.kind} .",
+        )[template]
+    if topic == "largest":
+        largest = scene.largest
+        place = PLACES[largest.direction][0]
+        return (
+            f"the largest is the {_named(largest)} {place} .",
+            f"it is the {_named(largest)} {place} .",
+            f"the {_named(largest)} {place} is the largest .",
+        )[template]
+    if topic == "around":
+        said = [
+            f"{PLACES[direction][template > 0]} {_article(item)}"
+            for direction in DIRECTIONS
+            if (item := scene.at(direction)) is not None
+        ]
+        return f"{' , '.join(said)} ."
+    item = scene.at(topic)
+    thing = "nothing" if item is None else _article(item)
+    one, other = PLACES[topic]
+    return (
+        f"{one} there is {thing} .",
+        f"{other} there is {thing} .",
+        f"{one} one can see {thing} .",
+    )[template]
+
+
+def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str, str, str]]:
+    """`references` answers to every query, no two of them said alike; `choice` seeds which."""
+    random = np.random.default_rng(choice)
+    return [
+        (url, spell(query), spell(answer(scene, topic, int(template))))
+        for topic, query in QUERIES.items()
+        for template in random.permutation(TEMPLATES)[:references]
+    ]
+
+
+def spell(words: str) -> str:
+    """Words and marks between spaces, as one writes them."""
+    return re.sub(r" ([,.?])", r"\1", words)
+
+
+def parse(text: str) -> dict[str, object]:
+    """Facts that an answer states: scene kind, colors, count, and objects with their places."""
+    words = re.findall(r"\w+", text)
+    found: dict[str, object] = {
+        "kind": next((word for word in words if word in KINDS), None),
+        "colors": {word for word in words if word in COLORS},
+        "objects": [
+            match
+            for match in re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text)
+        ],
+        "places": {
+            direction
+            for direction, said in PLACES.items()
+            if any(place in text for place in said)
+        },
+        "around": _around(text),
+    }
+    number = re.search(rf"({'|'.join(NUMBERS)}) objects?\b", text)
+    found["count"] = NUMBERS.index(number[1]) if number else None
+    return found
+
+
+def _around(text: str) -> dict[str, tuple[str, str]]:
+    """Direction -> (color, shape), from an answer to `around`."""
+    places = {place: direction for direction, said in PLACES.items() for place in said}
+    pattern = rf"({'|'.join(places)}) an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+    return {places[place]: (color, shape) for place, color, shape in re.findall(pattern, text)}
+
+
+def vocabulary() -> list[str]:
+    """All words of all queries and answers, sorted."""
+    fixed = {"there are is no", "one can see", "objects object .", "this it is a , seen place"}
+    text = " ".join([*QUERIES.values(), *fixed, *COLORS, *SHAPES, *KINDS, *NUMBERS, "front"])
+    said = " ".join(place for both in PLACES.values() for place in both)
+    more = "the they colors are and nothing an indoors outdoors largest in at to on back ahead"
+    return sorted(set(f"{text} {said} {more}".split()))
+
+
+def _named(item: Object) -> str:
+    return f"{item.color} {item.shape}"
+
+
+def _article(item: Object) -> str:
+    return f"{'an' if item.color[0] in 'aeiou' else 'a'} {_named(item)}"
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{' , '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,56 @@
+"""The demo's own settings, `data/demo/params.yaml`, and what its two towers have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from panollava.config import Views, read
+
+# Streams of scenes that share nothing: scene i of a stream is made from (seed, stream, i).
+STREAMS = {"train": 0, "valid": 1, "test": 2, "encoder": 3, "language_model": 4, "probe": 5}
+
+VIEWS = Views(
+    strategy="e2p", size=64, fov=90.0, overlap=0.5, pitch=0.0, global_view=False
+)  # what the encoder learns to see
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    train: int
+    valid: int
+    test: int
+    references: int
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    scenes: int
+    steps: int
+    batch_size: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    steps: int
+    batch_size: int
+    lr: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    seed: int
+    threads: int
+    height: int
+    scenes: SceneSettings
+    encoder: EncoderSettings
+    language_model: LanguageSettings
+
+    def stream(self, name: str) -> int:
+        """The seed of a stream of scenes."""
+        return self.seed * len(STREAMS) + STREAMS[name]
+
+
+def load_demo_settings(path: Path) -> DemoSettings:
+    """Raises UserError for anything but a valid file."""
+    return read(DemoSettings, path)

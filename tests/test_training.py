@@ -1,0 +1,256 @@
+"""Promises of the training stages, on small real towers, with real Lightning and real files."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file
+from test_model import settings_for
+
+from panollava import lit, paths
+from panollava.config import Settings
+from panollava.errors import UserError
+from panollava.evaluate import evaluate
+from panollava.features import write_features
+from panollava.prepare import prepare
+from panollava.stage import find_stage
+from panollava.train import train
+
+
+def change(settings: Settings, **changes: Any) -> Settings:
+    """`stage__vision__lr=1` sets settings.stage.vision.lr."""
+    for name, value in changes.items():
+        first, _, rest = name.partition("__")
+        part = getattr(settings, first)
+        settings = dataclasses.replace(
+            settings, **{first: change(part, **{rest: value}) if rest else value}
+        )
+    return settings
+
+
+@pytest.fixture
+def settings(
+    towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Settings]:
+    """A folder in which prepare has run."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    settings = change(
+        settings_for(towers),
+        data__dir=str(small_data),
+        stage__vision__batch_size=3,
+        stage__resampler__batch_size=4,
+        stage__resampler__epochs=3,
+        stage__finetune__batch_size=4,
+        stage__resampler__max_text_length=99,
+        stage__finetune__max_text_length=99,
+        trainer__log_every=1,
+        trainer__save_every=1,
+    )
+    prepare(settings.data, settings.views, paths.PREPARED, Path("."))
+    yield settings
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def run(name: str, settings: Settings) -> None:
+    train(find_stage(name), settings)
+
+
+def weights(stage: str) -> dict[str, torch.Tensor]:
+    return load_file(paths.weights_file(stage))
+
+
+def curve(stage: str, name: str) -> list[float]:
+    lines = (paths.curves_folder(stage) / f"plots/metrics/{name}.tsv").read_text().splitlines()
+    return [float(line.split("\t")[1]) for line in lines[1:]]
+
+
+def outputs(stage: str) -> dict[str, bytes]:
+    """All that DVC records of a stage."""
+    return {
+        str(path): path.read_bytes()
+        for folder in (paths.run_folder(stage), paths.curves_folder(stage))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Settings) -> None:
+    settings = change(settings, stage__resampler__epochs=8, stage__finetune__epochs=4)
+    run("vision", settings)
+    run("resampler", settings)
+    write_features(settings)
+    run("finetune", settings)
+    evaluate(settings)
+    assert {k.split(".")[0] for k in weights("vision")} == {"encoder"}
+    for stage in ("resampler", "finetune"):
+        assert {k.split(".")[0] for k in weights(stage)} == {"encoder", "resampler", "projector"}
+        losses = curve(stage, "val/loss")
+        assert losses[-1] < losses[0]
+    resampler, finetune = weights("resampler"), weights("finetune")
+    for name, value in resampler.items():
+        same = torch.equal(value, finetune[name])
+        assert same == name.startswith("encoder."), name
+    assert not torch.equal(weights("vision")["encoder.tower.post_layernorm.weight"], resampler["encoder.tower.post_layernorm.weight"])
+    metrics = json.loads(paths.EVALUATION.read_text())
+    assert metrics["captions"] == 6 and metrics["panoramas"] == 3
+    for name in ("loss", "learning_rate", "gradient_norm"):
+        assert curve("resampler", f"train/{name}")
+    for name in ("invariance", "variance", "covariance"):
+        assert curve("vision", f"train/{name}")
+    assert (paths.speed_folder("vision") / "plots/metrics/rows_per_second.tsv").is_file()
+
+
+def test_features_are_what_the_encoder_gives(settings: Settings) -> None:
+    """Finetuning from features has the loss of finetuning from views."""
+    import numpy as np
+
+    from panollava.model import build_model
+    from panollava.weights import load_weights
+
+    run("vision", settings)
+    run("resampler", settings)
+    write_features(settings)
+    model, _ = build_model(settings.model, settings.views)
+    stage = find_stage("resampler")
+    load_weights(paths.weights_file("resampler"), model, stage.saves, "resampler")
+    for split in ("train", "valid", "test"):
+        views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
+        expected = model.eval().features(views)
+        assert torch.allclose(torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy")), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["vision", "resampler"])
+def test_a_step_in_parts_is_the_same_step(settings: Settings, stage: str) -> None:
+    run("vision", change(settings, stage__vision__epochs=0))
+    results = []
+    for parts in (1, 3):
+        run(stage, change(settings, **{f"stage__{stage}__accumulate": parts}))
+        results.append((weights(stage), curve(stage, "train/loss")))
+    (one, losses), (three, others) = results
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert losses[0] != losses[-1]
+    for name, value in one.items():
+        assert torch.allclose(value, three[name], atol=2e-5), name
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+@pytest.mark.parametrize("moment", ["on_train_batch_end", "on_validation_start", "on_validation_end"])
+@pytest.mark.parametrize("stage", ["vision", "resampler"])
+def test_a_killed_stage_goes_on_to_the_same_bytes(
+    settings: Settings, stage: str, moment: str, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    settings = change(settings, stage__vision__epochs=2)
+    run("vision", settings)
+    run(stage, settings)
+    expected = outputs(stage)
+    for attempt in range(4):
+        shutil.rmtree(paths.RESUME)
+        left = attempt
+
+        def die(*_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lit.Speed, moment, die, raising=False)
+            with pytest.raises((Killed, SystemExit)):
+                for _ in range(3):
+                    run(stage, settings)
+                raise SystemExit
+        with caplog.at_level(logging.INFO):
+            run(stage, settings)
+        assert outputs(stage) == expected
+    assert "goes on from step" in caplog.text
+
+
+def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:
+    run("vision", settings)
+    with caplog.at_level(logging.INFO):
+        run("vision", change(settings, stage__vision__lr=1e-3))
+    assert "goes on" not in caplog.text and "the work of another run" in caplog.text
+    assert len(list(paths.RESUME.iterdir())) == 1
+
+
+def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -> None:
+    run("vision", settings)
+    views = paths.PREPARED / "train/views.npy"
+    changed = bytearray(views.read_bytes())
+    changed[-1] ^= 1
+    views.write_bytes(changed)
+    with caplog.at_level(logging.INFO):
+        run("vision", settings)
+    assert "goes on" not in caplog.text
+
+
+def test_a_truncated_progress_file_is_named(settings: Settings) -> None:
+    run("vision", settings)
+    progress = next(paths.RESUME.glob("vision-*/progress.ckpt"))
+    progress.write_bytes(progress.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"progress.ckpt: damaged"):
+        run("vision", settings)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*learning rate"):
+        run("vision", change(settings, stage__vision__lr=1e25, stage__vision__epochs=5))
+    assert not paths.weights_file("vision").exists()
+
+
+def test_checkpoints_hold_no_path_and_no_frozen_part(settings: Settings, tmp_path: Path) -> None:
+    run("vision", settings)
+    run("resampler", settings)
+    (file,) = (paths.run_folder("resampler") / "checkpoints").iterdir()
+    best = min(curve("resampler", "val/loss"))
+    assert file.name.endswith(f"-val_loss={best:.3f}.ckpt") and file.name.startswith("epoch=0")
+    assert str(tmp_path).encode() not in file.read_bytes()
+    saved = torch.load(file, weights_only=True)
+    assert saved["optimizer_states"] and saved["global_step"]
+    assert not any("language_model" in name for name in saved["state_dict"])
+
+
+def test_the_best_epochs_are_kept(settings: Settings) -> None:
+    run("vision", settings)
+    run("resampler", change(settings, trainer__keep_checkpoints=2))
+    kept = sorted(p.name for p in (paths.run_folder("resampler") / "checkpoints").iterdir())
+    losses = curve("resampler", "val/loss")
+    order = sorted(range(len(losses)), key=losses.__getitem__)[:2]
+    assert kept == sorted(f"epoch={e:02d}-val_loss={losses[e]:.3f}.ckpt" for e in order)
+
+
+def test_no_epochs_pass_the_start_on(settings: Settings) -> None:
+    run("vision", change(settings, stage__vision__epochs=0))
+    encoder = settings_for  # the pretrained tower itself
+    from panollava.encoder import load_encoder
+
+    own = load_encoder(settings.model.encoder, settings.views.size).state_dict()
+    assert encoder and all(torch.equal(v, own[k.removeprefix("encoder.")]) for k, v in weights("vision").items())
+
+
+def test_a_stage_does_not_start_from_another_s_result(settings: Settings) -> None:
+    run("vision", change(settings, stage__vision__epochs=0))
+    run("resampler", settings)
+    paths.weights_file("vision").write_bytes(paths.weights_file("resampler").read_bytes())
+    with pytest.raises(UserError, match="result of stage 'resampler', expected 'vision'"):
+        run("resampler", settings)
+
+
+def test_lightning_is_what_trains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fit = pl.Trainer.fit
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *a, **k: seen.append(a) or fit(*a, **k))
+    run("vision", settings)
+    assert len(seen) == 1
