@@ -51,10 +51,10 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     pieces = special + alphabet + ["Ġ" + word for word in WORDS] + WORDS
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     from tokenizers import decoders
 
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -119,6 +119,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             save_panorama(folder / name, seed)
             seed += 1
             for row in range(1 + index % 4):
-                rows.append((name, WORDS[row], f"the {WORDS[5 + index % 3]} box is {WORDS[11 + row]}."))
+                rows.append(
+                    (name, WORDS[row], f"the {WORDS[5 + index % 3]} box is {WORDS[11 + row]}.")
+                )
         write_rows(folder / f"{split}.csv", rows)
     return folder

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from panollava.config import load_settings
 from panollava.errors import UserError
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import save_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from conftest import save_tokenizer
 from panollava.dialogue import IGNORED, Dialogue, attention_mask, pack
 from panollava.errors import UserError
 
@@ -27,7 +27,10 @@ def test_generation_is_asked_exactly_as_training_asked(tokenizer) -> None:
     dialogue = Dialogue(tokenizer, 64)
     messages = [{"role": "user", "content": "IMAGE\nwhere"}]
     wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(dialogue.prefix) + "IMAGE" + tokenizer.decode(dialogue.query("where")) == wanted
+    assert (
+        tokenizer.decode(dialogue.prefix) + "IMAGE" + tokenizer.decode(dialogue.query("where"))
+        == wanted
+    )
     assert dialogue.row("where", "left").query == dialogue.query("where")
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from panollava.config import Model, Settings, load_settings
 from panollava.dialogue import Dialogue, pack
 from panollava.errors import UserError
@@ -114,7 +114,9 @@ def test_a_roll_by_one_stride_is_a_shift_of_the_directions(built) -> None:
     directions = model.resampler.directions
     model.resampler.directions = torch.roll(directions, 1, dims=0)
     try:
-        assert torch.allclose(plain.view(1, 8, -1).roll(1, 1).flatten(), model.resampler(rolled).flatten(), atol=1e-5)
+        assert torch.allclose(
+            plain.view(1, 8, -1).roll(1, 1).flatten(), model.resampler(rolled).flatten(), atol=1e-5
+        )
     finally:
         model.resampler.directions = directions
 
@@ -143,9 +145,13 @@ def test_batched_answers_are_those_of_generate_row_by_row(built) -> None:
 
 def test_the_start_is_a_function_of_the_seed(towers: Path) -> None:
     settings = settings_for(towers)
+
     def weights(seed: int) -> torch.Tensor:
         torch.rand(seed + 3)  # whatever was drawn before
-        return build_model(settings.model, settings.views, seed)[0].projector.weight
+        return build_model(settings.model, settings.views, seed)[0].projector.get_parameter(
+            "weight"
+        )
+
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, ROOT, SHARED, save_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from conftest import CHATML, ROOT, SHARED, save_tokenizer
 
 MINI = SHARED / "quic360_mini"
 
@@ -71,7 +72,7 @@ def test_the_real_profile_takes_a_step_of_each_stage(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(profile)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for command in ("prepare", "train vision", "train resampler", "features", "train finetune"):
-        run = [sys.executable, ROOT / "src/run.py", *command.split()]
+        run = [sys.executable, str(ROOT / "src/run.py"), *command.split()]
         subprocess.run(run, cwd=tmp_path, env=environment, check=True)
     for stage in ("vision", "resampler", "finetune"):
         metrics = json.loads((tmp_path / f"metrics/{stage}/metrics.json").read_text())

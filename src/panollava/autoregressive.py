@@ -10,7 +10,6 @@ from panollava import paths
 from panollava.config import Settings, TextStage
 from panollava.data import TextBatch, TextReader
 from panollava.dialogue import Dialogue
-from panollava.encoder import encoder_grid
 from panollava.model import build_model
 from panollava.stage import Stage
 
@@ -29,7 +28,7 @@ class Objective(nn.Module):
         self.prefix = len(dialogue.prefix)
         # A frozen encoder has run already: its features are read instead of views.
         self.sees = "encoder" in stage.trains
-        grid = encoder_grid(self.model.encoder, settings.views.size, self.model.pool)
+        directions = self.model.resampler.get_buffer("directions")
         self.readers = {}
         for split in ("train", "valid"):
             views = paths.PREPARED / split / "views.npy"
@@ -38,7 +37,7 @@ class Objective(nn.Module):
                 vision,
                 paths.PREPARED / split / "rows.csv",
                 dialogue,
-                len(self.model.resampler.directions) * grid * grid,
+                directions[..., 0].numel(),
                 own.batch_size,
                 settings.seed,
             )
@@ -65,9 +64,7 @@ class Objective(nn.Module):
         """Rows of a part."""
         return batch.rows
 
-    def step(
-        self, parts: list[TextBatch], backward: Callable[[Tensor], None]
-    ) -> dict[str, Tensor]:
+    def step(self, parts: list[TextBatch], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Leave the gradient of the step's loss, and return the loss."""
         tokens = sum(len(part.packed.labels) for part in parts)
         loss = torch.zeros((), device=parts[0].vision.device)

@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="panollava", description="PanoLLaVA, step by step")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], help: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run, log_name=lambda options: options.command)
         return command
@@ -61,7 +63,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from panollava.prepare import prepare
 
     settings = _settings(("data", "views"))
-    prepare(settings.data, settings.views, paths.PREPARED, Path("."))
+    prepare(settings.data, settings.views, paths.PREPARED, Path())
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -96,7 +98,7 @@ def _demo_scenes(options: argparse.Namespace) -> None:
     from panollava.demo.dataset import make_scenes
     from panollava.demo.settings import load_demo_settings
 
-    make_scenes(load_demo_settings(paths.PARAMS), Path("."))
+    make_scenes(load_demo_settings(paths.PARAMS), Path())
 
 
 def _demo_encoder(options: argparse.Namespace) -> None:

@@ -174,7 +174,8 @@ def _build(kind: Any, value: Any, key: str, path: Path) -> Any:
                 "see params.yaml of the project for its meaning and a value"
             )
         types_ = typing.get_type_hints(kind)
-        return kind(
+        make: Any = kind
+        return make(
             **{name: _build(types_[name], value[name], prefix + name, path) for name in fields}
         )
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -185,8 +186,7 @@ def _build(kind: Any, value: Any, key: str, path: Path) -> Any:
         return float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise UserError(
-            f"{path}: {key}: expected {wanted.__name__}, "
-            f"found {value!r} ({type(value).__name__})"
+            f"{path}: {key}: expected {wanted.__name__}, found {value!r} ({type(value).__name__})"
         )
     return value
 

@@ -60,7 +60,9 @@ def open_array(path: Path) -> NDArray:
 def read_prepared_rows(path: Path) -> pd.DataFrame:
     """Columns panorama, row, url, query, annotation; all text as it stands."""
     try:
-        return pd.read_csv(path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False)
+        return pd.read_csv(
+            path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
 

@@ -96,7 +96,7 @@ class Dialogue:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self) -> tuple[str, str, str, str]:
         """The template's text before the image, between image and query, between query and
@@ -105,9 +105,7 @@ class Dialogue:
         if self.tokenizer.chat_template:
             user = {"role": "user", "content": f"{_IMAGE}\n{_QUERY}"}
             assistant = {"role": "assistant", "content": _ANSWER}
-            rendered = str(
-                self.tokenizer.apply_chat_template([user, assistant], tokenize=False)
-            )
+            rendered = str(self.tokenizer.apply_chat_template([user, assistant], tokenize=False))
         pieces = [rendered]
         for mark in (_IMAGE, _QUERY, _ANSWER):
             head, found, tail = pieces.pop().partition(mark)

@@ -67,8 +67,9 @@ def _decode(
     index = torch.arange(longest, device=device)
     seen = torch.ones(len(asked), prefix, dtype=torch.bool, device=device)
     seen = torch.cat([seen, index < lengths[:, None]], dim=1)
-    causal = torch.cat([torch.ones_like(seen[:1, :prefix]).expand(longest, -1),
-                        index[:, None] >= index], dim=1)
+    causal = torch.cat(
+        [torch.ones_like(seen[:1, :prefix]).expand(longest, -1), index[:, None] >= index], dim=1
+    )
     # A padded position sees the prefix at least, so that its attention is a number.
     mask = (seen[:, None, :] & causal)[:, None]
     hidden = model.hidden_states(
@@ -86,7 +87,11 @@ def _decode(
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
         positions = (prefix + lengths + step)[:, None]
         hidden = model.hidden_states(
-            model.embed(chosen[:, None]), seen[:, None, None], positions, cache=cache, use_cache=True
+            model.embed(chosen[:, None]),
+            seen[:, None, None],
+            positions,
+            cache=cache,
+            use_cache=True,
         )
         last = hidden[:, -1]
     rows = torch.stack(produced, dim=1).tolist()

@@ -57,7 +57,7 @@ class LitStage(pl.LightningModule):
         self.epoch = 0  # that is being trained
         self.epoch_step = 0  # steps done of it
         self.step = 0  # steps done in all
-        self.values: dict[str, float] = {}  # of the last step, for the curves
+        self.values: dict[str, Tensor | float] = {}  # of the last step, for the curves
         self.history: list[tuple[int, dict[str, float]]] = []  # the curves so far
         self.best: list[tuple[float, int]] = []  # (validation loss, epoch), the best first
         self._validation: list[tuple[Tensor, int]] = []
@@ -126,11 +126,11 @@ class LitStage(pl.LightningModule):
             )
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
-        scheduler.step()  # type: ignore[union-attr, call-arg]
+        scheduler.step()  # type: ignore[union-attr]
         self.values = {
-            **{f"train/{name}": value for name, value in result.items()},  # type: ignore[dict-item]
+            **{f"train/{name}": value for name, value in result.items()},
             "train/learning_rate": rate,
-            "train/gradient_norm": norm,  # type: ignore[dict-item]
+            "train/gradient_norm": norm,
         }
         self.step += 1
         self.epoch_step += 1

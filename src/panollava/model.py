@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from panollava import config, sphere, views
 from panollava.dialogue import Packed, attention_mask
@@ -20,12 +25,14 @@ from panollava.resampler import build_resampler
 class PanoLLaVA(nn.Module):
     """Its children are the parts that the stages freeze and train."""
 
+    language_model: PreTrainedModel
+
     def __init__(
         self,
         encoder: nn.Module,
         resampler: nn.Module,
         projector: nn.Module,
-        language_model: nn.Module,
+        language_model: PreTrainedModel,
         pool: int,
     ) -> None:
         super().__init__()

@@ -1,51 +1,59 @@
-"""Where two neighbouring views look the same way, exactly, and the features they have there."""
+"""Where two neighbouring views look the same way, and the features that they have there. Which
+views are neighbours is decided in `views`, what is done with the features in `losses`."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from panollava.errors import UserError
+from panollava.sphere import Array, angles_from_rays
 from panollava.views import Layout
+
+Match = tuple[Array, NDArray[np.bool_]]  # position and mask of one pair of neighbours
 
 
 class Correspondences(NamedTuple):
-    """For each pair of neighbours, what the target sees at the source's tokens."""
+    """For each pair of neighbours, where the target sees the source's tokens."""
 
     source: Tensor  # (pairs,) int64: index of a view
     target: Tensor  # (pairs,) int64
-    position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target's grid, -1..1
+    position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target, -1..1 edge to edge
     mask: Tensor  # (pairs, grid, grid) bool: the target sees the token
 
 
 def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
-    """`exact`: each source token's ray is projected into the target's grid. `naive`: the right
-    half of a view's columns against the left half of the next one's, index by index.
+    """Match the tokens of neighbours in grids of grid x grid tokens a view.
+
+    `exact`: the ray of each source token is projected into the target. `naive`: the right half
+    of a view's columns against the left half of the next one's, index by index, as if overlapping
+    views were a flat panorama cut up; wrong for perspective views, and here to be compared with.
 
     Raises:
-        UserError: unknown mode, or views that share no token.
+        UserError: unknown mode, views that share no token, or naive for views that don't stand
+            side by side.
     """
     if mode not in ("exact", "naive"):
         raise UserError(f"stage.vision.overlap: expected exact or naive, found '{mode}'")
-    found = [_exact(layout, pair, grid) if mode == "exact" else _naive(grid) for pair in layout.neighbours]
+    match = _exact if mode == "exact" else _naive
+    found = [match(layout, pair, grid) for pair in layout.neighbours]
     if not any(mask.any() for _, mask in found):
         raise UserError(
-            "the views share no token, so that the vision stage has nothing to compare: raise "
-            "views.overlap or views.fov, or set stage.vision.epochs to 0"
+            f"the views share no token of their {grid} x {grid}, so that the vision stage has "
+            "nothing to compare: use a strategy of several views, widen views.fov or raise "
+            "views.overlap; or set stage.vision.epochs to 0"
         )
-    pairs = torch.tensor(layout.neighbours)
-    return Correspondences(
-        pairs[:, 0],
-        pairs[:, 1],
-        torch.from_numpy(np.stack([position for position, _ in found])).float(),
-        torch.from_numpy(np.stack([mask for _, mask in found])),
-    )
+    source, target = torch.tensor(layout.neighbours).unbind(dim=1)
+    position = np.stack([position for position, _ in found]).astype(np.float32)
+    mask = np.stack([mask for _, mask in found])
+    return Correspondences(source, target, torch.from_numpy(position), torch.from_numpy(mask))
 
 
-def _exact(layout: Layout, pair: tuple[int, int], grid: int) -> tuple[np.ndarray, np.ndarray]:
-    source, target = (layout.projections[index] for index in pair)
+def _exact(layout: Layout, pair: tuple[int, int], grid: int) -> Match:
+    source, target = (layout.projections[view] for view in pair)
     position, inside = target.position(source.rays(grid, grid))
     # Bilinear reading needs four tokens around it: stay within the centres of the outer ones.
     edge = 0.5 / grid - 1e-9
@@ -53,11 +61,18 @@ def _exact(layout: Layout, pair: tuple[int, int], grid: int) -> tuple[np.ndarray
     return 2 * position - 1, inside
 
 
-def _naive(grid: int) -> tuple[np.ndarray, np.ndarray]:
+def _naive(layout: Layout, pair: tuple[int, int], grid: int) -> Match:
+    _, (one, other) = angles_from_rays(
+        np.concatenate([layout.projections[view].rays(1, 1) for view in pair])
+    )
+    if not np.isclose(one, other).all():
+        raise UserError(
+            "stage.vision.overlap: naive needs views that stand side by side (strategies e2p and "
+            "sliding_window), but these have neighbours above and below; set it to exact"
+        )
     half = grid // 2
     centres = (2 * np.arange(grid) + 1) / grid - 1
-    x = np.roll(centres, grid - half)
-    position = np.stack(np.meshgrid(x, centres), axis=-1)
+    position = np.stack(np.meshgrid(np.roll(centres, grid - half), centres), axis=-1)
     mask = np.zeros((grid, grid), dtype=bool)
     mask[:, grid - half :] = True
     return position, mask
@@ -66,14 +81,18 @@ def _naive(grid: int) -> tuple[np.ndarray, np.ndarray]:
 def matched_tokens(grids: Tensor, pairs: Correspondences) -> tuple[Tensor, Tensor]:
     """Features of the source's tokens, and what the target's grid reads there bilinearly.
 
-    (batch, views, grid, grid, features) -> two of (matches, features)."""
-    batch, _, grid, _, width = grids.shape
-    device = grids.device
-    source = grids[:, pairs.source.to(device)]
-    target = grids[:, pairs.target.to(device)].flatten(0, 1).permute(0, 3, 1, 2)
-    position = pairs.position.to(device, grids.dtype)
+    (batch, views, grid, grid, features) -> two of (matches, features), in order of panorama,
+    pair, row and column. Differentiable in `grids`."""
+    batch, width, device = grids.shape[0], grids.shape[-1], grids.device
+    # Half precision would displace the positions by up to a tenth of a token.
+    dtype = torch.promote_types(grids.dtype, torch.float32)
+    target = grids[:, pairs.target.to(device)].flatten(0, 1).permute(0, 3, 1, 2).to(dtype)
+    position = pairs.position.to(device, dtype)
     position = position.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    # Masked tokens may lie anywhere; border keeps them finite.
     read = functional.grid_sample(target, position, padding_mode="border", align_corners=False)
-    read = read.permute(0, 2, 3, 1).reshape(batch, -1, grid, grid, width)
-    mask = pairs.mask.to(device).expand(batch, -1, -1, -1)
-    return source[mask], read[mask]
+    read = read.permute(0, 2, 3, 1).reshape(batch, -1, width).to(grids.dtype)
+    source = grids[:, pairs.source.to(device)].reshape(batch, -1, width)
+    # An index, made where the mask is, so that a GPU isn't waited for.
+    index = pairs.mask.flatten().nonzero().squeeze(1).to(device)
+    return source[:, index].flatten(0, 1), read[:, index].flatten(0, 1)

@@ -1,12 +1,14 @@
-"""Rows and panoramas into views: each panorama is decoded once, and never again."""
+"""Rows and panoramas into views: each panorama is decoded once, and by no other stage."""
 
+import csv
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import cv2
 import numpy as np
@@ -23,85 +25,108 @@ from panollava.views import Sampler, layout
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prepare(data: config.Data, views: config.Views, out: Path, root: Path) -> None:
-    """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split.
+    """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split. `data.dir` is relative
+    to `root`, the project's folder.
 
     Raises:
-        UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows.
+        UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows;
+            rejects.csv is written all the same.
     """
-    if not Path(data.dir).is_dir():
-        raise UserError(f"data.dir: no folder '{data.dir}'; give one that holds train.csv, ...")
+    folder = root / data.dir
+    _check_settings(data, folder)
     sampler = Sampler(layout(views), views.size)
-    cv2.setNumThreads(1)  # the threads are those that decode
-    pictures: dict[str, set[str]] = {}
+    # All rows are checked before the first picture is opened, which may take an hour.
+    splits = {}
     for split in SPLITS:
-        rows = _prepare_split(split, data, sampler, out / split, root)
+        _clear(out / split)
+        splits[split] = read_rows(folder / f"{split}.csv", root)
+        _check_rejects(folder / f"{split}.csv", *splits[split], out / split, data.max_rejected)
+    cv2.setNumThreads(1)  # the threads are those that decode
+    pictures = {}
+    for split, (rows, rejects) in splits.items():
+        rows, rejects = _write_views(out / split, rows, rejects, sampler, data.workers)
+        _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, data.max_rejected)
+        _write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
         pictures[split] = set(rows["picture"])
-    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        rejected = f"{len(rejects)} rejected" + (f" ({_count(rejects)})" if len(rejects) else "")
+        log.info(
+            "%s: %d rows over %d panoramas, %s", split, len(rows), len(pictures[split]), rejected
+        )
+    for one, other in combinations(SPLITS, 2):
         if shared := pictures[one] & pictures[other]:
-            log.warning("%d pictures are both in %s and in %s", len(shared), one, other)
+            log.warning(
+                "%d pictures are both in %s and in %s, such as %s",
+                *(len(shared), one, other, min(shared).name),
+            )
 
 
-def _prepare_split(
-    split: str, data: config.Data, sampler: Sampler, out: Path, root: Path
-) -> pd.DataFrame:
-    csv = Path(data.dir) / f"{split}.csv"
-    rows, rejects = read_rows(csv, root)
-    total = len(rows) + len(rejects)
+def _check_settings(data: config.Data, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"data.dir: no folder '{folder}'; name one that holds train.csv, valid.csv and test.csv"
+        )
+    if data.workers < 1:
+        raise UserError(f"data.workers: expected at least 1 thread, found {data.workers}")
+    if not 0 <= data.max_rejected <= 1:
+        raise UserError(
+            f"data.max_rejected: expected a share from 0 to 1, found {data.max_rejected}"
+        )
+
+
+def _clear(out: Path) -> None:
+    """Leave nothing of an earlier run that a failed one could be taken for."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = list(dict.fromkeys(rows["picture"]))
-    kept, broken = _write_views(out / "views.npy", paths, sampler, data.workers, split)
-    bad = rows["picture"].isin(list(broken))
-    late = rows[bad].assign(reason=rows[bad]["picture"].map(broken))
-    rejects = pd.concat([rejects, late.drop(columns="picture")]).sort_values("row")
-    rows = rows[~bad].assign(panorama=rows[~bad]["picture"].map(kept))
-    rejects.to_csv(out / "rejects.csv", index=False)
-    _check_rejects(csv, out / "rejects.csv", rejects, total, data.max_rejected)
-    rows[["panorama", "row", *COLUMNS]].to_csv(out / "rows.csv", index=False)
-    log.info(
-        "%s: %d rows over %d panoramas, %d rejected", split, len(rows), len(kept), len(rejects)
-    )
-    return rows
+    for name in ("views.npy", "rows.csv", "rejects.csv"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _write_views(
-    out: Path, paths: list[str], sampler: Sampler, workers: int, split: str
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Write the views of all readable pictures in order; return their places in the array, and
-    what is wrong with the others."""
-    width = sampler.panorama_width
+    out: Path, rows: pd.DataFrame, rejects: pd.DataFrame, sampler: Sampler, workers: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write views.npy: uint8 (panoramas, views, size, size, 3), panoramas in the order of their
+    first rows. Return the rows with their index into it as `panorama`, and all rejects."""
+    paths = list(dict.fromkeys(rows["picture"]))
 
-    def sample(path: str) -> NDArray[np.uint8] | str:
+    def sample(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return sampler.sample(read_panorama(Path(path), width))
+            return sampler.sample(read_panorama(path, sampler.panorama_width))
         except UserError as error:
-            return str(error)
+            return str(error).removeprefix(f"{path}: ")
 
-    kept: dict[str, int] = {}
-    broken: dict[str, str] = {}
-    beside = out.with_name(out.name + ".part")
+    places: dict[Path, int] = {}
+    broken: dict[Path, str] = {}
     shape = (len(sampler.layout.projections), sampler.size, sampler.size, 3)
-    with beside.open("wb") as file:
-        _write_header(file, 0, shape)
-        results = _in_order(sample, paths, workers)
-        bar = tqdm(results, desc=f"views, {split}", total=len(paths), unit="panorama")
-        for path, views in zip(paths, bar, strict=True):
-            if isinstance(views, str):
-                broken[path] = views
-            else:
-                kept[path] = len(kept)
-                file.write(views.tobytes())
-        file.seek(0)
-        _write_header(file, len(kept), shape)
-    os.replace(beside, out)
-    return kept, broken
+    beside = out / "views.npy.part"
+    try:
+        with beside.open("wb") as file:
+            _write_header(file, 0, shape)
+            views = _in_order(sample, paths, workers)
+            bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
+            for path, result in zip(paths, bar, strict=True):
+                if isinstance(result, str):
+                    broken[path] = result
+                else:
+                    places[path] = len(places)
+                    file.write(result.data)
+            file.seek(0)
+            _write_header(file, len(places), shape)
+        os.replace(beside, out / "views.npy")
+    finally:
+        beside.unlink(missing_ok=True)
+    bad = rows["picture"].isin(list(broken))
+    good, late = rows[~bad].copy(), rows[bad].drop(columns="picture")
+    good["panorama"] = [places[path] for path in good["picture"]]
+    late["reason"] = [broken[path] for path in rows["picture"][bad]]
+    return good, pd.concat([rejects, late]).sort_values("row")
 
 
-def _write_header(file, count: int, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
-    """The header of a .npy file. It has the same length for every count."""
+def _write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
+    """The header of a .npy file, which NumPy pads to one length for every count."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -111,26 +136,47 @@ def _in_order(
 ) -> Iterator[Result]:
     """Results in the order of the items, computed by threads a few items ahead, so that memory
     doesn't grow with the number of items."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        ahead: deque[Future[Result]] = deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > 2 * workers:
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def _check_rejects(
-    csv: Path, file: Path, rejects: pd.DataFrame, total: int, allowed: float
+    source: Path, rows: pd.DataFrame, rejects: pd.DataFrame, out: Path, allowed: float
 ) -> None:
-    if len(rejects) <= allowed * total and len(rejects) < total:
+    """Write rejects.csv, and stop if there are too many, or if nothing is left."""
+    file = out / "rejects.csv"
+    _write_csv(file, rejects)
+    total = len(rows) + len(rejects)
+    if len(rejects) <= allowed * total and len(rows):
         return
-    reasons = rejects["reason"].str.replace(r"^.*?: ", "", regex=True).value_counts()
-    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.head(5).items())
-    first = rejects.iloc[0]
-    raise UserError(
-        f"{csv}: {len(rejects)} of {total} rows are bad ({listed}), more than data.max_rejected "
-        f"{allowed:g} allows; the first is row {first['row']} ({first['url']}): "
-        f"{first['reason']}. All are listed in {file}: mend them, or raise data.max_rejected"
+    examples = "; ".join(
+        f"row {reject.row} ({reject.url[:200]}): {reject.reason}"
+        for reject in rejects.head(3).itertuples()
     )
+    limit = f"more than data.max_rejected {allowed:g} allows" if len(rows) else "which leaves none"
+    raise UserError(
+        f"{source}: {len(rejects)} of {total} rows are bad, {limit}: {_count(rejects)}. "
+        f"The first: {examples}. All are listed in {file}; mend them"
+        + (", or raise data.max_rejected" if len(rows) else "")
+    )
+
+
+def _write_csv(file: Path, table: pd.DataFrame) -> None:
+    # All text is quoted: pandas leaves a lone carriage return bare, and reads it as the row's end.
+    table.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+
+
+def _count(rejects: pd.DataFrame) -> str:
+    """How often each kind of reason occurs: what stands before its details."""
+    kinds = rejects["reason"].str.split(": ").str[0].value_counts()
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -1,76 +1,117 @@
-"""Rows in QuIC-360's format: reading and checking. A bad row is set aside with its reason."""
+"""Rows in QuIC-360's format: reading and checking. A bad row is set aside with its reason; what
+the pictures hold is checked by whoever opens them."""
 
+import contextlib
+import csv
 import difflib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import pandas as pd
 
 from panollava.errors import UserError
 
 COLUMNS = ("url", "query", "annotation")
-_ALIASES = {"instruction": "query", "response": "annotation"}
+_ALIASES = {"query": "instruction", "annotation": "response"}
+_LINKS = ("http://", "https://")
 
 
-def read_rows(csv: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Good rows, with columns row, url, query, annotation, picture, and rejected ones, with
-    row, url, query, annotation, reason. `row` counts from 1, without the header.
+def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Good rows, with columns row, url, query, annotation and picture (an absolute path), and
+    rejected ones, with row, url, query, annotation and reason. `row` counts the rows below the
+    header from 0, as QuIC-360's own lists do. `root`: the project's folder.
+
+    A reason names no folder, so that it is the same on every machine.
 
     Raises:
-        UserError: no file, not a CSV file in UTF-8, a missing column, or no row at all.
+        UserError: no file, not CSV in UTF-8, a missing column, or no row at all.
     """
-    table = _read(csv)
-    table.insert(0, "row", range(1, len(table) + 1))
-    places = {url: find_picture(url, csv.parent, root) for url in table["url"].unique()}
-    reasons = [_reason(row, places[row.url], csv) for row in table.itertuples()]
-    table["picture"] = [str(places[url] or "") for url in table["url"]]
-    bad = pd.Series([reason is not None for reason in reasons], index=table.index)
-    rejects = table[bad].drop(columns="picture")
-    rejects["reason"] = [reason for reason in reasons if reason is not None]
-    return table[~bad].reset_index(drop=True), rejects.reset_index(drop=True)
+    header, records = _read(file)
+    places = _find_columns(file, header)
+    pictures: dict[str, Path | None] = {}
+    rows, rejects = [], []
+    for number, record in enumerate(records):
+        padded = record + [""] * (len(header) - len(record))
+        cells = {"row": number} | {name: padded[place] for name, place in places.items()}
+        url = padded[places["url"]]
+        if url not in pictures:
+            pictures[url] = find_picture(url, file.parent, root)
+        if len(record) != len(header):
+            rejects.append(cells | {"reason": f"{len(record)} cells instead of {len(header)}"})
+        elif empty := [name for name in COLUMNS if not padded[places[name]].strip()]:
+            rejects.append(cells | {"reason": f"empty {empty[0]}"})
+        elif pictures[url] is None:
+            missing = "link not downloaded" if url.startswith(_LINKS) else "picture missing"
+            rejects.append(cells | {"reason": missing})
+        else:
+            rows.append(cells | {"picture": pictures[url]})
+    return (
+        pd.DataFrame(rows, columns=["row", *COLUMNS, "picture"]),
+        pd.DataFrame(rejects, columns=["row", *COLUMNS, "reason"]),
+    )
 
 
 def find_picture(url: str, folder: Path, root: Path) -> Path | None:
     """The file that `url` stands for: a path, absolute or from the CSV's folder or the project's
     root, or a link, whose file the download leaves in `images` beside the CSV."""
-    if url.startswith(("http://", "https://")):
-        candidates = [folder / "images" / url.split("?")[0].rsplit("/", 1)[-1]]
+    if url.startswith(_LINKS):
+        candidates = [folder / "images" / PurePosixPath(urlsplit(url).path).name]
     else:
         candidates = [folder / url, root / url]  # an absolute path stands for itself
-    return next((path for path in candidates if url and path.is_file()), None)
+    for path in candidates:
+        # No path at all, such as an annotation among the urls, which is too long a name.
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                return path.resolve()
+    return None
 
 
-def _read(csv: Path) -> pd.DataFrame:
+def _read(file: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and all other records; blank lines are none."""
     try:
-        table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            # Strict: an open quotation mark would swallow all rows up to the next one.
+            reader = csv.reader(lines, strict=True)
+            try:
+                records = [record for record in reader if record]
+            except csv.Error as error:
+                raise UserError(
+                    f"{file}: not a CSV file, at line {reader.line_num}: {error}; "
+                    "look for a quotation mark too many or too few above it"
+                ) from None
     except FileNotFoundError:
         raise UserError(
-            f"{csv}: no such file; data.dir must hold train.csv, valid.csv and test.csv"
+            f"{file}: no such file; data.dir must hold train.csv, valid.csv and test.csv"
         ) from None
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{csv}: empty; expected a header {','.join(COLUMNS)} and rows") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{csv}: not a CSV file in UTF-8: {error}") from None
-    if "url" in table and not {"query", "annotation"} <= set(table):
-        table = table.rename(columns=_ALIASES)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not a CSV file in UTF-8: {error.reason} at byte {error.start}; "
+            "save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror}") from None
+    if not records:
+        raise UserError(f"{file}: empty; expected a header {','.join(COLUMNS)} and rows")
+    if len(records) == 1:
+        raise UserError(f"{file}: a header without rows; expected at least one row")
+    return records[0], records[1:]
+
+
+def _find_columns(file: Path, header: list[str]) -> dict[str, int]:
+    """Where each of COLUMNS stands."""
+    places = {}
     for name in COLUMNS:
-        if name not in table:
-            near = difflib.get_close_matches(name, list(table), n=1, cutoff=0.6)
-            hint = f"; did you mean it by '{near[0]}'? Rename that column" if near else ""
+        names = [name, _ALIASES.get(name, name)]
+        found = next((known for known in names if known in header), None)
+        if found is None:
+            by_lower = {title.strip().lower(): title for title in header}
+            near = [difflib.get_close_matches(known, by_lower, n=1) for known in names]
+            hint = next((f" (is '{by_lower[title[0]]}' meant?)" for title in near if title), "")
             raise UserError(
-                f"{csv}: no column '{name}' among {', '.join(map(str, table))}{hint}; expected "
-                "url,query,annotation or url,instruction,response"
+                f"{file}: no column '{name}' among '{', '.join(header)}'{hint}; expected "
+                "url,query,annotation or url,instruction,response; rename the column"
             )
-    if table.empty:
-        raise UserError(f"{csv}: a header without rows; expected at least one row")
-    return table[list(COLUMNS)].copy()
-
-
-def _reason(row, picture: Path | None, csv: Path) -> str | None:  # type: ignore[no-untyped-def]
-    for name in COLUMNS:
-        if not getattr(row, name).strip():
-            return f"empty {name}"
-    if picture is None:
-        if row.url.startswith(("http://", "https://")):
-            return f"link not downloaded to {csv.parent / 'images'}"
-        return "picture missing"
-    return None
+        if header.count(found) > 1:
+            raise UserError(f"{file}: {header.count(found)} columns '{found}'; keep one")
+        places[name] = header.index(found)
+    return places

@@ -13,11 +13,15 @@ Array = NDArray[np.float64]
 
 
 class Projection(Protocol):
-    """A rectangle of picture cells, each looking along a ray."""
+    """A view: which way each of its cells looks, and where in it a ray is seen."""
 
-    def rays(self, rows: int, columns: int) -> Array: ...
+    def rays(self, rows: int, columns: int) -> Array:
+        """Unit rays of the centres of equal cells: (rows, columns, 3)."""
 
-    def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]: ...
+    def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
+        """(..., 3) -> fractions (x, y) of the view from its upper left corner, (..., 2), and
+        whether the ray falls inside, (...). Behind a perspective view, the fractions mean
+        nothing."""
 
 
 def rays_from_angles(yaw: Array, pitch: Array) -> Array:
@@ -101,7 +105,8 @@ class Window:
         x = ((yaw - self.yaw + 180) % 360 - 180) / self.width + 0.5
         y = 0.5 - (pitch - self.pitch) / self.height
         position = np.stack([x, y], axis=-1)
-        return position, ((position >= 0) & (position <= 1)).all(axis=-1)
+        inside: NDArray[np.bool_] = np.all((position >= 0) & (position <= 1), axis=-1)
+        return position, inside
 
 
 def encode_direction(rays: Array, degree: int) -> Array:

@@ -21,7 +21,6 @@ class Stage:
     reads: tuple[str, ...]  # parameters
 
 
-
 STAGES = {
     stage.name: stage
     for stage in (

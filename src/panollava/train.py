@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.digest import digests
-from panollava.lit import Checkpoints, Curves, LitStage, Speed, StageObjective, read_checkpoint
+from panollava.lit import Checkpoints, Curves, LitStage, Speed, read_checkpoint
 from panollava.resume import fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.weights import load_weights, save_weights
@@ -41,10 +41,8 @@ def train(stage: Stage, settings: Settings) -> None:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
     log.info("%s", freeze_all_but(objective.model, stage.trains))
     module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
-    work = work_folder(stage.name, _fingerprint(stage, settings, objective))
-    checkpoints = Checkpoints(
-        work, settings.trainer.keep_checkpoints, settings.trainer.save_every
-    )
+    work = work_folder(stage.name, _fingerprint(stage, settings, module))
+    checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.trainer.save_every)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every)
     if checkpoints.progress.is_file():
         module.go_on_from(checkpoints.progress)
@@ -84,7 +82,7 @@ def _publish(
     log.info("wrote %s", final)
 
 
-def _fingerprint(stage: Stage, settings: Settings, objective: StageObjective) -> str:
+def _fingerprint(stage: Stage, settings: Settings, module: LitStage) -> str:
     """Of everything that the result depends on."""
     described = {
         "stage": repr(stage),
@@ -92,8 +90,8 @@ def _fingerprint(stage: Stage, settings: Settings, objective: StageObjective) ->
         "code": digests(Path(__file__).parent)[stage.name],
         "torch": torch.__version__,
     }
-    files = [file for reader in objective.readers.values() for file in reader.files]
-    return fingerprint(described, files, objective.state_dict())
+    files = [file for reader in module.objective.readers.values() for file in reader.files]
+    return fingerprint(described, files, module.state_dict())
 
 
 def _read(settings: Settings, key: str) -> Any:

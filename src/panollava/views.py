@@ -1,6 +1,9 @@
-"""The views of a panorama: which way they look, which are neighbours, and how they are sampled."""
+"""The views of a panorama: which way they look, which are neighbours, and how they are sampled.
+What they share is found in `overlap`."""
 
-from dataclasses import dataclass, field
+import functools
+import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -28,16 +31,21 @@ def layout(settings: config.Views) -> Layout:
         )
     if settings.size < 1:
         raise UserError(f"views.size: expected a positive number of pixels, found {settings.size}")
-    if settings.global_view and settings.strategy != "e2p":
+    if settings.strategy != "e2p" and settings.global_view:
         raise UserError(
             f"views.global_view is for strategy e2p alone, found '{settings.strategy}'; "
             "set it to false"
+        )
+    if settings.strategy != "e2p" and settings.pitch != 0:
+        raise UserError(
+            f"views.pitch is for strategy e2p alone, found {settings.pitch:g} with "
+            f"'{settings.strategy}'; set it to 0"
         )
     return STRATEGIES[settings.strategy](settings)
 
 
 def _e2p(settings: config.Views) -> Layout:
-    """Gnomonic views around the horizon, and one of the whole panorama if asked for."""
+    """Gnomonic views in a ring, and one of the whole panorama if asked for."""
     if not 0 < settings.fov < 180:
         raise UserError(f"views.fov: a perspective view needs 0 < fov < 180, found {settings.fov}")
     if not -90 <= settings.pitch <= 90:
@@ -49,13 +57,6 @@ def _e2p(settings: config.Views) -> Layout:
     return Layout(tuple(projections), _all_round(len(yaws)))
 
 
-def _sliding_window(settings: config.Views) -> Layout:
-    """Columns of the panorama, `fov` wide and of full height."""
-    yaws = _ring(settings)
-    windows = tuple(Window(yaw, 0, settings.fov, 180) for yaw in yaws)
-    return Layout(windows, _all_round(len(yaws)))
-
-
 def _cubemap(settings: config.Views) -> Layout:
     """Front, right, back, left, up, down; wider than 90 degrees, the faces overlap."""
     if not 90 <= settings.fov < 180:
@@ -64,6 +65,13 @@ def _cubemap(settings: config.Views) -> Layout:
     caps = [Gnomonic(0, 90, settings.fov), Gnomonic(0, -90, settings.fov)]
     edges = [(side, cap) for cap in (4, 5) for side in range(4)]
     return Layout((*ring, *caps), (*_all_round(4), *edges))
+
+
+def _sliding_window(settings: config.Views) -> Layout:
+    """Columns of the panorama, `fov` wide and of full height, in a ring."""
+    yaws = _ring(settings)
+    windows = tuple(Window(yaw, 0, settings.fov, 180) for yaw in yaws)
+    return Layout(windows, _all_round(len(yaws)))
 
 
 def _resize(settings: config.Views) -> Layout:
@@ -80,19 +88,19 @@ STRATEGIES = {
 
 
 def _ring(settings: config.Views) -> list[float]:
-    """Yaws of views that go round the horizon in equal strides."""
-    if not 0 <= settings.overlap < 1:
-        raise UserError(f"views.overlap: expected 0 <= overlap < 1, found {settings.overlap}")
+    """Yaws, in degrees, of views that go round the horizon in equal strides."""
     if not 0 < settings.fov <= 360:
         raise UserError(f"views.fov: expected 0 < fov <= 360 degrees, found {settings.fov}")
+    if not 0 <= settings.overlap < 1:
+        raise UserError(f"views.overlap: expected 0 <= overlap < 1, found {settings.overlap}")
     stride = settings.fov * (1 - settings.overlap)
     count = round(360 / stride)
-    if count < 1 or abs(count * stride - 360) > 1e-6 * 360:
-        near = 1 - 360 / (max(count, 1) * settings.fov)
+    if abs(count * stride - 360) > 1e-6 * 360:
+        count = max(count, math.ceil(360 / settings.fov))  # fewer would leave gaps
         raise UserError(
-            f"views.fov {settings.fov} with overlap {settings.overlap} makes strides of "
+            f"views.fov {settings.fov:g} with views.overlap {settings.overlap:g} makes strides of "
             f"{stride:g} degrees, which don't divide 360; "
-            f"for {max(count, 1)} views set views.overlap to {near:g}"
+            f"for {count} views set views.overlap to {1 - 360 / (count * settings.fov):.9g}"
         )
     return [index * 360 / count for index in range(count)]
 
@@ -102,45 +110,58 @@ def _all_round(count: int) -> tuple[tuple[int, int], ...]:
 
 
 def token_rays(layout: Layout, grid: int) -> Array:
-    """Rays of the tokens' centres: (views, grid, grid, 3)."""
+    """Rays of the centres of grid x grid cells (tokens or pixels): (views, grid, grid, 3)."""
     return np.stack([projection.rays(grid, grid) for projection in layout.projections])
 
 
-@dataclass
 class Sampler:
-    """Samples all views of a panorama at once, with maps made once per panorama size."""
+    """Samples all views of a panorama, with maps made once per panorama size. Threads may share
+    one. `size` is the views' side in pixels."""
 
-    layout: Layout
-    size: int
-    _maps: dict[tuple[int, int], tuple[NDArray, NDArray]] = field(default_factory=dict)
-
-    @property
-    def panorama_width(self) -> int:
-        """The smallest width of a panorama that has a pixel for every pixel of the views."""
-        rays = token_rays(self.layout, self.size)
-        middle = rays[:, self.size // 2]
-        step = np.linalg.norm(np.diff(middle, axis=1), axis=-1).min(initial=np.inf)
-        return int(np.ceil(2 * np.pi / step)) if np.isfinite(step) else self.size
+    def __init__(self, layout: Layout, size: int) -> None:
+        self.layout, self.size = layout, size
+        rays = token_rays(layout, size)
+        self.panorama_width = _sufficient_width(rays)
+        self._position = panorama_position(rays)
+        # Photos come in many sizes: a limit keeps the maps of all of them from filling the memory.
+        self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
 
     def sample(self, panorama: NDArray) -> NDArray:
-        """(height, width, 3), uint8 or float32 -> (views, size, size, 3), bilinear."""
-        height, width = panorama.shape[:2]
-        if (height, width) not in self._maps:
-            self._maps[height, width] = self._make_maps(height, width)
-        # One column more on each side makes the seam a place like any other.
-        wrapped = cv2.copyMakeBorder(panorama, 0, 0, 1, 1, cv2.BORDER_WRAP)
-        views = cv2.remap(
-            wrapped,
-            *self._maps[height, width],
-            interpolation=cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        return views.reshape(-1, self.size, self.size, 3)
+        """(height, width, 3) uint8 or float32 -> (views, size, size, 3) of that type, bilinear."""
+        points, fractions = self._maps(*panorama.shape[:2])
+        padded = _pad(panorama)
+        views = np.empty((*points.shape[:3], 3), panorama.dtype)
+        for view, point, fraction in zip(views, points, fractions, strict=True):
+            cv2.remap(padded, point, fraction, cv2.INTER_LINEAR, dst=view)
+        return views
 
     def _make_maps(self, height: int, width: int) -> tuple[NDArray, NDArray]:
-        """Fixed-point maps of all views, one above the other."""
-        position = panorama_position(token_rays(self.layout, self.size))
-        x = (position[..., 0] * width + 0.5).astype(np.float32)
-        y = (position[..., 1] * height - 0.5).astype(np.float32)
+        """Fixed-point maps into the padded panorama: int16 (views, size, size, 2), whole pixels,
+        and uint16 (views, size, size), 1/32 pixels as an index of OpenCV's table of weights."""
+        # The centre of the first pixel is at 0.5 of the panorama, and at 1 of the padded one.
+        x = (self._position[..., 0] * width + 0.5).astype(np.float32)
+        y = (self._position[..., 1] * height + 0.5).astype(np.float32)
         flat = (-1, self.size)
-        return cv2.convertMaps(x.reshape(flat), y.reshape(flat), cv2.CV_16SC2)
+        points, fractions = cv2.convertMaps(x.reshape(flat), y.reshape(flat), cv2.CV_16SC2)
+        return points.reshape(*x.shape, 2), fractions.reshape(x.shape)
+
+
+def _sufficient_width(rays: Array) -> int:
+    """The smallest width of a panorama whose pixels are no coarser than the views' along their
+    middle rows and columns. (Towards the corners a perspective view is finer still.)"""
+    middle = rays.shape[1] // 2
+    lines = rays[:, middle], rays[:, :, middle]
+    steps = [np.linalg.norm(np.diff(line, axis=1), axis=-1).min(initial=np.pi) for line in lines]
+    return math.ceil(2 * np.pi / min(steps))
+
+
+def _pad(panorama: NDArray) -> NDArray:
+    """One pixel more on each side, as the sphere goes on there: round the seam, and over the
+    poles to the opposite meridian."""
+    height, width = panorama.shape[:2]
+    padded = np.empty((height + 2, width + 2, 3), panorama.dtype)
+    padded[1:-1, 1:-1] = panorama
+    padded[0, 1:-1] = np.roll(panorama[0], width // 2, axis=0)
+    padded[-1, 1:-1] = np.roll(panorama[-1], width // 2, axis=0)
+    padded[:, 0], padded[:, -1] = padded[:, -2], padded[:, 1]
+    return padded

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from panollava.errors import UserError
 
 
-def save_weights(path: Path, model: nn.Module, parts: Iterable[str], header: dict[str, Any]) -> None:
+def save_weights(
+    path: Path, model: nn.Module, parts: Iterable[str], header: dict[str, Any]
+) -> None:
     """Write the named children of `model`. `header` must hold `stage` and can hold anything that
     JSON can."""
     tensors = {
@@ -35,9 +37,7 @@ def read_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; run the stage that makes it: dvc repro"
-        ) from None
+        raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
     except SafetensorError as error:
         raise UserError(
             f"{path}: damaged or no safetensors file ({error}); remove it and run: dvc repro"

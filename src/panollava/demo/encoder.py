@@ -123,7 +123,10 @@ def _describe(scene: Scene, projection: sphere.Projection) -> tuple[Caption, See
 
 
 def _loss(
-    model: SiglipModel, pixels: NDArray[np.uint8], captions: list[Caption], random: np.random.Generator
+    model: SiglipModel,
+    pixels: NDArray[np.uint8],
+    captions: list[Caption],
+    random: np.random.Generator,
 ) -> Tensor:
     """SigLIP's loss. Equal captions are one text; each has a twin that is wrong in one word."""
     texts = list(dict.fromkeys([*captions, *(_spoil(c, random) for c in captions)]))

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell, vocabulary
 from panollava.demo.scenes import Scene, make_scene
@@ -76,8 +76,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     pieces = Regex(r"\n|\w+|[^\w\s]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -106,7 +106,7 @@ def _model(vocabulary_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2For
     return Qwen2ForCausalLM(config)
 
 
-def with_context(language_model: nn.Module) -> PanoLLaVA:
+def with_context(language_model: PreTrainedModel) -> PanoLLaVA:
     """The language model behind parts that pass context tokens on as they are."""
     return PanoLLaVA(nn.Identity(), nn.Identity(), nn.Identity(), language_model, pool=1)
 

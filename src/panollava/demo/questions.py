@@ -95,14 +95,9 @@ def parse(text: str) -> dict[str, object]:
     found: dict[str, object] = {
         "kind": next((word for word in words if word in KINDS), None),
         "colors": {word for word in words if word in COLORS},
-        "objects": [
-            match
-            for match in re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text)
-        ],
+        "objects": re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text),
         "places": {
-            direction
-            for direction, said in PLACES.items()
-            if any(place in text for place in said)
+            direction for direction, said in PLACES.items() if any(place in text for place in said)
         },
         "around": _around(text),
     }

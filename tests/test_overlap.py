@@ -1,0 +1,191 @@
+"""What two neighbouring views have in common is found exactly, all the way round."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from panollava import config
+from panollava.errors import UserError
+from panollava.overlap import correspondences, matched_tokens
+from panollava.sphere import panorama_rays
+from panollava.views import Sampler, layout, token_rays
+
+
+def settings(**values: Any) -> config.Views:
+    defaults: dict[str, Any] = {
+        "strategy": "e2p",
+        "size": 224,
+        "fov": 90.0,
+        "overlap": 0.5,
+        "pitch": 0.0,
+        "global_view": False,
+    }
+    return config.Views(**(defaults | values))
+
+
+def degrees_apart(one: Tensor, other: Tensor) -> Tensor:
+    one, other = one.double(), other.double()
+    cross = torch.linalg.cross(one, other).norm(dim=-1)
+    return torch.rad2deg(torch.atan2(cross, (one * other).sum(dim=-1)))
+
+
+def what_tokens_see(values: config.Views, grid: int, panorama: np.ndarray) -> Tensor:
+    """Views of the panorama, averaged over patches: (1, views, grid, grid, 3)."""
+    views = Sampler(layout(values), values.size).sample(panorama).astype(np.float64)
+    patch = values.size // grid
+    tokens = views.reshape(-1, grid, patch, grid, patch, 3).mean(axis=(2, 4))
+    return torch.from_numpy(tokens)[None]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"pitch": 30.0},
+        {"global_view": True},
+        {"fov": 120.0, "overlap": 0.75},
+        {"strategy": "cubemap", "fov": 120.0},
+        {"strategy": "sliding_window"},
+    ],
+    ids=str,
+)
+def test_matched_tokens_see_the_same_directions_to_half_a_degree(
+    values: dict[str, Any], bits: int
+) -> None:
+    panorama = panorama_rays(751, 1502).astype(np.float32)  # each pixel holds its own direction
+    if bits == 8:
+        panorama = np.round(127.5 * (panorama + 1)).astype(np.uint8)
+    tokens = what_tokens_see(settings(**values), 14, panorama)
+    if bits == 8:
+        tokens = tokens / 127.5 - 1
+    pairs = correspondences(layout(settings(**values)), 14, "exact")
+    apart = degrees_apart(*matched_tokens(tokens, pairs))
+    assert len(apart) == pairs.mask.sum() > 0
+    assert apart.mean() < 0.5
+    assert apart.max() < 0.5
+
+
+def test_every_pair_all_the_way_round_matches_alike() -> None:
+    pairs = correspondences(layout(settings()), 14, "exact")
+    assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [
+        *((i, i + 1) for i in range(7)),
+        (7, 0),
+    ]
+    # Half of a view's width, less what lies above, below, and within half a token of an edge.
+    assert pairs.mask.sum(dim=(1, 2)).tolist() == [pairs.mask[0].sum()] * 8
+    assert 40 < pairs.mask[0].sum() < 98
+    assert (pairs.mask == pairs.mask[0]).all()
+    inside = pairs.mask[0]
+    assert torch.allclose(pairs.position[:, inside], pairs.position[:1, inside], atol=1e-6)
+
+
+def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
+    """With random features rather than directions, the seam's pair behaves as any other."""
+    torch.manual_seed(0)
+    grids = torch.randn(1, 8, 14, 14, 5)
+    pairs = correspondences(layout(settings()), 14, "exact")
+    source, read = (x.view(8, -1, 5) for x in matched_tokens(grids, pairs))
+    for turn in range(1, 8):
+        rolled = matched_tokens(grids.roll(turn, dims=1), pairs)
+        for x, again in zip((source, read), rolled, strict=True):
+            assert torch.allclose(x.roll(turn, dims=0), again.view(8, -1, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [14, 16])
+def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
+    found = layout(settings())
+    rays = torch.from_numpy(token_rays(found, grid))[None]
+    pairs = correspondences(found, grid, "naive")
+    apart = degrees_apart(*matched_tokens(rays, pairs))
+    assert apart.mean() == pytest.approx(6.6, abs=0.1)
+    assert apart.max() == pytest.approx(8.8, abs=0.25)
+
+
+@pytest.mark.parametrize("grid", [14, 7])
+def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> None:
+    grids = torch.randn(2, 8, grid, grid, 3)
+    source, read = matched_tokens(grids, correspondences(layout(settings()), grid, "naive"))
+    half = grid // 2
+    assert torch.equal(source, grids[:, :, :, grid - half :].flatten(0, 3))
+    assert torch.allclose(read, grids.roll(-1, dims=1)[:, :, :, :half].flatten(0, 3), atol=1e-5)
+
+
+def test_only_tokens_with_four_neighbours_in_the_target_count() -> None:
+    """An outlier in the target changes what is read by bilinear weights only, never by padding."""
+    found = layout(settings())
+    pairs = correspondences(found, 14, "exact")
+    _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
+    assert torch.allclose(read, torch.ones_like(read))
+    token = (pairs.position[pairs.mask] + 1) / 2 * 14 - 0.5
+    assert token.min() >= -1e-5 and token.max() <= 13 + 1e-5
+    # Nor is one left out that has them: the target's own view says which those are.
+    for pair, (source, target) in enumerate(found.neighbours):
+        position, _ = found.projections[target].position(found.projections[source].rays(14, 14))
+        seen = position * 14 - 0.5
+        front = token_rays(found, 14)[source] @ token_rays(found, 1)[target, 0, 0] > 0
+        expected = ((seen >= -1e-6) & (seen <= 13 + 1e-6)).all(axis=-1) & front
+        assert np.array_equal(pairs.mask[pair].numpy(), expected)
+
+
+def test_sliding_windows_match_column_by_column() -> None:
+    """Windows of the panorama are flat: there, exact and naive are the same."""
+    torch.manual_seed(0)
+    grids = torch.randn(2, 8, 14, 14, 4)
+    found = layout(settings(strategy="sliding_window"))
+    exact = matched_tokens(grids, correspondences(found, 14, "exact"))
+    naive = matched_tokens(grids, correspondences(found, 14, "naive"))
+    for one, other in zip(exact, naive, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
+    torch.manual_seed(0)
+    grids = torch.randn(3, 8, 14, 14, 4)
+    pairs = correspondences(layout(settings()), 14, "exact")
+    together = matched_tokens(grids, pairs)
+    alone = [matched_tokens(grid[None], pairs) for grid in grids]
+    for one, others in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(others))
+
+
+def test_both_sides_carry_gradients() -> None:
+    grids = torch.randn(1, 12, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), 3, "exact")
+    assert torch.autograd.gradcheck(lambda x: matched_tokens(x, pairs), (grids,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reads_at_exact_places(dtype: torch.dtype) -> None:
+    """Features whose rounding can't be seen: small whole numbers that grow with the column."""
+    grids = (torch.arange(14) % 14).view(1, 1, 1, 14, 1).expand(1, 8, 14, 14, 1).to(dtype)
+    pairs = correspondences(layout(settings()), 14, "exact")
+    _, read = matched_tokens(grids, pairs)
+    assert read.dtype == dtype
+    exact = matched_tokens(grids.double(), pairs)[1]
+    assert torch.equal(read, exact.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "message"),
+    [
+        ({}, "exactly", r"stage\.vision\.overlap: expected exact or naive, found 'exactly'"),
+        (
+            {"strategy": "resize"},
+            "exact",
+            r"share no token.*views\.fov.*stage\.vision\.epochs to 0",
+        ),
+        ({"strategy": "resize"}, "naive", r"share no token.*views\.overlap"),
+        ({"overlap": 0.0}, "exact", r"share no token of their 14 x 14"),
+        ({"strategy": "cubemap"}, "exact", r"share no token"),
+        ({"strategy": "cubemap", "fov": 120.0}, "naive", r"naive needs views.*side by side.*exact"),
+    ],
+)
+def test_views_with_nothing_to_compare_are_an_error(
+    values: dict[str, Any], mode: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        correspondences(layout(settings(**values)), 14, mode)

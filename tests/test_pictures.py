@@ -1,0 +1,159 @@
+"""A panorama is read whole, upright and no larger than needed, or refused with its fault."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from panollava.errors import UserError
+from panollava.pictures import read_panorama
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Brightness rises to the right and downwards, red and green; blue is flat."""
+    rows, columns = np.mgrid[:height, :width]
+    red, green = 40 + 150 * columns / width, 40 + 150 * rows / height
+    return np.stack([red, green, np.full_like(red, 99)], axis=-1).round().astype(np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"])
+@pytest.mark.parametrize("width", [1000, 800, 500, 400, 399, 250, 150, 100, 90])
+def test_the_scale_is_the_smallest_that_is_wide_enough(
+    tmp_path: Path, name: str, width: int
+) -> None:
+    options = {"quality": 95} if name in ("a.jpg", "a.webp") else {}
+    picture = read_panorama(save(tmp_path / name, smooth(400, 800), **options), width)
+    found = picture.shape[1]
+    assert min(width, 800) <= found < 2 * width
+    assert found == width if width in (800, 400, 100) else found > width or width > 800
+    assert picture.dtype == np.uint8
+    assert picture.shape == ((found + 1) // 2, found, 3)
+    assert np.abs(picture.astype(int) - smooth(*picture.shape[:2])).max() <= 6
+
+
+@pytest.mark.parametrize("size", [(401, 801), (333, 667), (751, 1502)])
+def test_odd_sizes_lose_nothing(tmp_path: Path, size: tuple[int, int]) -> None:
+    for name in ("a.jpg", "a.png"):
+        picture = read_panorama(save(tmp_path / name, smooth(*size)), 200)
+        assert 200 <= picture.shape[1] < 400
+        # A scale that doesn't divide the size stretches it by less than a pixel: 150 / 200.
+        assert np.abs(picture.astype(int) - smooth(*picture.shape[:2])).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA", "YCbCr"])
+def test_every_mode_of_8_bits_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    name = "a.tif" if mode in ("CMYK", "YCbCr") else "a.png"
+    grey = np.repeat(smooth(100, 200)[..., :1], 3, axis=2)
+    Image.fromarray(grey).convert(mode).save(tmp_path / name)
+    picture = read_panorama(tmp_path / name, 200)
+    assert picture.shape == (100, 200, 3)
+    if mode not in ("1", "P"):
+        assert np.abs(picture.astype(int) - grey).max() <= 3
+
+
+def test_a_grey_jpeg_becomes_rgb(tmp_path: Path) -> None:
+    grey = smooth(100, 200)[..., 0]
+    picture = read_panorama(save(tmp_path / "a.jpg", grey, quality=95), 100)
+    assert picture.shape == (50, 100, 3)
+    assert (picture[..., 0] == picture[..., 1]).all()
+    assert np.abs(picture[..., 0].astype(int) - grey[::2, ::2]).max() <= 4
+
+
+@pytest.mark.parametrize("bits", ["uint16", "int32", "float32"])
+def test_more_than_8_bits_are_refused_rather_than_cut_off(tmp_path: Path, bits: str) -> None:
+    deep = (np.arange(20000).reshape(100, 200) * 3).astype(bits)
+    path = save(tmp_path / "a.tif", deep)
+    with pytest.raises(UserError, match=r"a\.tif: not 8 bits: pixels of mode .*8 bits a channel"):
+        read_panorama(path, 100)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_upright_as_its_exif_data_says(tmp_path: Path, orientation: int) -> None:
+    upright = Image.fromarray(smooth(200, 400))
+    turns = Image.Transpose
+    stored = {
+        1: [],
+        2: [turns.FLIP_LEFT_RIGHT],
+        3: [turns.ROTATE_180],
+        4: [turns.FLIP_TOP_BOTTOM],
+        5: [turns.TRANSPOSE],
+        6: [turns.ROTATE_90],
+        7: [turns.TRANSVERSE],
+        8: [turns.ROTATE_270],
+    }[orientation]
+    for turn in stored:
+        upright = upright.transpose(turn)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    upright.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    picture = read_panorama(tmp_path / "a.jpg", 100)
+    assert picture.shape == (50, 100, 3)
+    assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
+
+
+@pytest.mark.parametrize("size", [(400, 400), (200, 420), (200, 390), (400, 200), (1, 1)])
+def test_what_is_not_2_to_1_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = save(tmp_path / "a.jpg", smooth(*size))
+    with pytest.raises(UserError, match=rf"a\.jpg: not 2:1: {size[1]} x {size[0]} pixels"):
+        read_panorama(path, 100)
+
+
+@pytest.mark.parametrize("width", [397, 403])
+def test_one_percent_from_2_to_1_is_let_pass(tmp_path: Path, width: int) -> None:
+    assert read_panorama(save(tmp_path / "a.jpg", smooth(200, width)), 400).shape[0] == 200
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.99])
+def test_a_picture_that_was_cut_off_is_refused(tmp_path: Path, name: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
+    path = save(tmp_path / name, noise)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    for width in (400, 50):
+        with pytest.raises(UserError, match=rf"{name}: (broken picture|not a picture)"):
+            read_panorama(path, width)
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<html>404 Not Found</html>")
+    with pytest.raises(UserError, match=r"page\.jpg: not a picture that can be read"):
+        read_panorama(tmp_path / "page.jpg", 100)
+    with pytest.raises(UserError, match=r"gone\.jpg: picture missing"):
+        read_panorama(tmp_path / "gone.jpg", 100)
+    with pytest.raises(UserError, match=r": broken picture: Is a directory$"):
+        read_panorama(tmp_path, 100)
+
+
+def test_a_reason_is_the_same_wherever_the_picture_lies(tmp_path: Path) -> None:
+    """Reasons go into an output of the pipeline, which must not depend on the machine's folders."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
+    whole = save(tmp_path / "whole.jpg", noise).read_bytes()
+    for content in (
+        whole[: len(whole) // 2],
+        b"nothing",
+        save(tmp_path / "b.png", noise[:50]).read_bytes(),
+    ):
+        reasons = set()
+        for folder in (tmp_path / "one", tmp_path / "another"):
+            folder.mkdir(exist_ok=True)
+            (folder / "a.jpg").write_bytes(content)
+            with pytest.raises(UserError) as error:
+                read_panorama(folder / "a.jpg", 100)
+            reasons.add(str(error.value).removeprefix(f"{folder / 'a.jpg'}: "))
+        assert len(reasons) == 1
+        assert str(tmp_path) not in reasons.pop()
+
+
+def test_large_panoramas_are_no_attack(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """16,384 x 8,192, which Pillow warns of, is what today's cameras stitch."""
+    Image.new("L", (16384, 8192), 77).save(tmp_path / "a.jpg", quality=30)
+    assert read_panorama(tmp_path / "a.jpg", 1000).shape == (512, 1024, 3)
+    assert not recwarn.list

@@ -1,0 +1,268 @@
+"""Promises of the whole pipeline, under real DVC and git, in a copy of the project with small
+data and towers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STAGES = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
+AFTER_VISION = set(STAGES[2:])
+
+
+class Project:
+    """A git repository with the project in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: str, check: bool = True) -> str:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # As an installed copy of the project would be: the folder's own code must win.
+            "PYTHONPATH": str(ROOT / "src"),
+            "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "TQDM_DISABLE": "1",
+        }
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, text=True, capture_output=True
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == 0 or not check, output
+        return output
+
+    def repro(self) -> set[str]:
+        """Run what has changed; the stages that ran, but for the digest."""
+        output = self.run("dvc", "repro")
+        return set(re.findall(r"Running stage '(\w+)'", output)) - {"digest"}
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert old in text, (file, old)
+        path.write_text(text.replace(old, new, 1))
+
+
+def copy_project(target: Path, data: Path, towers: Path) -> Project:
+    """What git knows of the project, with other data and towers in its params.yaml."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("data/demo/"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    shutil.copytree(data, target / "small/data")
+    shutil.copytree(towers, target / "small/towers")
+    project = Project(target)
+    for old, new in (
+        ("dir: data/demo", "dir: small/data"),
+        ("towers: data/demo/towers", "towers: small/towers"),
+        ("path: data/demo/towers/encoder", "path: small/towers/encoder"),
+        ("path: data/demo/towers/language_model", "path: small/towers/language_model"),
+        ("size: 64", "size: 32"),
+    ):
+        project.replace("params.yaml", old, new)
+    text = (target / "params.yaml").read_text()
+    text = re.sub(r"max_text_length: \d+", "max_text_length: 99", text)
+    text = re.sub(r"epochs: \d+", "epochs: 1", text)
+    (target / "params.yaml").write_text(re.sub(r"batch_size: \d+", "batch_size: 4", text))
+    project.run("git", "init", "-q")
+    project.run("git", "config", "user.email", "test@example.invalid")
+    project.run("git", "config", "user.name", "test")
+    project.commit("start")
+    return project
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, small_data: Path, towers: Path
+) -> Iterator[Project]:
+    """A copy in which the pipeline has run, committed."""
+    project = copy_project(tmp_path_factory.mktemp("project"), small_data, towers)
+    assert project.repro() == set(STAGES)
+    project.commit("results")
+    yield project
+
+
+@pytest.fixture
+def project(finished: Project) -> Iterator[Project]:
+    """The finished copy, put back as it was afterwards."""
+    yield finished
+    finished.run("git", "reset", "-q", "--hard")
+    finished.run("git", "clean", "-fdq")
+    finished.run("dvc", "checkout", "-q")
+
+
+def test_a_second_repro_finds_nothing_to_do(project: Project) -> None:
+    assert "up to date" in project.run("dvc", "repro")
+    assert project.run("git", "status", "--short") == ""
+
+
+def test_results_have_the_names_that_users_know(project: Project) -> None:
+    for stage in ("vision", "resampler", "finetune"):
+        folder = project.folder / f"runs/vlm_{stage}"
+        assert (folder / "model_final.safetensors").is_file()
+        (checkpoint,) = (folder / "checkpoints").iterdir()
+        assert re.fullmatch(r"epoch=00-val_loss=\d+\.\d{3}\.ckpt", checkpoint.name)
+    logs = {re.sub(r"\d{8}_\d{6}", "TIME", p.name) for p in (project.folder / "logs").iterdir()}
+    assert {
+        "stage1_vision_TIME.log",
+        "stage2_resampler_TIME.log",
+        "stage3_finetune_TIME.log",
+    } <= logs
+    shown = project.run("dvc", "metrics", "show")
+    for name in ("captions", "rouge_l", "best.val_loss"):
+        assert name in shown, shown
+
+
+def edit_pixel(project: Project) -> None:
+    path = project.folder / "small/data/images/train_0.jpg"
+    picture = Image.open(path).convert("RGB")
+    picture.putpixel((3, 30), (255, 0, 255))
+    picture.save(path, quality=95)
+
+
+def edit(file: str, old: str, new: str) -> Callable[[Project], None]:
+    return lambda project: project.replace(file, old, new)
+
+
+def edit_param(stage: str, name: str, value: str) -> Callable[[Project], None]:
+    def change(project: Project) -> None:
+        path = project.folder / "params.yaml"
+        head, found, tail = path.read_text().partition(f"  {stage}:\n")
+        assert found
+        path.write_text(head + found + re.sub(rf"{name}: \S+", f"{name}: {value}", tail, count=1))
+
+    return change
+
+
+SOURCE = "src/panollava"
+EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
+    "vision's lr": (edit_param("vision", "lr", "2e-4"), set(STAGES[1:])),
+    "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
+    "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate"}),
+    "finetune's epochs": (edit_param("finetune", "epochs", "2"), {"finetune", "evaluate"}),
+    "resampler's batch size": (edit_param("resampler", "batch_size", "3"), AFTER_VISION),
+    "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(STAGES[1:])),
+    "view fov": (edit("params.yaml", "fov: 90", "fov: 120"), set(STAGES)),
+    "a pixel of one panorama": (edit_pixel, set(STAGES)),
+    # The pictures are the same, and the vision stage reads no text.
+    "one annotation": (
+        edit("small/data/train.csv", "the red box is two.", "the red ball is two."),
+        {"prepare", "resampler", "features", "finetune", "evaluate"},
+    ),
+    "one annotation of test": (
+        edit("small/data/test.csv", "the red box is left.", "the red box is right."),
+        {"prepare", "evaluate"},
+    ),
+    "length of the evaluation": (
+        edit("params.yaml", "max_new_tokens: ", "max_new_tokens: 1"),
+        {"evaluate"},
+    ),
+    "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
+    "a comment in the model": (
+        edit(f"{SOURCE}/model.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),
+        set(),
+    ),
+    "a docstring of the training": (
+        edit(f"{SOURCE}/train.py", '"""Train one stage', '"""Trains one stage'),
+        set(),
+    ),
+    "a line of resampler.py": (
+        edit(f"{SOURCE}/resampler.py", "nn.GELU()", "nn.SiLU()"),
+        AFTER_VISION,
+    ),
+    "a line of evaluate.py": (
+        edit(f"{SOURCE}/evaluate.py", '"references": sum', '"all_references": sum'),
+        {"evaluate"},
+    ),
+    "a line of overlap.py": (
+        edit(f"{SOURCE}/overlap.py", "edge = 0.5 / grid", "edge = 0.6 / grid"),
+        set(STAGES[1:]),
+    ),
+    "a line of captions.py": (
+        edit(f"{SOURCE}/captions.py", "lower case", "lower-case"),
+        {"evaluate"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_reruns_exactly_the_stages_that_it_touches(project: Project, name: str) -> None:
+    change, expected = EDITS[name]
+    change(project)
+    assert project.repro() == expected
+    assert "up to date" in project.run("dvc", "repro")
+
+
+def test_an_experiment_reruns_what_its_parameter_touches(project: Project) -> None:
+    output = project.run("dvc", "exp", "run", "-S", "stage.resampler.lr=3e-5", "-n", "slower")
+    assert set(re.findall(r"Running stage '(\w+)'", output)) == AFTER_VISION
+    rate = (project.folder / "params.yaml").read_text()
+    assert re.search(r"lr: (3e-05|3e-5|0\.00003)", rate)
+    difference = json.loads(project.run("dvc", "metrics", "diff", "--json"))
+    changed = {Path(path).parent.name for path in difference}
+    assert {"resampler", "finetune"} <= changed and "vision" not in changed
+    table = project.run("dvc", "exp", "show", "--csv")
+    assert "slower" in table and len(table.strip().splitlines()) >= 3
+
+
+@pytest.mark.parametrize("how", ["--temp", "--queue"])
+def test_an_experiment_elsewhere_runs_its_copy_s_own_code(project: Project, how: str) -> None:
+    """The change is committed to the copy alone; another copy is on the path as installed."""
+    project.replace(
+        "src/panollava/evaluate.py",
+        '"captions": len(references),',
+        '"captions": len(references),\n        "own_code": 1,',
+    )
+    project.commit("own code")
+    name = f"elsewhere{how.strip('-')}"
+    project.run("dvc", "exp", "run", how, "-n", name, "-S", "evaluate.max_new_tokens=5")
+    if how == "--queue":
+        project.run("dvc", "queue", "start")
+        project.run("dvc", "queue", "logs", name, "--follow", check=False)
+    for _ in range(60):
+        if name in project.run("dvc", "exp", "list", "--name-only"):
+            break
+        __import__("time").sleep(1)
+    project.run("dvc", "exp", "apply", name)
+    metrics = json.loads((project.folder / "metrics/evaluate/metrics.json").read_text())
+    assert metrics["own_code"] == 1
+    project.run("git", "reset", "-q", "--hard", "HEAD~1")
+
+
+def test_two_clones_have_the_same_lock_file(
+    finished: Project, tmp_path: Path, small_data: Path, towers: Path
+) -> None:
+    other = copy_project(tmp_path / "other", small_data, towers)
+    other.repro()
+    one, two = (project.folder / "dvc.lock" for project in (finished, other))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_user_s_mistake_is_told_in_his_words(project: Project) -> None:
+    project.replace("params.yaml", "strategy: e2p", "strategy: e3p")
+    output = project.run("dvc", "repro", check=False)
+    assert "unknown strategy 'e3p'" in output and "Traceback" not in output

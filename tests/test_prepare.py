@@ -1,0 +1,369 @@
+"""Rows and panoramas become views: each picture once, each row accounted for."""
+
+import csv
+import logging
+import shutil
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from panollava import config
+from panollava import prepare as module
+from panollava.errors import UserError
+from panollava.pictures import read_panorama
+from panollava.prepare import prepare
+from panollava.views import Sampler, layout
+
+SHARED = Path(__file__).parents[2] / "shared"
+VIEWS = config.Views(strategy="e2p", size=16, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)
+Rows = list[tuple[str, str, str]]
+
+
+def data(max_rejected: float = 0.0, workers: int = 2, folder: str = "data") -> config.Data:
+    return config.Data(dir=folder, max_rejected=max_rejected, workers=workers)
+
+
+def save_picture(path: Path, seed: int, mode: str = "RGB") -> None:
+    """A smooth random panorama."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (5, 10, 3), dtype=np.uint8)
+    large = Image.fromarray(small).resize((256, 128), Image.Resampling.BICUBIC)
+    large.convert(mode).save(path)
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("url", "query", "annotation"), *rows])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project: train has 3 pictures and 5 rows, valid and test one each."""
+    for seed, name in enumerate(("a.jpg", "b.png", "c.jpg", "valid.jpg", "test.jpg")):
+        save_picture(tmp_path / "data" / "images" / name, seed)
+    names = ["c.jpg", "a.jpg", "c.jpg", "b.png", "a.jpg"]
+    folder = tmp_path / "data"
+    write_rows(
+        folder / "train.csv", [(f"images/{n}", "q", f"answer {i}") for i, n in enumerate(names)]
+    )
+    write_rows(folder / "valid.csv", [("images/valid.jpg", "q", "a")])
+    write_rows(folder / "test.csv", [("images/test.jpg", "q", "a")])
+    return tmp_path
+
+
+def add_rows(root: Path, rows: Rows, split: str = "train") -> None:
+    with (root / "data" / f"{split}.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(
+        path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False
+    )
+
+
+def reasons(root: Path, split: str = "train") -> list[list[Any]]:
+    return read_csv(root / "out" / split / "rejects.csv")[["row", "reason"]].values.tolist()
+
+
+def test_views_and_rows_belong_together(root: Path) -> None:
+    prepare(data(), VIEWS, root / "out", root)
+    views = np.load(root / "out" / "train" / "views.npy", mmap_mode="r")
+    rows = read_csv(root / "out" / "train" / "rows.csv")
+    assert (views.dtype, views.shape) == (np.uint8, (3, 8, 16, 16, 3))
+    assert list(rows) == ["panorama", "row", "url", "query", "annotation"]
+    assert rows["panorama"].tolist() == [0, 1, 0, 2, 1]  # in the order of first appearance
+    assert rows["row"].tolist() == [0, 1, 2, 3, 4]
+    assert rows["annotation"].tolist() == [f"answer {i}" for i in range(5)]
+    sampler = Sampler(layout(VIEWS), 16)
+    for panorama, url in zip(rows["panorama"], rows["url"], strict=True):
+        picture = read_panorama(root / "data" / url, sampler.panorama_width)
+        assert np.array_equal(views[panorama], sampler.sample(picture)), url
+    assert list(read_csv(root / "out" / "train" / "rejects.csv")) == [
+        *("row", "url", "query", "annotation", "reason")
+    ]
+    assert sorted(path.name for path in (root / "out" / "train").iterdir()) == [
+        *("rejects.csv", "rows.csv", "views.npy")
+    ]
+
+
+def test_texts_come_out_as_they_went_in(root: Path) -> None:
+    texts = [
+        '"quoted", twice',
+        "two\nlines",
+        "two\r\nDOS lines",
+        "a\rb",
+        " spaces ",
+        "NA",
+        "1.0",
+        "全景 🏔",
+    ]
+    add_rows(root, [("images/a.jpg", text, text) for text in texts])
+    prepare(data(), VIEWS, root / "out", root)
+    rows = read_csv(root / "out" / "train" / "rows.csv")[5:]
+    assert rows["annotation"].tolist() == texts
+    assert rows["query"].tolist() == texts
+
+
+def test_every_bad_row_is_listed_with_its_reason_and_none_besides(root: Path) -> None:
+    images = root / "data" / "images"
+    whole = (images / "a.jpg").read_bytes()
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (200, 200)).save(images / "square.png")
+    (images / "page.jpg").write_text("<html>gone</html>")
+    save_picture(images / "grey.png", 9, mode="L")
+    add_rows(
+        root,
+        [
+            ("images/cut.jpg", "q", "a"),
+            ("images/missing.jpg", "q", "a"),
+            ("images/grey.png", "q", "a"),
+            ("images/square.png", "q", "a"),
+            ("images/a.jpg", "q", ""),
+            ("images/cut.jpg", "other", "a"),
+            ("images/page.jpg", "q", "a"),
+            ("https://example.org/x.jpg", "q", "a"),
+            ("images/b.png", "q", "the last"),
+        ],
+    )
+    prepare(data(max_rejected=0.5), VIEWS, root / "out", root)
+    found = reasons(root)
+    assert [row for row, _ in found] == [5, 6, 8, 9, 10, 11, 12]
+    for (_, reason), start in zip(
+        found,
+        [
+            "broken picture: image file is truncated",
+            "picture missing",
+            "not 2:1: 200 x 200 pixels",
+            "empty annotation",
+            "broken picture: image file is truncated",
+            "not a picture that can be read",
+            "link not downloaded",
+        ],
+        strict=True,
+    ):
+        assert reason.startswith(start)
+        assert str(root) not in reason  # the same on every machine
+    rows = read_csv(root / "out" / "train" / "rows.csv")
+    assert rows["row"].tolist() == [0, 1, 2, 3, 4, 7, 13]
+    assert rows["panorama"].tolist() == [0, 1, 0, 2, 1, 3, 2]
+    views = np.load(root / "out" / "train" / "views.npy")
+    assert len(views) == 4
+    assert (views[3, ..., 0] == views[3, ..., 1]).all()  # the grey one
+    assert views[3].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "stops"), [(0.0, True), (0.28, True), (0.29, False), (1.0, False)]
+)
+def test_more_bad_rows_than_allowed_stop_the_run(root: Path, allowed: float, stops: bool) -> None:
+    """2 of 7 rows: one known from the rows alone, one when its picture is opened."""
+    (root / "data" / "images" / "page.jpg").write_text("gone")
+    add_rows(root, [("images/page.jpg", "q", "a"), ("images/a.jpg", "q", "")])
+    if not stops:
+        prepare(data(allowed), VIEWS, root / "out", root)
+    else:
+        with pytest.raises(UserError) as error:
+            prepare(data(allowed), VIEWS, root / "out", root)
+        message = str(error.value)
+        assert "train.csv: " in message and f"data.max_rejected {allowed:g}" in message
+        assert "1 x empty annotation" in message
+        assert str(root / "out" / "train" / "rejects.csv") in message
+        assert "row 6 (images/a.jpg): empty annotation" in message
+        if allowed > 0:
+            assert "2 of 7 rows" in message and "1 x not a picture that can be read" in message
+        assert not (root / "out" / "train" / "rows.csv").exists()
+    expected = [[5, "not a picture that can be read"], [6, "empty annotation"]]
+    assert reasons(root) == (expected if allowed > 0 else expected[1:])
+
+
+def test_bad_rows_are_found_before_the_first_picture_is_opened(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "read_panorama", lambda *_: pytest.fail("a picture was opened"))
+    add_rows(root, [("images/test.jpg", "q", "")], split="test")
+    with pytest.raises(UserError, match=r"test\.csv: 1 of 2 rows are bad.*1 x empty annotation"):
+        prepare(data(), VIEWS, root / "out", root)
+
+
+def test_a_split_without_a_good_row_stops_the_run_whatever_is_allowed(root: Path) -> None:
+    write_rows(root / "data" / "valid.csv", [("gone.jpg", "q", "a"), ("images/valid.jpg", "q", "")])
+    with pytest.raises(UserError, match=r"valid\.csv: 2 of 2 rows are bad, which leaves none"):
+        prepare(data(1.0), VIEWS, root / "out", root)
+    write_rows(root / "data" / "valid.csv", [("images/valid.jpg", "q", "a")])
+    (root / "data" / "images" / "valid.jpg").write_text("gone")
+    with pytest.raises(UserError, match=r"valid\.csv: 1 of 1 rows are bad, which leaves none"):
+        prepare(data(1.0), VIEWS, root / "out", root)
+
+
+def test_a_failed_run_leaves_nothing_of_an_earlier_one(root: Path) -> None:
+    prepare(data(), VIEWS, root / "out", root)
+    (root / "data" / "images" / "a.jpg").write_text("gone")
+    with pytest.raises(UserError):
+        prepare(data(), VIEWS, root / "out", root)
+    assert not list(root.glob("out/*/rows.csv"))
+    assert not list(root.glob("out/*/*.part"))
+
+
+def test_an_interrupted_run_leaves_no_half_written_array(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, width: int) -> np.ndarray:
+        if path.name == "b.png":
+            raise KeyboardInterrupt
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(module, "read_panorama", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data(), VIEWS, root / "out", root)
+    assert not list(root.glob("out/*/views.npy*"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_picture_is_decoded_once_however_many_rows_it_has(
+    root: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    opened = []
+
+    def counted(path: Path, width: int) -> np.ndarray:
+        opened.append(path.name)
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(module, "read_panorama", counted)
+    # Under another name it is the same picture.
+    add_rows(root, [(f"{root}/data/images/a.jpg", "q", str(i)) for i in range(20)])
+    add_rows(root, [("data/images/../images/b.png", "q", "a")])
+    prepare(data(workers=workers), VIEWS, root / "out", root)
+    assert sorted(opened) == ["a.jpg", "b.png", "c.jpg", "test.jpg", "valid.jpg"]
+    assert len(np.load(root / "out" / "train" / "views.npy")) == 3
+
+
+def test_the_result_is_the_same_bytes_whatever_the_number_of_threads(root: Path) -> None:
+    for seed in range(30):
+        save_picture(root / "data" / "images" / f"{seed}.jpg", 100 + seed)
+    (root / "data" / "images" / "7.jpg").write_text("gone")
+    add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in reversed(range(30))])
+    results = []
+    for workers in (1, 2, 5):
+        out = root / f"out{workers}"
+        prepare(data(0.5, workers), VIEWS, out, root)
+        results.append({p.relative_to(out): p.read_bytes() for p in sorted(out.glob("*/*"))})
+    assert len(results[0]) == 9
+    assert results[0] == results[1] == results[2]
+
+
+def test_memory_does_not_grow_with_the_number_of_panoramas(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while one slow picture holds up the writing of all that come after it."""
+
+    def slow_at_first(path: Path, width: int) -> np.ndarray:
+        if path.name == "0.jpg":
+            time.sleep(1)
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(module, "read_panorama", slow_at_first)
+    images = root / "data" / "images"
+    for index in range(200):
+        shutil.copy(images / "a.jpg", images / f"{index}.jpg")
+    views = config.Views("e2p", 96, 90.0, 0.5, 0.0, False)
+    peaks = []
+    for count in (20, 200):
+        rows = [(f"images/{index}.jpg", "q", "a") for index in range(count)]
+        write_rows(root / "data" / "train.csv", rows)
+        tracemalloc.start()
+        prepare(data(), views, root / "out", root)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (root / "out" / "train" / "views.npy").stat().st_size > 40e6
+    assert peaks[1] < peaks[0] + 3e6
+
+
+def test_every_strategy_is_prepared(root: Path) -> None:
+    for strategy, count in (("e2p", 9), ("cubemap", 6), ("sliding_window", 8), ("resize", 1)):
+        views = config.Views(strategy, 16, 90.0, 0.5, 0.0, strategy == "e2p")
+        prepare(data(), views, root / "out", root)
+        assert np.load(root / "out" / "train" / "views.npy").shape == (3, count, 16, 16, 3)
+
+
+def test_a_picture_in_two_splits_is_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(data(), VIEWS, root / "out", root)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    add_rows(root, [("data/images/a.jpg", "q", "a"), ("images/c.jpg", "q", "a")], split="test")
+    prepare(data(), VIEWS, root / "out", root)
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.getMessage() == "2 pictures are both in train and in test, such as a.jpg"
+
+
+def test_each_split_is_summed_up_in_a_line(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add_rows(root, [("images/a.jpg", "q", "")])
+    with caplog.at_level(logging.INFO):
+        prepare(data(0.5), VIEWS, root / "out", root)
+    assert [record.getMessage() for record in caplog.records] == [
+        "train: 5 rows over 3 panoramas, 1 rejected (1 x empty annotation)",
+        "valid: 1 rows over 1 panoramas, 0 rejected",
+        "test: 1 rows over 1 panoramas, 0 rejected",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"folder": "nowhere"}, r"data\.dir: no folder '.*nowhere'"),
+        ({"workers": 0}, r"data\.workers: expected at least 1 thread, found 0"),
+        ({"max_rejected": 1.5}, r"data\.max_rejected: expected a share from 0 to 1, found 1\.5"),
+        ({"max_rejected": float("nan")}, r"data\.max_rejected.*found nan"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(
+    root: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(data(**values), VIEWS, root / "out", root)
+
+
+def test_a_missing_split_is_named(root: Path) -> None:
+    (root / "data" / "test.csv").unlink()
+    with pytest.raises(UserError, match=r"test\.csv: no such file"):
+        prepare(data(), VIEWS, root / "out", root)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+def test_real_panoramas_become_views_of_themselves(tmp_path: Path) -> None:
+    """Against sampling the picture in full size, which no shortcut has touched."""
+    folder = SHARED / "quic360_mini"
+    views = config.Views("e2p", 224, 90.0, 0.5, 0.0, False)
+    prepare(data(folder=str(folder)), views, tmp_path, tmp_path)
+    for split, rows, panoramas in (("train", 87, 5), ("valid", 18, 1), ("test", 33, 2)):
+        table = read_csv(tmp_path / split / "rows.csv")
+        array = np.load(tmp_path / split / "views.npy", mmap_mode="r")
+        assert (len(table), array.shape) == (rows, (panoramas, 8, 224, 224, 3))
+        assert reasons_of(tmp_path / split) == []
+        sampler = Sampler(layout(views), 224)
+        for panorama, url in table[["panorama", "url"]].drop_duplicates().values:
+            full = np.asarray(Image.open(folder / url).convert("RGB"))
+            exact = sampler.sample(cv2.resize(full, (1400, 700), interpolation=cv2.INTER_AREA))
+            apart = np.abs(array[panorama].astype(int) - exact)
+            assert apart.mean() < 6, url
+            assert np.corrcoef(array[panorama].ravel(), exact.ravel())[0, 1] > 0.98, url
+
+
+def reasons_of(folder: Path) -> list[str]:
+    return read_csv(folder / "rejects.csv")["reason"].tolist()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+def test_published_rows_without_their_pictures_are_all_rejected(tmp_path: Path) -> None:
+    folder = SHARED / "quic360_full"
+    with pytest.raises(UserError, match=r"train\.csv: 9459 of 9459.*9459 x link not downloaded"):
+        prepare(data(1.0, folder=str(folder)), VIEWS, tmp_path, tmp_path)
+    rejects = read_csv(tmp_path / "train" / "rejects.csv")
+    source = read_csv(folder / "train.csv")
+    assert rejects[["url", "query", "annotation"]].equals(source[["url", "query", "annotation"]])

@@ -1,0 +1,213 @@
+"""Views of all strategies show what lies in their directions, seam and poles included."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from panollava import config
+from panollava.errors import UserError
+from panollava.sphere import Array, angles_from_rays, panorama_rays
+from panollava.views import Sampler, layout, token_rays
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "e2p": {},
+    "e2p, global view": {"global_view": True},
+    "e2p, looking up": {"pitch": 60.0},
+    "e2p, over the pole": {"pitch": -90.0},
+    "cubemap": {"strategy": "cubemap"},
+    "cubemap, wide": {"strategy": "cubemap", "fov": 110.0},
+    "sliding_window": {"strategy": "sliding_window"},
+    "resize": {"strategy": "resize"},
+}
+every_strategy = pytest.mark.parametrize("values", STRATEGIES.values(), ids=STRATEGIES.keys())
+
+
+def settings(**values: Any) -> config.Views:
+    defaults: dict[str, Any] = {
+        "strategy": "e2p",
+        "size": 32,
+        "fov": 90.0,
+        "overlap": 0.5,
+        "pitch": 0.0,
+        "global_view": False,
+    }
+    return config.Views(**(defaults | values))
+
+
+def degrees_apart(one: Array, other: Array) -> Array:
+    cross = np.linalg.norm(np.cross(one, other), axis=-1)
+    return np.degrees(np.arctan2(cross, (one * other).sum(axis=-1)))
+
+
+def directions(height: int, width: int) -> np.ndarray:
+    """A panorama whose pixels hold their own directions."""
+    return panorama_rays(height, width).astype(np.float32)
+
+
+def test_e2p_looks_round_the_horizon_from_the_front() -> None:
+    found = layout(settings(fov=90.0, overlap=0.5, pitch=15.0))
+    yaw, pitch = np.degrees(angles_from_rays(token_rays(found, 1)[:, 0, 0]))
+    assert yaw % 360 == pytest.approx([0, 45, 90, 135, 180, 225, 270, 315])
+    assert pitch == pytest.approx(15)
+    assert found.neighbours == tuple((i, (i + 1) % 8) for i in range(8))
+
+
+@pytest.mark.parametrize(
+    ("fov", "overlap", "count"),
+    [(90, 0, 4), (90, 0.25, 5.333), (75, 0.2, 6), (100, 0.64, 10), (120, 0.5, 6), (144, 0.5, 5)],
+)
+def test_the_ring_closes_or_is_refused(fov: float, overlap: float, count: float) -> None:
+    values = settings(fov=float(fov), overlap=float(overlap))
+    if count == int(count):
+        assert len(layout(values).projections) == count
+    else:
+        with pytest.raises(UserError, match=r"67\.5 degrees.*don't divide 360.*views\.overlap to"):
+            layout(values)
+
+
+@pytest.mark.parametrize(("fov", "overlap"), [(70.0, 0.0), (90.0, 0.25), (100.0, 0.3), (7.3, 0.1)])
+def test_the_overlap_that_an_error_proposes_is_accepted(fov: float, overlap: float) -> None:
+    with pytest.raises(UserError) as error:
+        layout(settings(fov=fov, overlap=overlap))
+    proposed = float(str(error.value).rsplit(" ", 1)[1])
+    assert 0 <= proposed < 1
+    assert len(layout(settings(fov=fov, overlap=proposed)).projections) > 1
+
+
+def test_a_global_view_comes_last_and_has_no_neighbour() -> None:
+    plain, more = layout(settings()), layout(settings(global_view=True))
+    assert more.projections[:-1] == plain.projections
+    assert more.neighbours == plain.neighbours
+    assert token_rays(more, 8)[-1] == pytest.approx(panorama_rays(8, 8))
+
+
+def test_a_cubemap_has_six_faces_and_twelve_edges() -> None:
+    found = layout(settings(strategy="cubemap"))
+    expected = [[0, 0, 1], [1, 0, 0], [0, 0, -1], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]
+    centres = token_rays(found, 1)[:, 0, 0]
+    assert centres == pytest.approx(np.array(expected))
+    assert len({frozenset(pair) for pair in found.neighbours}) == len(found.neighbours) == 12
+    assert all(abs(centres[a] @ centres[b]) < 1e-9 for a, b in found.neighbours)
+
+
+def test_resize_is_the_whole_panorama_without_neighbours() -> None:
+    found = layout(settings(strategy="resize"))
+    assert found.neighbours == ()
+    assert token_rays(found, 6) == pytest.approx(panorama_rays(6, 6)[None])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strategy": "e2q"}, r"unknown strategy 'e2q'.*e2p, cubemap, sliding_window, resize"),
+        ({"size": 0}, r"views\.size.*found 0"),
+        ({"fov": 180.0}, r"views\.fov.*found 180"),
+        ({"fov": 0.0}, r"views\.fov.*found 0"),
+        ({"fov": float("nan")}, r"views\.fov.*found nan"),
+        ({"overlap": 1.0}, r"views\.overlap.*found 1"),
+        ({"overlap": -0.5}, r"views\.overlap.*found -0\.5"),
+        ({"pitch": 91.0}, r"views\.pitch.*found 91"),
+        ({"strategy": "cubemap", "fov": 80.0}, r"90 <= fov < 180, found 80"),
+        ({"strategy": "sliding_window", "fov": 400.0}, r"views\.fov.*found 400"),
+        ({"strategy": "resize", "global_view": True}, r"views\.global_view.*'resize'"),
+        ({"strategy": "cubemap", "pitch": 10.0}, r"views\.pitch.*found 10 with 'cubemap'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        layout(settings(**values))
+
+
+@every_strategy
+@pytest.mark.parametrize("size", [32, 33, 1])
+def test_views_show_what_lies_in_their_directions(values: dict[str, Any], size: int) -> None:
+    found = layout(settings(size=size, **values))
+    sampler = Sampler(found, size)
+    height = max(128, sampler.panorama_width // 2)
+    views = sampler.sample(directions(height, 2 * height))
+    assert views.shape == (len(found.projections), size, size, 3)
+    apart = degrees_apart(views.astype(float), token_rays(found, size))
+    assert apart.max() < 0.1 * 180 / height  # a tenth of a pixel
+
+
+@every_strategy
+def test_odd_panoramas_are_sampled_as_well(values: dict[str, Any]) -> None:
+    found = layout(settings(**values))
+    for height, width in [(127, 255), (101, 203), (256, 511), (3, 5)]:
+        views = Sampler(found, 32).sample(directions(height, width))
+        apart = degrees_apart(views.astype(float), token_rays(found, 32))
+        # Over the poles, an odd panorama has no pixel exactly opposite.
+        assert apart.max() < (0.5 * 180 / height if height > 3 else 30)
+
+
+@every_strategy
+def test_photos_of_8_bits_are_sampled_like_exact_values(values: dict[str, Any]) -> None:
+    panorama = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
+    sampler = Sampler(layout(settings(**values)), 32)
+    exact = sampler.sample(panorama.astype(np.float32))
+    views = sampler.sample(panorama)
+    assert views.dtype == np.uint8
+    assert np.abs(views - exact).max() <= 1
+
+
+@pytest.mark.parametrize("strategy", ["e2p", "sliding_window"])
+def test_rolling_the_panorama_by_one_stride_shifts_the_views(strategy: str) -> None:
+    panorama = np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8)
+    sampler = Sampler(layout(settings(strategy=strategy)), 32)
+    plain = sampler.sample(panorama)
+    rolled = sampler.sample(np.roll(panorama, 256 // 8, axis=1))
+    # Positions are rounded to 1/32 pixel, so that a value between two noisy pixels may differ.
+    apart = np.abs(rolled.astype(int) - np.roll(plain, 1, axis=0))
+    assert apart.max() <= 256 / 32
+    assert (apart > 0).mean() < 0.01
+    assert np.abs(rolled.astype(int) - plain).mean() > 30
+
+
+def test_the_seam_is_a_place_like_any_other() -> None:
+    """What a view shows of noise doesn't depend on where the picture was cut open."""
+    panorama = np.random.default_rng(0).integers(0, 256, (100, 200, 3)).astype(np.float32)
+    sampler = Sampler(layout(settings(fov=120.0, overlap=0.5)), 65)
+    front = sampler.sample(panorama)[0]
+    back = sampler.sample(np.roll(panorama, 100, axis=1))[3]
+    assert np.abs(front - back).max() <= 255 / 32
+
+
+def test_a_view_straight_up_is_continuous_over_the_pole() -> None:
+    """Rows at the pole alternate between the half of the panorama that a pixel belongs to."""
+    height, width = 16, 32
+    panorama = np.zeros((height, width, 3), np.float32)
+    panorama[:, : width // 2] = 100
+    view = Sampler(layout(settings(strategy="cubemap", size=257)), 257).sample(panorama)[4]
+    # Walk along the view's middle row, from the left half (100) over the pole to the right (0).
+    across = view[128, :, 0]
+    assert across[0] == 100
+    assert across[-1] == 0
+    assert across[128] == pytest.approx(50, abs=2)
+    assert np.abs(np.diff(across)).max() < 10
+
+
+@pytest.mark.parametrize(
+    ("values", "width"),
+    [
+        ({"size": 224}, 1395),  # at its edges a 90 degree view is twice as fine as in its centre
+        ({"size": 224, "strategy": "sliding_window"}, 897),
+        ({"size": 224, "strategy": "resize"}, 449),  # 224 rows over 180 degrees
+        ({"size": 1}, 2),
+    ],
+)
+def test_the_panorama_is_wide_enough_for_the_views(values: dict[str, Any], width: int) -> None:
+    found = layout(settings(**values))
+    assert Sampler(found, values["size"]).panorama_width == pytest.approx(width, abs=1)
+
+
+def test_threads_share_a_sampler() -> None:
+    generator = np.random.default_rng(0)
+    sizes = [(64 + 2 * (i % 20), 128 + 4 * (i % 20), 3) for i in range(60)]  # more than are kept
+    panoramas = [generator.integers(0, 256, size, dtype=np.uint8) for size in sizes]
+    found = layout(settings())
+    alone = [Sampler(found, 32).sample(panorama) for panorama in panoramas]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(Sampler(found, 32).sample, panoramas))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
