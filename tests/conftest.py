@@ -66,7 +66,8 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_language_model(folder: Path, width: int = 32) -> Path:
+def save_language_model(folder: Path, width: int = 32, spread: float = 0.02) -> Path:
+    """Random weights of standard deviation `spread`: the wider, the more a prefix can change."""
     torch.manual_seed(2)
     tokenizer = save_tokenizer(folder)
     config = Qwen2Config(
@@ -77,6 +78,7 @@ def save_language_model(folder: Path, width: int = 32) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        initializer_range=spread,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

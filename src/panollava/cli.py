@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = options.log_name(options)
     try:
-        with logs.start(name, paths.LOGS):
+        with logs.start(name, options.logs):
             resume.remove_finished()
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], None], help: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run, log_name=lambda options: options.command)
+        command.set_defaults(run=run, log_name=lambda options: options.command, logs=paths.LOGS)
         return command
 
     add("prepare", _prepare, "check the rows and turn each panorama into views")
@@ -42,9 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add("features", _features, "run the frozen encoder once over every panorama")
     add("evaluate", _evaluate, "answer every query of a split, and score the answers")
     add("digest", _digest, "write the digest of the code that each pipeline stage runs")
-    add("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)")
-    add("demo-encoder", _demo_encoder, "pretrain the demo's encoder (in data/demo)")
-    add("demo-language-model", _demo_language_model, "pretrain its language model (in data/demo)")
+    for name, run, help in (
+        ("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)"),
+        ("demo-encoder", _demo_encoder, "pretrain the demo's encoder (in data/demo)"),
+        ("demo-language-model", _demo_language_model, "pretrain its language model (in data/demo)"),
+    ):
+        add(name, run, help).set_defaults(logs=paths.LOGS_OF_DEMO)
     return parser
 
 

@@ -112,6 +112,7 @@ class Evaluate:
     split: str  # valid | test
     batch_size: int  # panoramas at once
     max_new_tokens: int
+    facts: str | None  # how facts are read out of answers: demo; null: not
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from panollava.config import Settings
 from panollava.data import gather, open_array, read_prepared_rows
 from panollava.dialogue import Dialogue
 from panollava.errors import UserError
+from panollava.facts import FactReader, Key, compare, find_reader
 from panollava.features import autocast, choose_device
 from panollava.generate import answer
 from panollava.model import PanoLLaVA, build_model
@@ -38,14 +39,13 @@ READS = (
 )
 _RESULT_OF = find_stage("finetune")
 
-Key = tuple[int, str]  # (panorama, query)
-
 
 def evaluate(settings: Settings) -> None:
     """Write metrics/evaluate/metrics.json and runs/evaluate/predictions.csv."""
     own = settings.evaluate
     if own.split not in ("valid", "test"):
         raise UserError(f"evaluate.split: expected valid or test, found '{own.split}'")
+    read_facts = None if own.facts is None else find_reader(own.facts)
     torch.set_num_threads(settings.trainer.threads)
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
@@ -68,7 +68,7 @@ def evaluate(settings: Settings) -> None:
             answers[name] = _ask(
                 model, Dialogue(tokenizer), features, shown, list(references), settings, name
             )
-    metrics = summarise(answers, references)
+    metrics = summarise(answers, references, read_facts)
     log.info("%s", json.dumps(metrics, indent=2))
     urls = dict(zip(rows["panorama"], rows["url"], strict=True))
     _write_predictions(paths.PREDICTIONS, answers, references, urls)
@@ -76,9 +76,12 @@ def evaluate(settings: Settings) -> None:
 
 
 def summarise(
-    answers: dict[str, dict[Key, str]], references: dict[Key, list[str]]
+    answers: dict[str, dict[Key, str]],
+    references: dict[Key, list[str]],
+    read_facts: FactReader | None,
 ) -> dict[str, Any]:
-    """Scores with the own panorama, with another's, and their difference."""
+    """Scores with the own panorama, with another's, and their difference; and how many of the
+    stated facts are true, if `read_facts` says how to read them."""
     metrics: dict[str, Any] = {
         "captions": len(references),
         "panoramas": len({panorama for panorama, _ in references}),
@@ -92,6 +95,11 @@ def summarise(
         metrics["grounding_gap"] = {
             name: metrics[name] - value for name, value in swapped.items() if name in metrics
         }
+    if read_facts is not None:
+        truths = {key: texts[0] for key, texts in references.items()}
+        for name, said in answers.items():
+            own = metrics if name == "own" else metrics[name]
+            own["facts"] = compare(read_facts, said, truths)
     return metrics
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 LOGS = Path("logs")
+LOGS_OF_DEMO = Path("../../logs")  # the demo's own pipeline runs in data/demo
 RESUME = Path(".resume")  # unfinished work of training stages
 PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
 FEATURES = Path("runs/features")  # <split>.npy

@@ -1,4 +1,4 @@
-"""Questions about a scene, their answers in words, and the facts read back out of an answer."""
+"""Questions about a scene, and their answers in words. What an answer states is read in `facts`."""
 
 import re
 
@@ -59,11 +59,11 @@ def answer(scene: Scene, topic: str, template: int) -> str:
         )[template]
     if topic == "around":
         said = [
-            f"{PLACES[direction][template > 0]} {_article(item)}"
+            f"{PLACES[direction][template == 1]} {_article(item)}"
             for direction in DIRECTIONS
             if (item := scene.at(direction)) is not None
         ]
-        return f"{' , '.join(said)} ."
+        return f"{'one can see ' if template == 2 else ''}{' , '.join(said)} ."
     item = scene.at(topic)
     thing = "nothing" if item is None else _article(item)
     one, other = PLACES[topic]
@@ -87,30 +87,6 @@ def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str
 def spell(words: str) -> str:
     """Words and marks between spaces, as one writes them."""
     return re.sub(r" ([,.?])", r"\1", words)
-
-
-def parse(text: str) -> dict[str, object]:
-    """Facts that an answer states: scene kind, colors, count, and objects with their places."""
-    words = re.findall(r"\w+", text)
-    found: dict[str, object] = {
-        "kind": next((word for word in words if word in KINDS), None),
-        "colors": {word for word in words if word in COLORS},
-        "objects": re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text),
-        "places": {
-            direction for direction, said in PLACES.items() if any(place in text for place in said)
-        },
-        "around": _around(text),
-    }
-    number = re.search(rf"({'|'.join(NUMBERS)}) objects?\b", text)
-    found["count"] = NUMBERS.index(number[1]) if number else None
-    return found
-
-
-def _around(text: str) -> dict[str, tuple[str, str]]:
-    """Direction -> (color, shape), from an answer to `around`."""
-    places = {place: direction for direction, said in PLACES.items() for place in said}
-    pattern = rf"({'|'.join(places)}) an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
-    return {places[place]: (color, shape) for place, color, shape in re.findall(pattern, text)}
 
 
 def vocabulary() -> list[str]:

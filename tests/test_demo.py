@@ -1,0 +1,216 @@
+"""Promises of the demo's world: scenes, questions, facts, and the two towers that are shipped."""
+
+import colorsys
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dvc.repo import Repo
+
+from conftest import ROOT
+from panollava.config import Pretrained
+from panollava.demo.dataset import make_scenes
+from panollava.demo.encoder import VIEWS, probe
+from panollava.demo.facts import read_facts
+from panollava.demo.language import _right, make_tokenizer, with_context
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
+from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, render
+from panollava.demo.settings import STREAMS, DemoSettings, load_demo_settings
+from panollava.dialogue import Dialogue
+from panollava.encoder import load_encoder
+from panollava.model import load_language_model
+
+DEMO = ROOT / "data/demo"
+TOWERS = DEMO / "towers"
+
+
+@pytest.fixture
+def settings() -> DemoSettings:
+    return load_demo_settings(DEMO / "params.yaml")
+
+
+def place(item: Object, height: int) -> tuple[int, int]:
+    """Row and column of the panorama's pixel at an object's centre, a little below it: a cone is
+    thin above."""
+    pitch = math.degrees(math.atan2(0.4 * item.size - EYE, item.distance))
+    return int((0.5 - pitch / 180) * height), int((item.yaw / 360 + 0.5) % 1 * 2 * height)
+
+
+def nearest_color(pixel: np.ndarray) -> str:
+    """By hue and saturation, whatever the light."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*pixel / 255)
+
+    def distance(name: str) -> float:
+        other, s, _ = colorsys.rgb_to_hsv(*COLORS[name])
+        return abs((hue - other + 0.5) % 1 - 0.5) + 0.2 * abs(saturation - s)
+
+    return min(COLORS, key=distance)
+
+
+def test_objects_are_seen_where_and_as_the_scene_says() -> None:
+    across = 0
+    for index in range(40):
+        scene = make_scene(7, index)
+        picture = render(scene, 128)
+        for item in scene.objects:
+            direction = DIRECTIONS.index(item.direction) * 90
+            assert abs((item.yaw - direction + 180) % 360 - 180) <= 30
+            row, column = place(item, 128)
+            assert nearest_color(picture[row, column]) == item.color, (index, item)
+            if 180 - abs(item.yaw) < math.degrees(item.size / 4 / item.distance):
+                across += 1  # the object goes on beyond the seam
+                assert nearest_color(picture[row, 0]) == item.color
+                assert nearest_color(picture[row, -1]) == item.color
+    assert across
+
+
+def test_a_scene_is_a_function_of_its_seed_and_the_streams_share_nothing(
+    settings: DemoSettings,
+) -> None:
+    assert make_scene(3, 5) == make_scene(3, 5)
+    scenes = [make_scene(settings.stream(name), i) for name in STREAMS for i in range(50)]
+    assert len(set(scenes)) == len(scenes)
+    others = [make_scene(10 * len(STREAMS) + n, i) for n in range(len(STREAMS)) for i in range(50)]
+    assert not set(scenes) & set(others)  # another seed has other streams
+
+
+def true_facts(scene: Scene, topic: str) -> set:
+    """What the query of `topic` asks for, from the scene itself."""
+    if topic in DIRECTIONS:
+        item = scene.at(topic)
+        return {(topic, item.color, item.shape)} if item else set()
+    numbers = ("no", "one", "two", "three", "four")
+    largest = max(scene.objects, key=lambda item: item.size)
+    return {
+        "scene": {(scene.kind,)},
+        "colors": {(item.color,) for item in scene.objects},
+        "count": {(numbers[len(scene.objects)],)},
+        "largest": {(largest.color, largest.shape, largest.direction)},
+        "around": {(item.direction, item.color, item.shape) for item in scene.objects},
+    }[topic]
+
+
+def test_every_answer_states_exactly_the_facts_of_its_scene() -> None:
+    for index in range(100):
+        scene = make_scene(1, index)
+        for topic, query in QUERIES.items():
+            for template in range(TEMPLATES):
+                said = spell(answer(scene, topic, template))
+                facts = read_facts(spell(query), said)
+                kind = "color_shape_by_direction" if topic in DIRECTIONS else topic
+                assert facts[kind] == true_facts(scene, topic), said
+                if topic in DIRECTIONS:
+                    assert facts["color_by_direction"] == {f[:2] for f in facts[kind]}
+
+
+def test_a_query_has_several_references_that_differ() -> None:
+    said = rows(make_scene(1, 0), "x.jpg", 3, choice=0)
+    for query in QUERIES.values():
+        own = [text for _, asked, text in said if asked == spell(query)]
+        assert len(own) == len(set(own)) == 3
+
+
+def test_the_tokenizer_keeps_every_query_and_answer() -> None:
+    dialogue = Dialogue(make_tokenizer(), 128)
+    for index in range(50):
+        for _, query, text in rows(make_scene(1, index), "", TEMPLATES, index):
+            tokens = dialogue.row(query, text)
+            assert dialogue.tokenizer.unk_token_id not in tokens.query + tokens.answer
+            assert dialogue.decode(tokens.answer) == text
+
+
+def test_the_scenes_are_files_of_the_same_bytes_each_time(
+    settings: DemoSettings, tmp_path: Path
+) -> None:
+    small = {"train": 3, "valid": 1, "test": 2}
+    settings = change(settings, scenes=change(settings.scenes, **small))
+    written = []
+    for name in ("one", "two"):
+        make_scenes(settings, tmp_path / name)
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        written.append({p.relative_to(tmp_path / name): p.read_bytes() for p in files})
+    assert written[0] == written[1]
+    assert len(written[0]) == 6 + 3
+    test = (tmp_path / "one/test.csv").read_text().splitlines()
+    assert len(test) == 1 + 2 * len(QUERIES) * settings.scenes.references
+
+
+def change(settings: Any, **changes: Any) -> Any:
+    return dataclasses.replace(settings, **changes)
+
+
+def test_the_shipped_towers_are_small_and_load_as_any_other() -> None:
+    files = [path for path in TOWERS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8_000_000
+    encoder = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size)
+    views = torch.zeros((1, 8, VIEWS.size, VIEWS.size, 3), dtype=torch.uint8)
+    assert encoder(views).shape == (1, 8, 8, 8, 128)
+
+
+def test_the_shipped_towers_are_their_pipeline_s_recorded_output() -> None:
+    with Repo(str(ROOT)) as repo:
+        for name in ("encoder", "language_model"):
+            (stage,) = repo.stage.load_all(str(DEMO / "dvc.yaml"), name)
+            (out,) = stage.outs
+            assert not out.changed_checksum(), f"{out}: not what data/demo/dvc.lock records"
+
+
+def test_the_shipped_encoder_sees_color_and_shape(settings: DemoSettings) -> None:
+    tower = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size).tower
+    seen = probe(tower.eval(), settings)
+    report = json.loads((TOWERS / "encoder/report.json").read_text())
+    for name in ("probe_color", "probe_shape"):
+        assert seen[name] == pytest.approx(report[name], abs=0.01)
+        assert seen[name] >= 0.98
+
+
+def test_the_shipped_language_model_speaks_from_its_context(settings: DemoSettings) -> None:
+    language, tokenizer = load_language_model(
+        Pretrained(str(TOWERS / "language_model"), None, False)
+    )
+    right = _right(with_context(language), Dialogue(tokenizer, 128), settings, count=20)
+    report = json.loads((TOWERS / "language_model/report.json").read_text())
+    assert right >= 0.98 and report["right"] >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("command", "tower"),
+    [("demo-encoder", "encoder"), ("demo-language-model", "language_model")],
+)
+def test_the_towers_recipe_runs_and_learns(command: str, tower: str, tmp_path: Path) -> None:
+    """At a small size; twice to the same bytes, and further than after one step."""
+    text = (DEMO / "params.yaml").read_text()
+    for old, new in (
+        ("scenes: 2400", "scenes: 30"),
+        ("steps: 2400", "steps: 12"),
+        ("steps: 1200", "steps: 12"),
+        ("batch_size: 128", "batch_size: 32"),
+        ("batch_size: 16", "batch_size: 4"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    weights, losses = [], []
+    for name, steps in (("one", 12), ("two", 12), ("first", 1)):
+        folder = tmp_path / name / "data/demo"
+        folder.mkdir(parents=True)
+        (folder / "params.yaml").write_text(text.replace("steps: 12", f"steps: {steps}"))
+        subprocess.run(
+            [sys.executable, str(ROOT / "src/run.py"), command],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        weights.append((folder / "towers" / tower / "model.safetensors").read_bytes())
+        report = json.loads((folder / "towers" / tower / "report.json").read_text())
+        losses.append(report["loss"])
+        (log,) = (tmp_path / name / "logs").iterdir()
+        assert log.name.startswith(command)
+    assert weights[0] == weights[1]
+    assert losses[0] < 0.95 * losses[2]
