@@ -18,6 +18,7 @@ from panollava.errors import UserError
 from panollava.evaluate import evaluate
 from panollava.features import write_features
 from panollava.prepare import prepare
+from panollava.resume import remove_finished
 from panollava.stage import find_stage
 from panollava.train import train
 from test_model import settings_for
@@ -202,12 +203,44 @@ def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -
     assert "goes on" not in caplog.text
 
 
-def test_a_truncated_progress_file_is_named(settings: Settings) -> None:
+@pytest.mark.parametrize("damaged", ["progress.ckpt", "epoch=*.ckpt", "*.ckpt"])
+def test_a_damaged_checkpoint_is_named_and_left_out(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog, damaged: str
+) -> None:
+    settings = change(settings, stage__vision__epochs=3)
     run("vision", settings)
-    progress = next(paths.RESUME.glob("vision-*/progress.ckpt"))
-    progress.write_bytes(progress.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"progress.ckpt: damaged"):
+    expected = outputs("vision")
+    shutil.rmtree(paths.RESUME)
+
+    def die_in_the_last_epoch(
+        _: object, trainer: object, module: lit.LitStage, *__: object
+    ) -> None:
+        if module.epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lit.Speed, "on_train_batch_end", die_in_the_last_epoch)
+        with pytest.raises(Killed):
+            run("vision", settings)
+    files = list(paths.RESUME.glob(f"vision-*/{damaged}"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+    with caplog.at_level(logging.INFO):
         run("vision", settings)
+    for file in files:
+        assert f"{file}: damaged" in caplog.text
+    assert ("goes on from step" in caplog.text) == (damaged == "progress.ckpt")
+    assert outputs("vision") == expected
+
+
+def test_finished_work_outlives_a_second_start_of_its_stage_alone(settings: Settings) -> None:
+    """DVC may have been killed before it recorded the outputs."""
+    run("vision", settings)
+    remove_finished(but_of="vision")
+    assert list(paths.RESUME.glob("vision-*"))
+    remove_finished(but_of="resampler")
+    assert not list(paths.RESUME.glob("vision-*"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(settings: Settings) -> None:

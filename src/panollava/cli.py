@@ -9,14 +9,24 @@ from pathlib import Path
 from panollava import logs, paths, resume
 from panollava.config import Settings, load_settings
 from panollava.errors import UserError
+from panollava.files import faults_told
+
+_MACHINE = "close other programs, or take a machine with more memory"
+_LESS_MEMORY = {  # what to do where a command has too little
+    "prepare": f"lower data.workers, or {_MACHINE}",
+    "train": "raise the stage's accumulate (the result is the same), or lower its batch_size or "
+    "trainer.workers",
+    "evaluate": "lower evaluate.batch_size",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = options.log_name(options)
     try:
-        with logs.start(name, options.logs):
-            resume.remove_finished()
+        less_memory = _LESS_MEMORY.get(options.command, _MACHINE)
+        with logs.start(name, options.logs), resume.alone(name), faults_told(less_memory):
+            resume.remove_finished(but_of=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
         sys.exit(1)

@@ -5,7 +5,6 @@ is the grounding gap: a model that doesn't look at the picture has none."""
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from panollava.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.facts import FactReader, Key, compare, find_reader
 from panollava.features import autocast, choose_device
+from panollava.files import whole
 from panollava.generate import answer
 from panollava.model import PanoLLaVA, build_model
 from panollava.stage import find_stage
@@ -151,7 +151,5 @@ def _write_predictions(
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """The frozen encoder run once over every panorama, its pooled features kept on disk."""
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from panollava.config import Settings
 from panollava.data import gather, open_array
 from panollava.encoder import load_encoder, pool_tokens
 from panollava.errors import UserError
+from panollava.files import whole
 from panollava.stage import find_stage
 from panollava.weights import load_weights
 
@@ -78,23 +78,23 @@ def _write(
     device: torch.device,
     settings: Settings,
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".part")
-    array = None
-    for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
-        index = list(range(at, min(at + _BATCH, len(views))))
-        with autocast(device, settings.trainer.precision):
-            features = pool_tokens(encoder(gather(views, index).to(device)), pool)
-        values = features.float().cpu().numpy()
-        if not np.isfinite(values.astype(dtype)).all():
-            raise UserError(
-                f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in {dtype}; "
-                "set model.features to float32"
-            )
-        if array is None:
-            shape = (len(views), *values.shape[1:])
-            array = np.lib.format.open_memmap(beside, "w+", np.dtype(dtype), shape)
-        array[index] = values
-    assert array is not None  # prepare never writes an empty split
-    array.flush()
-    os.replace(beside, out)
+    with whole(out) as beside, beside.open("wb") as file:
+        # Not a memory-mapped file: there, a full disk ends the process without a word.
+        for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
+            index = list(range(at, min(at + _BATCH, len(views))))
+            with autocast(device, settings.trainer.precision):
+                features = pool_tokens(encoder(gather(views, index).to(device)), pool)
+            values = features.float().cpu().numpy().astype(dtype)
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in "
+                    f"{dtype}; set model.features to float32"
+                )
+            if at == 0:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(values.dtype),
+                    "fortran_order": False,
+                    "shape": (len(views), *values.shape[1:]),
+                }
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(values).data)

@@ -3,10 +3,12 @@
 Optimization is by hand, because a step's loss is one mean over all its parts: Lightning would
 average the means of parts of unequal size."""
 
+import io
+import logging
 import math
-import os
 import pickle
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,12 +18,16 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 from dvclive import Live
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from panollava.config import Trainer
 from panollava.data import Reader, StepDataset
 from panollava.errors import UserError
+from panollava.files import whole
+
+log = logging.getLogger(__name__)
 
 
 class StageObjective(Protocol):
@@ -169,13 +175,12 @@ class LitStage(pl.LightningModule):
         checkpoint.clear()
         checkpoint.update(_canonical(kept))
 
-    def go_on_from(self, path: Path) -> None:
-        """Take up a run where its checkpoint left it.
+    def go_on_from(self, saved: dict[str, Any], path: Path) -> None:
+        """Take up a run where its checkpoint left it. `saved` is what `path` holds.
 
         Raises:
-            UserError: the file is damaged, or of another model.
+            UserError: the checkpoint is of another model.
         """
-        saved = read_checkpoint(path)
         self.load_trained(saved["state_dict"], path)
         self.epoch, self.epoch_step = saved["epoch"], saved["epoch_step"]
         self.step = saved["global_step"]
@@ -210,7 +215,7 @@ def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values alone. Raises UserError for a damaged or foreign file."""
+    """Tensors and plain values alone. Raises UserError for a missing, damaged or foreign file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -218,7 +223,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: damaged, or no checkpoint ({reason}); remove it and run the stage again"
+            f"{path}: damaged, or no checkpoint ({reason}); a run that goes on leaves it out"
         ) from None
     if not isinstance(saved, dict) or not {"state_dict", "epoch_step", "best"} <= saved.keys():
         raise UserError(f"{path}: not a checkpoint of PanoLLaVA")
@@ -273,41 +278,93 @@ class Curves(pl.Callback):
 class Checkpoints(pl.Callback):
     """Keeps the best epochs by validation loss, and the point from which a killed run goes on.
 
-    It comes after `Curves`, so that a checkpoint holds the curves up to itself."""
+    It comes after `Curves`, so that a checkpoint holds the curves up to itself. While it trains,
+    Ctrl-C (or SIGTERM) ends the run with KeyboardInterrupt after the step, or the validation, that
+    is being computed, and after that is saved; a second one ends it at once."""
 
     def __init__(self, folder: Path, keep: int, every: int) -> None:
         self.folder, self.keep, self.every = folder, keep, every
         self.progress = folder / "progress.ckpt"
+        self.stopping = False
+        self._handlers: dict[int, Any] = {}
 
-    def files(self, module: LitStage) -> list[Path]:
+    def files(self, best: list[tuple[float, int]]) -> list[Path]:
         """The checkpoints of the best epochs, the best first."""
-        return [
-            self.folder / f"epoch={epoch:02d}-val_loss={loss:.3f}.ckpt"
-            for loss, epoch in module.best
-        ]
+        return [self.folder / f"epoch={epoch:02d}-val_loss={loss:.3f}.ckpt" for loss, epoch in best]
+
+    def restore(self, module: LitStage) -> bool:
+        """Take up the latest saved point whose files are all whole; False: there is none. Every
+        epoch's checkpoint is such a point. Damaged ones are named in a warning."""
+        epochs = sorted(self.folder.glob("epoch=*.ckpt"), reverse=True)
+        for file in filter(Path.is_file, [self.progress, *epochs]):
+            try:
+                saved = read_checkpoint(file)
+                for best in self.files(saved["best"]):
+                    read_checkpoint(best)
+            except UserError as error:
+                log.warning("%s", error)
+                continue
+            module.go_on_from(saved, file)
+            return True
+        return False
+
+    def on_train_start(self, *_: Any) -> None:
+        # Lightning's own handlers stop in the middle of a step, or before its validation.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        if self.stopping:
+            self._restore_handlers()
+            raise KeyboardInterrupt
+        self.stopping = True
+        log.info("stopping after this step; Ctrl-C once more stops at once")
+
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def on_train_end(self, *_: Any) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, *_: Any) -> None:
+        self._restore_handlers()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
         last = module.epoch_step == module.epoch_steps[module.epoch]
-        if module.step % self.every == 0 and not last:  # after the last comes validation
-            _save(trainer, self.progress)
+        if (module.step % self.every == 0 or self.stopping) and not last:
+            self._save_progress(trainer, module)  # after the last comes validation
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: max(1, self.keep)]
         module.epoch, module.epoch_step = module.epoch + 1, 0
-        files = self.files(module)
+        files = self.files(module.best)
         if entry in module.best:
-            _save(trainer, files[module.best.index(entry)])
-        _save(trainer, self.progress)
+            trainer.save_checkpoint(files[module.best.index(entry)])
+        self._save_progress(trainer, module)
         for file in self.folder.glob("epoch=*.ckpt"):
             if file not in files:
                 file.unlink()
 
+    def _save_progress(self, trainer: pl.Trainer, module: LitStage) -> None:
+        trainer.save_checkpoint(self.progress)
+        if self.stopping:
+            log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
+            raise KeyboardInterrupt
 
-def _save(trainer: pl.Trainer, path: Path) -> None:
-    beside = path.with_name(path.name + ".part")
-    trainer.save_checkpoint(beside)
-    os.replace(beside, path)
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's own goes through the system's folder for temporary files, which may be small,
+    and leaves a copy there when it is killed."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        with whole(Path(path)) as beside:
+            beside.write_bytes(data.getbuffer())
 
 
 class Speed(pl.Callback):

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from panollava.errors import UserError
+from panollava.files import told
 
 _LIBRARIES = ("lightning_fabric", "pytorch_lightning", "transformers", "dvclive")
 
@@ -70,8 +71,12 @@ def _is_number(cell: str) -> bool:
 
 
 def _create(folder: Path, name: str) -> Path:
-    """A new file: a second run in the same second gets a number."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A new file: a second run in the same second gets a number. Exits where there can be none,
+    because there is no log to say so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {told(error)}")
     stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
     number = 1
     while True:
@@ -80,6 +85,8 @@ def _create(folder: Path, name: str) -> Path:
             path.touch(exist_ok=False)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            sys.exit(f"error: {told(error)}")
         else:
             return path
 

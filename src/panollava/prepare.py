@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from panollava import config
 from panollava.errors import UserError
+from panollava.files import whole
 from panollava.pictures import read_panorama
 from panollava.rows import COLUMNS, read_rows
 from panollava.views import Sampler, layout
@@ -101,23 +101,18 @@ def _write_views(
     places: dict[Path, int] = {}
     broken: dict[Path, str] = {}
     shape = (len(sampler.layout.projections), sampler.size, sampler.size, 3)
-    beside = out / "views.npy.part"
-    try:
-        with beside.open("wb") as file:
-            _write_header(file, 0, shape)
-            views = _in_order(sample, paths, workers)
-            bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
-            for path, result in zip(paths, bar, strict=True):
-                if isinstance(result, str):
-                    broken[path] = result
-                else:
-                    places[path] = len(places)
-                    file.write(result.data)
-            file.seek(0)
-            _write_header(file, len(places), shape)
-        os.replace(beside, out / "views.npy")
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(out / "views.npy") as beside, beside.open("wb") as file:
+        _write_header(file, 0, shape)
+        views = _in_order(sample, paths, workers)
+        bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
+        for path, result in zip(paths, bar, strict=True):
+            if isinstance(result, str):
+                broken[path] = result
+            else:
+                places[path] = len(places)
+                file.write(result.data)
+        file.seek(0)
+        _write_header(file, len(places), shape)
     bad = rows["picture"].isin(list(broken))
     good, late = rows[~bad].copy(), rows[bad].drop(columns="picture")
     good["panorama"] = [places[path] for path in good["picture"]]
@@ -173,7 +168,8 @@ def _check_rejects(
 
 def _write_csv(file: Path, table: pd.DataFrame) -> None:
     # All text is quoted: pandas leaves a lone carriage return bare, and reads it as the row's end.
-    table.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    with whole(file) as beside:
+        table.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 def _count(rejects: pd.DataFrame) -> str:

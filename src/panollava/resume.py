@@ -2,14 +2,17 @@
 
 DVC deletes a stage's outputs before it runs the stage, so that what a killed run has done is kept
 in `.resume/<stage>-<fingerprint>/`. The fingerprint covers everything that the result depends on;
-work of another fingerprint is never used. Finished work stays until the next command, because
-DVC may still be killed before it has recorded the stage's outputs."""
+work of another fingerprint is never used. Finished work stays until another command starts,
+because DVC may still be killed before it has recorded the stage's outputs."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:  # torch is slow to import, and every command imports this mod
     from torch import Tensor
 
 from panollava import paths
+from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +54,34 @@ def mark_finished(folder: Path) -> None:
     (folder / _FINISHED).touch()
 
 
-def remove_finished() -> None:
-    """Called when a command starts: what was finished before has been recorded by now."""
+def remove_finished(but_of: str | None) -> None:
+    """Called when a command starts: what was finished before it has been recorded by now, but
+    perhaps not the work of the same stage, `but_of`."""
     for mark in sorted(paths.RESUME.glob(f"*/{_FINISHED}")):
-        shutil.rmtree(mark.parent)
+        if not mark.parent.name.startswith(f"{but_of}-"):
+            shutil.rmtree(mark.parent)
+
+
+@contextlib.contextmanager
+def alone(command: str) -> Iterator[None]:
+    """The block runs in one process at a time in this folder. Where DVC alone was killed, its
+    command runs on, and would write the same files as the next one.
+
+    Raises UserError if there is such a process."""
+    paths.RESUME.mkdir(exist_ok=True)
+    with (paths.RESUME / f"{command}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read()} is at work on the same in this folder; "
+                "wait until it is done, or end it (kill it), and run the command again"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def _size(folder: Path) -> str:

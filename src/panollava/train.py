@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.digest import digests
-from panollava.lit import Checkpoints, Curves, LitStage, Speed, read_checkpoint
+from panollava.lit import Checkpoints, Curves, LitStage, Speed, WholeFiles, read_checkpoint
 from panollava.resume import fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.weights import load_weights, save_weights
@@ -44,8 +44,7 @@ def train(stage: Stage, settings: Settings) -> None:
     work = work_folder(stage.name, _fingerprint(stage, settings, module))
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.trainer.save_every)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every)
-    if checkpoints.progress.is_file():
-        module.go_on_from(checkpoints.progress)
+    if checkpoints.restore(module):
         for step, values in module.history:
             curves.write(step, values)
         log.info("goes on from step %d of %d (%s)", module.step, module.total_steps, work)
@@ -64,7 +63,7 @@ def _publish(
     folder = paths.run_folder(stage.name)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    files = checkpoints.files(module)
+    files = checkpoints.files(module.best)
     for file in files:
         shutil.copyfile(file, folder / "checkpoints" / file.name)
     if files:
@@ -114,6 +113,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             precision=settings.precision,  # type: ignore[arg-type]
             max_epochs=epochs,
             callbacks=[*callbacks, TQDMProgressBar(refresh_rate=5)],
+            plugins=[WholeFiles()],
             logger=False,
             enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
@@ -123,7 +123,10 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             # Some GPU kernels have no deterministic form; Lightning says which.
             deterministic=True if settings.accelerator == "cpu" else "warn",
         )
-        trainer.fit(module)
+        try:
+            trainer.fit(module)
+        except SystemExit:  # Lightning's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt from None
 
 
 def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:

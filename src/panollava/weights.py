@@ -1,17 +1,17 @@
 """`model_final.safetensors`: the parts of a model that have learned something, and a header that
-says what they are. Files are written beside their place and renamed."""
+says what they are."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from panollava.errors import UserError
+from panollava.files import whole
 
 
 def save_weights(
@@ -24,11 +24,10 @@ def save_weights(
         for part in parts
         for name, tensor in getattr(model, part).state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
     # One key of metadata: safetensors writes several in no fixed order.
-    save_file(tensors, beside, metadata={"panollava": json.dumps(header, sort_keys=True)})
-    os.replace(beside, path)
+    data = save(tensors, metadata={"panollava": json.dumps(header, sort_keys=True)})
+    with whole(path) as beside:
+        beside.write_bytes(data)
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -1,0 +1,269 @@
+"""Kills the pipeline at random moments, runs it again, and compares the end with that of a run
+that nobody disturbed.
+
+A copy of the project, with little data and small towers, runs `dvc repro` once in peace. Another
+copy runs it again and again, each time until SIGKILL ends DVC and all its processes: at a random
+moment of a stage, at a random moment of its training alone, or just when a file is being written.
+When a pass has come to its end, lock files and metrics must be the same, byte for byte.
+
+    make torture ARGS="--kills 40 --seed 0"
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from project import Project, copy_project
+
+STAGES = ("scenes", "prepare", "vision", "resampler", "features", "finetune", "evaluate")
+TRAININGS = ("vision", "resampler", "finetune")
+_TRAINS = re.compile(r"\d+ epochs, \d+ steps")
+# What a user does about what a killed DVC leaves behind, by what DVC says of it.
+REMEDIES = (
+    (re.compile(r"being blocked by|RWLock-file"), ".dvc/tmp/rwlock"),
+    (re.compile(r"dvc\.lock' is (invalid|corrupted)|unable to read: 'dvc\.lock'"), "dvc.lock"),
+    (re.compile(r"data/demo/dvc\.lock' is"), "data/demo/dvc.lock"),
+)
+
+
+@dataclass
+class Report:
+    kills: Counter[str] = field(default_factory=Counter)  # by stage
+    moments: Counter[str] = field(default_factory=Counter)
+    resumed: dict[str, list[str]] = field(default_factory=dict)  # by stage, "12 of 40"
+    remedies: Counter[str] = field(default_factory=Counter)  # files removed by hand
+    passes: int = 0
+    good: int = 0  # kills of passes that ended in the same bytes
+
+    def text(self) -> str:
+        lines = [f"{'stage':10} {'kills':>5}  goes on from step"]
+        for stage in STAGES:
+            steps = ", ".join(self.resumed.get(stage, [])) or "-"
+            lines.append(f"{stage:10} {self.kills[stage]:5}  {steps}")
+        total = self.kills.total()
+        moments = ", ".join(f"{count} {moment}" for moment, count in self.moments.items())
+        lines.append(f"moments: {moments}")
+        for file, count in self.remedies.items():
+            lines.append(f"removed by hand before going on: {file}, {count} times")
+        lines.append(f"{self.good} of {total} kills end in the same bytes ({self.passes} passes)")
+        return "\n".join(lines)
+
+
+class Repro:
+    """A running `dvc repro`, whose output is followed."""
+
+    def __init__(self, project: Project) -> None:
+        self.lines: list[tuple[float, str]] = []
+        self.stage = ""
+        self.process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=project.folder,
+            env={**project.environment, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.search(r"Running stage '(?:.*:)?(\w+)'", line):
+                self.stage = found[1]
+            self.lines.append((time.monotonic(), line.rstrip()))
+
+    def wait_until(self, happens: Callable[[], bool]) -> bool:
+        """False: the process has ended before."""
+        while self.process.poll() is None:
+            if happens():
+                return True
+            time.sleep(0.001)
+        return False
+
+    def signal(self, number: int) -> None:
+        """To DVC and all that it has started."""
+        os.killpg(self.process.pid, number)
+
+    def end(self) -> str:
+        """Wait for the end, and give all that was said."""
+        self.process.wait()
+        self._reader.join()
+        return "\n".join(line for _, line in self.lines)
+
+
+@dataclass
+class Times:
+    """Of a stage that nobody disturbs, in seconds."""
+
+    total: float
+    training: float = 0.0
+
+
+def measure(run: Repro) -> dict[str, Times]:
+    marks: list[tuple[float, str, bool]] = []
+    for at, line in run.lines:
+        if found := re.search(r"Running stage '(?:.*:)?(\w+)'", line):
+            marks.append((at, found[1], False))
+        elif _TRAINS.search(line):
+            marks.append((at, marks[-1][1], True))
+    marks.append((run.lines[-1][0], "", False))
+    times: dict[str, Times] = {}
+    for (at, stage, training), (end, _, _) in zip(marks, marks[1:], strict=False):
+        if training:
+            times[stage].training = end - at
+            times[stage].total += end - at
+        else:
+            times[stage] = Times(end - at)
+    return times
+
+
+def torture(
+    folder: Path, towers: Path, kills: int, seed: int, say: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Kill `kills` times. Raises AssertionError for a run that fails or ends in other bytes."""
+    generator = random.Random(seed)
+    calm = _copy(folder / "calm", towers)
+    run = Repro(calm)
+    output = run.end()
+    assert run.process.returncode == 0, output
+    expected, times = calm.results(), measure(run)
+    say("in peace: " + ", ".join(f"{name} {t.total:.0f} s" for name, t in times.items()))
+    report = Report()
+    while report.kills.total() < kills:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        project = _copy(folder / "killed", towers)
+        before = report.kills.total()
+        # Two kills of each stage a pass; the last pass has what is left, at random stages.
+        left = kills - before
+        chosen = generator.sample(STAGES * 2, min(left, 2 * len(STAGES)))
+        _one_pass(project, sorted(chosen, key=STAGES.index), times, generator, report, say)
+        report.passes += 1
+        found = project.results()
+        odd = [
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        ]
+        assert not odd, f"{folder}: after kills these differ: {sorted(odd)}"
+        report.good += report.kills.total() - before
+    return report
+
+
+def _copy(folder: Path, towers: Path) -> Project:
+    """Trainings of some seconds, that save often."""
+    project = copy_project(folder, towers, data=None)
+    project.set("params.yaml", epochs=3, batch_size=6, save_every=7, log_every=5)
+    project.commit("longer")
+    return project
+
+
+def _one_pass(
+    project: Project,
+    targets: list[str],
+    times: dict[str, Times],
+    generator: random.Random,
+    report: Report,
+    say: Callable[[str], None],
+) -> None:
+    while True:
+        run = Repro(project)
+        killed = _kill(run, project, targets, times, generator, report)
+        output = run.end()
+        for stage, step in re.findall(
+            r"stage \d, (\w+): starts.*?(?:goes on from step ([\d of]+)|\Z)", output, re.S
+        ):
+            if step:
+                report.resumed.setdefault(stage, []).append(step.strip())
+        if killed:
+            report.kills[run.stage] += 1
+            report.moments[killed] += 1
+            say(f"killed {run.stage}, {killed}")
+        elif run.process.returncode == 0:
+            return
+        else:
+            file = next((file for sign, file in REMEDIES if sign.search(output)), None)
+            assert file, output
+            say(f"removed {file}")
+            report.remedies[file] += 1
+            (project.folder / file).unlink()
+
+
+def _kill(
+    run: Repro,
+    project: Project,
+    targets: list[str],
+    times: dict[str, Times],
+    generator: random.Random,
+    report: Report,
+) -> str:
+    """Kill the run in the next of the targets; returns the moment, or nothing if it has ended."""
+
+    def reached() -> bool:
+        while targets and run.stage in STAGES and _after(run.stage, targets[0]):
+            targets.pop(0)
+        return bool(targets) and run.stage == targets[0]
+
+    if not run.wait_until(reached):
+        return ""
+    stage = targets.pop(0)
+    moment = generator.choice(["at any moment", "while a file is written"])
+    delay = generator.uniform(0, times[stage].total)
+    if stage in TRAININGS and generator.random() < 0.5:
+        moment, delay = "in training", generator.uniform(0, times[stage].training)
+        if not run.wait_until(lambda: bool(_TRAINS.search(run.lines[-1][1]))):
+            return ""
+    until = time.monotonic() + delay
+    if not run.wait_until(lambda: time.monotonic() > until):
+        return ""
+    if moment == "while a file is written":
+        if not run.wait_until(lambda: _writes(project.folder) or _after(run.stage, stage)):
+            return ""
+    run.signal(signal.SIGKILL)
+    return moment
+
+
+def _after(stage: str, other: str) -> bool:
+    return stage in STAGES and STAGES.index(stage) > STAGES.index(other)
+
+
+def _writes(folder: Path) -> bool:
+    places = (".resume", "runs", "metrics/evaluate")
+    return any(next((folder / place).rglob("*.part"), None) for place in places)
+
+
+def main() -> None:
+    from conftest import save_encoder, save_language_model
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_encoder(folder / "towers/encoder", size=32)
+        save_language_model(folder / "towers/language_model")
+        report = torture(folder, folder / "towers", options.kills, options.seed, _say)
+    _say(report.text())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
