@@ -229,9 +229,10 @@ def _kill(
     until = time.monotonic() + delay
     if not run.wait_until(lambda: time.monotonic() > until):
         return ""
-    if moment == "while a file is written":
-        if not run.wait_until(lambda: _writes(project.folder) or _after(run.stage, stage)):
-            return ""
+    if moment == "while a file is written" and not run.wait_until(
+        lambda: _writes(project.folder) or _after(run.stage, stage)
+    ):
+        return ""
     run.signal(signal.SIGKILL)
     return moment
 
