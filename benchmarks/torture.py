@@ -166,7 +166,7 @@ def torture(
 def _copy(folder: Path, towers: Path) -> Project:
     """Trainings of some seconds, that save often."""
     project = copy_project(folder, towers, data=None)
-    project.set("params.yaml", epochs=3, batch_size=6, save_every=7, log_every=5)
+    project.set("params.yaml", epochs=4, batch_size=4, save_every=5, log_every=5)
     project.commit("longer")
     return project
 
