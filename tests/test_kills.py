@@ -1,0 +1,71 @@
+"""The pipeline killed, and interrupted, by real signals."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from project import copy_project
+from torture import TRAININGS, Repro, torture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path, towers: Path) -> None:
+    report = torture(tmp_path, towers, kills=7, seed=3)
+    assert report.good == report.kills.total() == 7, report.text()
+    assert set(report.kills) & set(TRAININGS), report.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_that_it_reached(
+    tmp_path: Path, towers: Path, small_data: Path, number: signal.Signals
+) -> None:
+    project = copy_project(tmp_path / "project", towers, small_data)
+    project.set("params.yaml", epochs=60, save_every=1000000, log_every=1)
+    curve = project.folder / "metrics/vision/plots/metrics/train/loss.tsv"
+    run = Repro(project)
+    assert run.wait_until(lambda: curve.is_file() and curve.read_text().count("\n") > 4)
+    run.signal(number)
+    output = run.end()
+    saved = re.search(r"step (\d+) of 120 is saved", output)
+    assert saved and run.process.returncode != 0, output
+    assert "run the same command again" in output and "Traceback" not in output
+    output = project.run("dvc", "repro", "vision")
+    assert f"goes on from step {saved[1]} of 120" in output
+
+
+def test_a_lock_that_a_reused_process_id_holds_can_be_removed(
+    tmp_path: Path, towers: Path, small_data: Path
+) -> None:
+    """DVC removes the lock of a process that is gone by itself, unless its id is in use again."""
+    project = copy_project(tmp_path / "project", towers, small_data)
+    run = Repro(project)
+    assert run.wait_until(lambda: run.stage == "prepare")
+    run.signal(signal.SIGKILL)
+    run.end()
+    lock = project.folder / ".dvc/tmp/rwlock"
+    assert str(run.process.pid) in lock.read_text()
+    lock.write_text(lock.read_text().replace(f'"pid": {run.process.pid}', '"pid": 1'))
+    output = project.run("dvc", "repro", "prepare", check=False)
+    assert "is busy, it is being blocked by" in output
+    lock.unlink()
+    project.run("dvc", "repro", "prepare")
+
+
+def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
+    tmp_path: Path, towers: Path, small_data: Path
+) -> None:
+    project = copy_project(tmp_path / "project", towers, small_data)
+    project.set("params.yaml", epochs=60)
+    progress = project.folder / ".resume"
+    run = Repro(project)
+    assert run.wait_until(lambda: bool(list(progress.glob("vision-*/progress.ckpt"))))
+    run.process.kill()  # DVC alone; the training goes on
+    run.process.wait()
+    output = project.run("dvc", "repro", "vision", check=False)
+    assert re.search(r"process \d+ is at work on the same in this folder", output), output
+    run.signal(signal.SIGKILL)
+    run.end()
+    project.run("dvc", "repro", "vision")
