@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup repro test check format bench towers clean
+.PHONY: help setup repro test check format bench towers torture verify clean
 
 help: ## list what one can do
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -42,6 +42,12 @@ bench: $(VENV)/ready ## measure speed on this machine
 towers: $(VENV)/ready ## train the demo's two towers anew (about half an hour)
 	dvc repro digest
 	dvc repro --force --single-item data/demo/dvc.yaml:encoder data/demo/dvc.yaml:language_model
+
+torture: $(VENV)/ready-dev ## kill the pipeline at random moments; ARGS="--kills 40 --seed 0"
+	python benchmarks/torture.py $(ARGS)
+
+verify: $(VENV)/ready ## look for damaged files in DVC's cache, and remove them
+	python src/run.py verify
 
 clean: ## remove the environment and caches; data, results and logs stay
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,6 +31,7 @@ from project import Project, copy_project
 
 STAGES = ("scenes", "prepare", "vision", "resampler", "features", "finetune", "evaluate")
 TRAININGS = ("vision", "resampler", "finetune")
+LONG_FILES = (*TRAININGS, "prepare", "features")  # that take some time to write
 _TRAINS = re.compile(r"\d+ epochs, \d+ steps")
 # What a user does about what a killed DVC leaves behind, by what DVC says of it.
 REMEDIES = (
@@ -220,8 +221,9 @@ def _kill(
     if not run.wait_until(reached):
         return ""
     stage = targets.pop(0)
-    moment = generator.choice(["at any moment", "while a file is written"])
-    delay = generator.uniform(0, times[stage].total)
+    moment, delay = "at any moment", generator.uniform(0, 0.9 * times[stage].total)
+    if stage in LONG_FILES and generator.random() < 0.5:
+        moment = "while a file is written"
     if stage in TRAININGS and generator.random() < 0.5:
         moment, delay = "in training", generator.uniform(0, times[stage].training)
         if not run.wait_until(lambda: bool(_TRAINS.search(run.lines[-1][1]))):

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(log_name=_stage_log_name)
     add("features", _features, "run the frozen encoder once over every panorama")
     add("evaluate", _evaluate, "answer every query of a split, and score the answers")
+    add("verify", _verify, "remove files from DVC's cache that are not what their names say")
     add("digest", _digest, "write the digest of the code that each pipeline stage runs")
     for name, run, help in (
         ("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)"),
@@ -99,6 +100,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from panollava.evaluate import READS, evaluate
 
     evaluate(_settings(READS))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from dvc.repo import Repo
+
+    from panollava.cache import remove_damaged
+
+    remove_damaged(Path(Repo().cache.local.path))
 
 
 def _digest(options: argparse.Namespace) -> None:

@@ -53,7 +53,8 @@ def open_array(path: Path) -> NDArray:
         raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: not a whole .npy file ({error}); remove it and run: dvc repro"
+            f"{path}: not a whole .npy file ({error}); remove it and run: "
+            "make verify, then dvc repro"
         ) from None
 
 

@@ -39,7 +39,8 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
     except SafetensorError as error:
         raise UserError(
-            f"{path}: damaged or no safetensors file ({error}); remove it and run: dvc repro"
+            f"{path}: damaged or no safetensors file ({error}); remove it and run: "
+            "make verify, then dvc repro"
         ) from None
     if "panollava" not in metadata:
         raise UserError(

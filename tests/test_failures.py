@@ -1,0 +1,208 @@
+"""Failures of the machine and of files: what the user is told, what is left, and that the same
+command works once the cause is gone."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from panollava import cache, paths
+from panollava.autoregressive import Objective
+from panollava.cli import main
+from panollava.weights import read_header
+from project import Project, copy_project
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, towers: Path, small_data: Path
+) -> Iterator[Project]:
+    project = copy_project(tmp_path_factory.mktemp("project"), towers, small_data)
+    project.set("params.yaml", save_every=1, epochs=2)
+    project.repro()
+    project.commit("results")
+    yield project
+
+
+@pytest.fixture
+def project(finished: Project) -> Iterator[Project]:
+    """The finished copy; its results are the same afterwards."""
+    expected = finished.results()
+    yield finished
+    finished.repro()
+    assert finished.results() == expected
+
+
+def fails(project: Project, *command: str, limit: str = "") -> str:
+    """The last line of what a command says that fails. `limit`: what bash sets first."""
+    line = " ".join(("exec", "python", "src/run.py", *command))
+    output = project.run("bash", "-c", f"{limit}\n{line}\n", check=False)
+    assert "Traceback" not in output, output
+    assert "fault of the program" not in output, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: "), output
+    return last
+
+
+FILES = {  # command: (outputs that DVC removes first, largest file in kB, the file that is named)
+    "prepare": ("runs/prepared", 50, r"runs/prepared/train/views\.npy"),
+    "train vision": ("runs/vlm_vision", 100, r"\.resume/vision-\w+/progress\.ckpt"),
+    "features": ("runs/features", 10, r"runs/features/train\.npy"),
+}
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_file_that_gets_too_large_is_named(project: Project, command: str) -> None:
+    outputs, limit, name = FILES[command]
+    shutil.rmtree(project.folder / outputs)
+    shutil.rmtree(project.folder / ".resume")
+    last = fails(project, *command.split(), limit=f"ulimit -f {limit}")
+    assert re.search(rf"{name}: File too large; raise the limit", last), last
+    assert not list(project.folder.rglob("*.part"))
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True)
+    return done.returncode == 0
+
+
+def test_a_full_disk_is_named_and_the_last_good_state_stays(project: Project) -> None:
+    """The disk has room for one checkpoint, not for a second beside it."""
+    work, results = project.folder / ".resume", project.folder / "runs/vlm_resampler"
+    (checkpoint,) = (results / "checkpoints").iterdir()
+    size = checkpoint.stat().st_size * 3 // 2
+    shutil.rmtree(results)
+    shutil.rmtree(work)
+    work.mkdir()
+    if not mounted(work, "-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
+        pytest.skip("no right to mount a file system")
+    try:
+        last = fails(project, "train", "resampler")
+        assert re.search(r"\.ckpt: No space left on device; free some space", last), last
+        assert not list(work.rglob("*.part")) and list(work.glob("resampler-*/progress.ckpt"))
+        subprocess.run(["mount", "-o", "remount,size=50m", str(work)], check=True)
+        assert "goes on from step 1 of" in project.run("python", "src/run.py", "train", "resampler")
+    finally:
+        subprocess.run(["umount", str(work)], check=True)
+
+
+def test_a_read_only_folder_is_named(project: Project) -> None:
+    folder = project.folder / "runs"
+    if not mounted(folder, "--bind", str(folder)):
+        pytest.skip("no right to mount a file system")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+        last = fails(project, "features")
+        assert "runs/features" in last and "Read-only file system; make the file system" in last
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [("runs/features", "features"), ("metrics/vision", "train vision"), ("logs", "prepare")],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(
+    project: Project, folder: str, command: str
+) -> None:
+    place = project.folder / folder
+    shutil.rmtree(place)
+    place.touch()
+    last = fails(project, *command.split())
+    assert folder in last and "there is a file where a folder is needed" in last, last
+    place.unlink()
+
+
+def no_memory_of_the_processor(*_: Any) -> None:
+    torch.empty(1 << 50)
+
+
+def no_memory_of_a_gpu(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def no_memory_of_an_array(*_: Any) -> None:
+    np.empty(1 << 50)
+
+
+@pytest.mark.parametrize(
+    "allocate", [no_memory_of_the_processor, no_memory_of_a_gpu, no_memory_of_an_array]
+)
+def test_out_of_memory_says_what_to_lower_and_keeps_the_steps(
+    project: Project, monkeypatch: pytest.MonkeyPatch, caplog, allocate: Callable[..., None]
+) -> None:
+    monkeypatch.chdir(project.folder)
+    shutil.rmtree(".resume")
+    step, calls = Objective.step, 0
+
+    def third_fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return allocate() if calls == 3 else step(*arguments)
+
+    monkeypatch.setattr(Objective, "step", third_fails)
+    with pytest.raises(SystemExit):
+        main(["train", "resampler"])
+    message = caplog.records[-1].getMessage()
+    assert message.startswith("out of memory: raise the stage's accumulate"), message
+    assert "batch_size" in message and "trainer.workers" in message
+    main(["train", "resampler"])
+    assert "goes on from step 2 of" in caplog.text
+
+
+def test_a_truncated_result_is_named_and_comes_back_from_the_cache(project: Project) -> None:
+    file = project.folder / paths.weights_file("vision")
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(whole[:5000])
+    last = fails(project, "train", "resampler")
+    assert "vlm_vision/model_final.safetensors: damaged" in last and "dvc repro" in last
+    output = project.run("dvc", "repro")
+    assert "Stage 'vision' is cached" in output and "Running stage" not in output
+    assert file.read_bytes() == whole
+
+
+def test_a_result_of_another_architecture_is_named(project: Project) -> None:
+    file = project.folder / paths.weights_file("vision")
+    file.chmod(0o644)
+    weights = {name: tensor[..., :1].contiguous() for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"panollava": json.dumps(read_header(file))})
+    last = fails(project, "train", "resampler")
+    assert "model_final.safetensors: doesn't fit the model of params.yaml" in last, last
+    file.unlink()
+
+
+def test_a_cache_file_changed_by_hand_is_found_and_made_again(project: Project) -> None:
+    """Read-only, DVC believes it."""
+    lock = (project.folder / "dvc.lock").read_text()
+    found = re.search(r"vlm_vision/model_final\.safetensors\n.*\n\s+md5: (\w\w)(\w+)", lock)
+    assert found
+    own = project.folder / ".dvc/cache/files/md5" / found[1] / found[2]
+    own.chmod(0o644)
+    own.write_bytes(own.read_bytes()[:5000])
+    own.chmod(0o444)
+    result = project.folder / paths.weights_file("vision")
+    result.unlink()
+    assert "Running stage" not in project.run("dvc", "repro")  # DVC's own fault
+    assert result.stat().st_size == 5000
+    output = project.run("python", "src/run.py", "verify")
+    assert f"{own}: damaged, and removed" in output
+    result.unlink()
+    assert project.repro() == {"vision"}
+
+
+def test_a_whole_cache_has_no_damaged_file(project: Project) -> None:
+    folder = project.folder / ".dvc/cache/files/md5"
+    count = len(list(folder.glob("??/*")))
+    assert count and cache.remove_damaged(folder) == []
+    assert len(list(folder.glob("??/*"))) == count
