@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +26,13 @@ class Project:
             "TQDM_DISABLE": "1",
         }
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+    def run(
+        self, *command: str, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> str:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**self.environment, **environment},
+            env={**self.environment, **(environment or {})},
             text=True,
             capture_output=True,
         )

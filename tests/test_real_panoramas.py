@@ -98,7 +98,7 @@ def test_the_real_profile_takes_a_step_of_each_stage(tmp_path: Path) -> None:
 
 def test_all_stages_run_over_all_rows_of_real_panoramas(tmp_path: Path) -> None:
     save_encoder(tmp_path / "towers/encoder", size=224, patch=16, width=64)
-    save_language_model(tmp_path / "towers/language_model", width=64)
+    save_language_model(tmp_path / "towers/language_model", width=64, spread=0.2)
     write_profile(
         tmp_path,
         ("dir: data/quic360", f"dir: {MINI}"),
@@ -117,7 +117,7 @@ def test_all_stages_run_over_all_rows_of_real_panoramas(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         with (MINI / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             given = {number: row["annotation"] for number, row in enumerate(csv.DictReader(file))}
-        found = {}
+        found: dict[int, str] = {}
         for name in ("rows", "rejects"):
             path = tmp_path / f"runs/prepared/{split}/{name}.csv"
             with path.open(encoding="utf-8", newline="") as file:
@@ -126,6 +126,7 @@ def test_all_stages_run_over_all_rows_of_real_panoramas(tmp_path: Path) -> None:
     for stage in ("vision", "resampler", "finetune"):
         curve = (tmp_path / f"metrics/{stage}/plots/metrics/train/loss.tsv").read_text()
         losses = [float(line.split("\t")[1]) for line in curve.splitlines()[1:]]
-        assert losses[-1] < 0.95 * losses[0], (stage, losses)
+        quarter = len(losses) // 4
+        assert sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter]), (stage, losses)
     metrics = json.loads((tmp_path / "metrics/evaluate/metrics.json").read_text())
     assert metrics["panoramas"] == 2 and metrics["references"] == 33

@@ -1,11 +1,14 @@
 """The demo's encoder: SigLIP's architecture and SigLIP's loss (Zhai et al., Sigmoid Loss for
-Language Image Pre-Training, 2023) over captions of what a view holds.
+Language Image Pre-Training, 2023), over captions of what a view holds and over regions and their
+names (as in Zhong et al., RegionCLIP, 2022).
 
 Its text tower is thrown away, as PanoLLaVA throws SigLIP's away."""
 
 import json
 import logging
 import math
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from transformers import SiglipConfig, SiglipModel
 from panollava import sphere, views
 from panollava.demo.scenes import COLORS, KINDS, SHAPES, Scene, make_scene, render
 from panollava.demo.settings import VIEWS, DemoSettings
+from panollava.encoder import pool_tokens
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ _PLACES = ("left", "middle", "right")
 _WORDS = ["<pad>", *KINDS, *COLORS, *SHAPES, *_PLACES]
 _LENGTH = 10  # words of a caption: the kind, and three objects of three words
 _PATCH = 8
+_POOL = 2
 MEAN = STD = [0.5, 0.5, 0.5]
 
 Caption = tuple[str, ...]
@@ -35,10 +40,10 @@ Seen = list[tuple[int, int, int, int]]  # row and column of a patch, color, shap
 def make_encoder(settings: DemoSettings, folder: Path) -> None:
     """Pretrain the encoder, and save it as `from_pretrained` reads it, with what a linear probe
     finds in it."""
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
     own = settings.encoder
-    pixels, captions, _ = _see(settings, "encoder", own.scenes)
+    torch.set_num_threads(own.threads)
+    torch.manual_seed(settings.seed)
+    pixels, captions, seen = _see(settings, "encoder", own.scenes)
     model = _model()
     random = np.random.default_rng(settings.stream("encoder"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=own.lr, weight_decay=0.05)
@@ -48,7 +53,13 @@ def make_encoder(settings: DemoSettings, folder: Path) -> None:
     bar = tqdm(range(own.steps), desc="encoder")
     for step in bar:
         chosen = random.integers(len(pixels), size=own.batch_size)
-        loss = _loss(model, pixels[chosen], [captions[i] for i in chosen], random)
+        loss = _loss(
+            model,
+            pixels[chosen],
+            [captions[i] for i in chosen],
+            _regions([seen[i] for i in chosen]),
+            random,
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -82,7 +93,11 @@ def _model() -> SiglipModel:
         "eos_token_id": 0,
     }
     vision = {**tower, "image_size": VIEWS.size, "patch_size": _PATCH}
-    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    # The paper's start, where most pairs are no match; transformers starts both at 0.
+    torch.nn.init.constant_(model.logit_scale, math.log(10))
+    torch.nn.init.constant_(model.logit_bias, -10)
+    return model
 
 
 def _see(
@@ -126,20 +141,50 @@ def _loss(
     model: SiglipModel,
     pixels: NDArray[np.uint8],
     captions: list[Caption],
+    regions: Tensor,
     random: np.random.Generator,
 ) -> Tensor:
-    """SigLIP's loss. Equal captions are one text; each has a twin that is wrong in one word."""
+    """SigLIP's loss of views against captions, where each caption has a twin that is wrong in one
+    word, and of regions against names. Equal texts are one text."""
+    seen = model.vision_model(normalise(pixels))
     texts = list(dict.fromkeys([*captions, *(_spoil(c, random) for c in captions)]))
     index = {text: i for i, text in enumerate(texts)}
+    loss = _sigmoid_loss(model, seen.pooler_output, texts, [index[c] for c in captions])
+    tokens = _pooled(seen.last_hidden_state)[regions[:, 0], regions[:, 1], regions[:, 2]]
+    names = (regions[:, 3] * len(SHAPES) + regions[:, 4]).tolist()
+    return loss + _sigmoid_loss(model, tokens, [*product(COLORS, SHAPES)], names)
+
+
+def _sigmoid_loss(
+    model: SiglipModel, features: Tensor, texts: Sequence[Caption], own: list[int]
+) -> Tensor:
+    """`features`: (samples, width); `own`: the index of each sample's text."""
     ids = torch.tensor(
         [[_WORDS.index(w) for w in text] + [0] * (_LENGTH - len(text)) for text in texts]
     )
-    image = functional.normalize(model.vision_model(normalise(pixels)).pooler_output, dim=-1)
+    image = functional.normalize(features, dim=-1)
     text = functional.normalize(model.text_model(ids).pooler_output, dim=-1)
     logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
     sign = -torch.ones_like(logits)
-    sign[torch.arange(len(captions)), torch.tensor([index[c] for c in captions])] = 1
-    return -functional.logsigmoid(sign * logits).sum() / len(captions)
+    sign[torch.arange(len(own)), torch.tensor(own)] = 1
+    return -functional.logsigmoid(sign * logits).sum() / len(own)
+
+
+def _pooled(hidden: Tensor) -> Tensor:
+    """(views, tokens, width) -> (views, grid, grid, width), pooled as PanoLLaVA pools tokens."""
+    side = VIEWS.size // _PATCH
+    return pool_tokens(hidden.unflatten(1, (side, side)), _POOL)
+
+
+def _regions(seen: list[Seen]) -> Tensor:
+    """(objects, 5) int64: view, row and column of the pooled token at its centre, color, shape."""
+    return torch.tensor(
+        [
+            (view, row // _POOL, column // _POOL, color, shape)
+            for view, own in enumerate(seen)
+            for row, column, color, shape in own
+        ]
+    )
 
 
 def _spoil(caption: Caption, random: np.random.Generator) -> Caption:
@@ -158,13 +203,11 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
 
 @torch.inference_mode()
 def probe(tower: torch.nn.Module, settings: DemoSettings, scenes: int = 150) -> dict[str, float]:
-    """How often a linear classifier on the token at an object's centre names its color and its
-    shape, on scenes that it wasn't fitted on."""
+    """How often a linear classifier on the pooled token at an object's centre names its color and
+    its shape, on scenes that it wasn't fitted on."""
     pixels, _, seen = _see(settings, "probe", scenes)
-    grid = VIEWS.size // _PATCH
-    tokens = tower(normalise(pixels)).last_hidden_state.unflatten(1, (grid, grid))
-    found = [(view, *entry) for view, own in enumerate(seen) for entry in own]
-    index = torch.tensor(found)
+    tokens = _pooled(tower(normalise(pixels)).last_hidden_state)
+    index = _regions(seen)
     x = tokens[index[:, 0], index[:, 1], index[:, 2]].double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     half = len(x) * 2 // 3

@@ -36,7 +36,7 @@ _TEMPLATE = (
 def make_language_model(settings: DemoSettings, folder: Path) -> None:
     """Pretrain the language model, and save it and its tokenizer as `from_pretrained` reads
     them, with how often it is right given the true context."""
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.language_model.threads)
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer()
     own = settings.language_model

@@ -27,6 +27,7 @@ class EncoderSettings:
     steps: int
     batch_size: int
     lr: float
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class LanguageSettings:
     steps: int
     batch_size: int
     lr: float
+    threads: int
     noise: float
 
 
 @dataclass(frozen=True)
 class DemoSettings:
     seed: int
-    threads: int
     height: int
     scenes: SceneSettings
     encoder: EncoderSettings
