@@ -37,7 +37,7 @@ format: $(VENV)/ready-dev ## put the code into its format
 	ruff format .
 
 bench: $(VENV)/ready ## measure speed on this machine
-	python benchmarks/run.py $(ARGS)
+	python benchmarks/compare.py $(ARGS)
 
 towers: $(VENV)/ready ## train the demo's two towers anew (about half an hour)
 	dvc repro digest
