@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -67,6 +68,9 @@ def pictures(folder: Path | None) -> list[Pair]:
     layout = views.layout(config.Views("e2p", 224, 90.0, 0.5, 0.0, False))
     sampler = views.Sampler(layout, 224)
 
+    def ours(path: Path) -> np.ndarray:
+        return sampler.sample(read_panorama(path, sampler.panorama_width))
+
     def usual(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             panorama = np.asarray(picture.convert("RGB"))
@@ -74,24 +78,18 @@ def pictures(folder: Path | None) -> list[Pair]:
         seen = []
         for projection in layout.projections:
             x, y = np.moveaxis(sphere.panorama_position(projection.rays(224, 224)), -1, 0)
-            at = [(x * width - 0.5).astype(np.float32), (y * height - 0.5).astype(np.float32)]
-            seen.append(cv2.remap(panorama, *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP))
+            x = (x * width - 0.5).astype(np.float32)
+            y = (y * height - 0.5).astype(np.float32)
+            seen.append(cv2.remap(panorama, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP))
         return np.stack(seen)
 
     pairs: list[Pair] = []
     for path in sorted(folder.glob("*.jpg")) if folder else []:
         with Image.open(path) as picture:
             name = f"views of {picture.width} x {picture.height}"
-        ours = sampler.sample(read_panorama(path, sampler.panorama_width))
-        difference = np.abs(ours.astype(float) - usual(path)).mean()
+        difference = np.abs(ours(path).astype(float) - usual(path)).mean()
         assert difference < 10, f"{path}: the two ways differ by {difference:.1f} of 255"
-        pairs.append(
-            (
-                name,
-                lambda path=path: sampler.sample(read_panorama(path, sampler.panorama_width)),
-                lambda path=path: usual(path),
-            )
-        )
+        pairs.append((name, partial(ours, path), partial(usual, path)))
     return pairs
 
 

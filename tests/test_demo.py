@@ -4,6 +4,7 @@ import colorsys
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dvc.repo import Repo
+from transformers import AutoTokenizer
 
 from conftest import ROOT
 from panollava.config import Pretrained
@@ -118,13 +120,16 @@ def test_a_query_has_several_references_that_differ() -> None:
         assert len(own) == len(set(own)) == 3
 
 
-def test_the_tokenizer_keeps_every_query_and_answer() -> None:
-    dialogue = Dialogue(make_tokenizer(), 128)
+def test_the_tokenizer_as_loaded_keeps_every_query_and_answer() -> None:
+    """`AutoTokenizer` may load another class than was saved."""
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "language_model")
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    dialogue = Dialogue(tokenizer, 128)
     for index in range(50):
         for _, query, text in rows(make_scene(1, index), "", TEMPLATES, index):
             tokens = dialogue.row(query, text)
-            assert dialogue.tokenizer.unk_token_id not in tokens.query + tokens.answer
             assert dialogue.decode(tokens.answer) == text
+            assert len(tokens.answer) <= len(re.findall(r"\w+|[^\w\s]", text)) + 1  # words
 
 
 def test_the_scenes_are_files_of_the_same_bytes_each_time(
@@ -191,7 +196,7 @@ def test_the_towers_recipe_runs_and_learns(command: str, tower: str, tmp_path: P
     for old, new in (
         ("scenes: 1600", "scenes: 30"),
         ("steps: 900", "steps: 12"),
-        ("steps: 1200", "steps: 12"),
+        ("steps: 900", "steps: 12"),
         ("batch_size: 128", "batch_size: 32"),
         ("batch_size: 16", "batch_size: 4"),
     ):

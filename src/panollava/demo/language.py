@@ -10,13 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
-from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell, vocabulary
-from panollava.demo.scenes import Scene, make_scene
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
+from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Scene, make_scene
 from panollava.demo.settings import DemoSettings
 from panollava.dialogue import Dialogue, pack
 from panollava.generate import answer as generate
@@ -26,7 +31,8 @@ log = logging.getLogger(__name__)
 
 CONTEXT = 128  # tokens of a panorama: eight views of 4 x 4
 _WIDTH = 128
-_SPECIAL = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant"]
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_SENTENCES = 300  # scenes whose rows the tokenizer learns from: they hold every word
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -70,26 +76,27 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words, marks and line ends, with ChatML's template."""
-    words = [*_SPECIAL, *vocabulary()]
-    ids = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    pieces = Regex(r"\n|\w+|[^\w\s]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen2's tokenizer, its byte pairs learned from the demo's sentences, with ChatML's template.
+
+    It is of Qwen2's own class, because `AutoTokenizer` takes that class for a Qwen2 model whatever
+    the folder says."""
+    said = [
+        text
+        for index in range(_SENTENCES)
+        for _, query, answer in rows(make_scene(0, index), "", TEMPLATES, index)
+        for text in (f"user\n{query}", f"assistant\n{answer}")
+    ]
+    facts = [f" {word}" for word in (*KINDS, *COLORS, *SHAPES, *DIRECTIONS, "largest")]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        [*said, *facts], vocab_size=2000, new_special_tokens=_SPECIAL
     )
-    fast.chat_template = _TEMPLATE
-    return fast
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
 
 
-def _model(vocabulary_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def _model(vocabulary_size: int, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=vocabulary_size,
         hidden_size=_WIDTH,
@@ -140,9 +147,16 @@ def context_tokens(
     ids = dialogue.tokenizer.get_vocab()
     longest = max(len(words) for own in facts for words in own)
     index = torch.tensor(
-        [[[ids[w] for w in words] + [0] * (longest - len(words)) for words in own] for own in facts]
+        [
+            # A word after a space is one token.
+            [
+                [ids[f"Ġ{w}"] for w in words] + [dialogue.pad] * (longest - len(words))
+                for words in own
+            ]
+            for own in facts
+        ]
     )
-    known = (index != ids["<pad>"]).unsqueeze(-1)
+    known = (index != dialogue.pad).unsqueeze(-1)
     summed = (model.embed(index) * known).sum(dim=2)
     norm = summed.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     normed = summed / norm * _WIDTH**0.5

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Object, Scene
+from panollava.demo.scenes import COLORS, DIRECTIONS, Object, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four")
 PLACES = {  # how a direction is said
@@ -87,15 +87,6 @@ def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str
 def spell(words: str) -> str:
     """Words and marks between spaces, as one writes them."""
     return re.sub(r" ([,.?])", r"\1", words)
-
-
-def vocabulary() -> list[str]:
-    """All words of all queries and answers, sorted."""
-    fixed = {"there are is no", "one can see", "objects object .", "this it is a , seen place"}
-    text = " ".join([*QUERIES.values(), *fixed, *COLORS, *SHAPES, *KINDS, *NUMBERS, "front"])
-    said = " ".join(place for both in PLACES.values() for place in both)
-    more = "the they colors are and nothing an indoors outdoors largest in at to on back ahead"
-    return sorted(set(f"{text} {said} {more}".split()))
 
 
 def _named(item: Object) -> str:
