@@ -25,11 +25,13 @@ class Project:
             "TQDM_DISABLE": "1",
         }
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+    def run(
+        self, *command: str, check: bool = True, environment: dict[str, str] | None = None
+    ) -> str:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**self.environment, **environment},
+            env={**self.environment, **(environment or {})},
             text=True,
             capture_output=True,
         )

@@ -45,13 +45,15 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
-def push_and_pull(project: Project, folder: Path, **environment: str) -> None:
+def push_and_pull(
+    project: Project, folder: Path, environment: dict[str, str] | None = None
+) -> None:
     """`folder` becomes a clone. The remote is the committed one."""
     project.commit("remote")
-    project.run("dvc", "push", **environment)
+    project.run("dvc", "push", environment=environment)
     project.run("git", "clone", "-q", str(project.folder), str(folder))
     clone = Project(folder)
-    clone.run("dvc", "pull", **environment)
+    clone.run("dvc", "pull", environment=environment)
     assert not (folder / ".resume").exists()
     output = clone.run("dvc", "repro")
     assert "up to date" in output and "Running stage" not in output
@@ -86,5 +88,5 @@ def test_an_s3_remote(
     client.create_bucket(Bucket="panollava")
     finished.run("dvc", "remote", "add", "-f", "-d", "storage", "s3://panollava/results")
     finished.run("dvc", "remote", "modify", "storage", "endpointurl", s3_server)
-    push_and_pull(finished, tmp_path / "clone", **keys)
+    push_and_pull(finished, tmp_path / "clone", keys)
     assert client.list_objects_v2(Bucket="panollava")["KeyCount"] > 20
