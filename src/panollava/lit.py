@@ -3,7 +3,6 @@
 Optimization is by hand, because a step's loss is one mean over all its parts: Lightning would
 average the means of parts of unequal size."""
 
-import io
 import logging
 import math
 import pickle
@@ -238,7 +237,8 @@ def _canonical(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_canonical(value) for value in tree]
     if isinstance(tree, Tensor):
-        return tree.detach().cpu().clone()
+        own = tree.detach().cpu()
+        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
     return sys.intern(tree) if type(tree) is str else tree
 
 
@@ -333,22 +333,25 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
         last = module.epoch_step == module.epoch_steps[module.epoch]
         if (module.step % self.every == 0 or self.stopping) and not last:
-            self._save_progress(trainer, module)  # after the last comes validation
+            trainer.save_checkpoint(self.progress)  # after the last comes validation
+            self._stop_if_asked(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: max(1, self.keep)]
         module.epoch, module.epoch_step = module.epoch + 1, 0
         files = self.files(module.best)
-        if entry in module.best:
+        if entry in module.best:  # and what `restore` finds when there is no later progress
             trainer.save_checkpoint(files[module.best.index(entry)])
-        self._save_progress(trainer, module)
+            self.progress.unlink(missing_ok=True)
+        else:
+            trainer.save_checkpoint(self.progress)
         for file in self.folder.glob("epoch=*.ckpt"):
             if file not in files:
                 file.unlink()
+        self._stop_if_asked(module)
 
-    def _save_progress(self, trainer: pl.Trainer, module: LitStage) -> None:
-        trainer.save_checkpoint(self.progress)
+    def _stop_if_asked(self, module: LitStage) -> None:
         if self.stopping:
             log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
             raise KeyboardInterrupt
@@ -361,10 +364,14 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        data = io.BytesIO()
-        torch.save(checkpoint, data)
-        with whole(Path(path)) as beside:
-            beside.write_bytes(data.getbuffer())
+        # To an opened file: what is written then doesn't depend on its name.
+        with whole(Path(path)) as beside, beside.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own, on top of the file's
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 class Speed(pl.Callback):
