@@ -286,3 +286,12 @@ def test_a_stage_does_not_start_from_another_s_result(settings: Settings) -> Non
     paths.weights_file("vision").write_bytes(paths.weights_file("resampler").read_bytes())
     with pytest.raises(UserError, match="result of stage 'resampler', expected 'vision'"):
         run("resampler", settings)
+
+
+def test_views_that_share_nothing_do_without_the_vision_stage(settings: Settings) -> None:
+    settings = change(settings, views__strategy="resize")
+    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    with pytest.raises(UserError, match=r"set stage\.vision\.epochs to 0"):
+        run("vision", settings)
+    run("vision", change(settings, stage__vision__epochs=0))
+    run("resampler", settings)

@@ -30,11 +30,12 @@ class Objective(nn.Module):
         self.settings = own
         encoder = load_encoder(settings.model.encoder, settings.views.size)
         self.model = VisionModel(encoder)
-        self.pairs = correspondences(
-            views.layout(settings.views),
-            encoder_grid(encoder, settings.views.size),
-            own.overlap,
-        )
+        if own.epochs:  # with none, views needn't overlap
+            self.pairs = correspondences(
+                views.layout(settings.views),
+                encoder_grid(encoder, settings.views.size),
+                own.overlap,
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.expander = _expander(encoder.width, own.expander)
