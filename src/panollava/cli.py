@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, log_name=lambda options: options.command, logs=paths.LOGS)
         return command
 
+    _add_download(add("download", _download, "fetch the pictures that rows link to"))
     add("prepare", _prepare, "check the rows and turn each panorama into views")
     train = add("train", _train, "train one stage: vision, resampler or finetune")
     train.add_argument("stage")
@@ -62,6 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_download(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
+    add("--connections", type=int, default=16, help="pictures at once (default: 16)")
+    add("--rate", type=float, default=10.0, help="requests a second (default: 10)")
+    add(
+        "--pause",
+        type=float,
+        default=1.0,
+        help="seconds before a second attempt, doubled before each further one (default: 1)",
+    )
+    add(
+        "--give-up",
+        action="store_true",
+        help="take links for dead whose servers give no whole answer (default: an error)",
+    )
+
+
 def _stage_log_name(options: argparse.Namespace) -> str:
     from panollava.stage import STAGES
 
@@ -71,6 +90,21 @@ def _stage_log_name(options: argparse.Namespace) -> str:
 
 def _settings(only: tuple[str, ...]) -> Settings:
     return load_settings(paths.PARAMS, only)
+
+
+def _download(options: argparse.Namespace) -> None:
+    from panollava.download import download
+    from panollava.prepare import SPLITS
+
+    download(
+        options.data_dir,
+        SPLITS,
+        Path(),
+        connections=options.connections,
+        rate=options.rate,
+        pause=options.pause,
+        give_up=options.give_up,
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
