@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     _add_download(add("download", _download, "fetch the pictures that rows link to"))
+    _add_check(add("check", _check, "list all that is wrong with rows and pictures"))
     add("prepare", _prepare, "check the rows and turn each panorama into views")
     train = add("train", _train, "train one stage: vision, resampler or finetune")
     train.add_argument("stage")
@@ -81,6 +82,21 @@ def _add_download(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_check(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
+    add("--json", type=Path, metavar="FILE", help="write all that is found to a file as well")
+    add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
+    add(
+        "--max-rejected",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="share of a split's rows that may be bad; more end with exit status 1 "
+        "(default: 0.15, as QuIC-360 needs; prepare's own limit is data.max_rejected)",
+    )
+
+
 def _stage_log_name(options: argparse.Namespace) -> str:
     from panollava.stage import STAGES
 
@@ -105,6 +121,15 @@ def _download(options: argparse.Namespace) -> None:
         pause=options.pause,
         give_up=options.give_up,
     )
+
+
+def _check(options: argparse.Namespace) -> None:
+    from panollava.check import check, show, write_json
+
+    report = check(options.data_dir, Path(), options.workers, options.max_rejected)
+    if options.json:
+        write_json(report, options.json)
+    show(report)
 
 
 def _prepare(options: argparse.Namespace) -> None:
