@@ -120,8 +120,8 @@ def show(report: Report) -> None:
         + (report.links[split],)
         for split, rows in report.rows.items()
     ]
-    header = ("split", "rows", "bad", "share", "pictures", "links to download")
-    log.info("%s", table(counts, header))
+    titles = ("split", "rows", "bad", "share", "pictures", "links to download")
+    log.info("%s", table(counts, titles))
     worst = max(report.shares().values())
     if not report.passed:
         raise UserError(
