@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from panollava import logs, paths, resume
+from panollava import logs, paths, resume, train_options
 from panollava.config import Settings, load_settings
 from panollava.errors import UserError
 from panollava.files import faults_told
@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         less_memory = _LESS_MEMORY.get(options.command, _MACHINE)
         with logs.start(name, options.logs), resume.alone(name), faults_told(less_memory):
-            resume.remove_finished(but_of=getattr(options, "stage", None))
+            if not _is_all(options):  # which may have stages to go on from that are finished
+                resume.remove_finished(but_of=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
         sys.exit(1)
@@ -36,7 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="panollava", description="PanoLLaVA, step by step")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command",
+        required=True,
+        metavar="COMMAND",
+        parser_class=train_options.HelpWithParameters,
+    )
 
     def add(
         name: str, run: Callable[[argparse.Namespace], None], help: str
@@ -45,9 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, log_name=lambda options: options.command, logs=paths.LOGS)
         return command
 
+    _add_download(add("download", _download, "fetch the pictures that rows link to"))
+    _add_check(add("check", _check, "list all that is wrong with rows and pictures"))
     add("prepare", _prepare, "check the rows and turn each panorama into views")
-    train = add("train", _train, "train one stage: vision, resampler or finetune")
-    train.add_argument("stage")
+    train = add("train", _train, "train a stage, or all of them without DVC")
+    train_options.add_to(train)
     train.set_defaults(log_name=_stage_log_name)
     add("features", _features, "run the frozen encoder once over every panorama")
     add("evaluate", _evaluate, "answer every query of a split, and score the answers")
@@ -62,15 +70,78 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_download(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
+    add("--connections", type=int, default=16, help="pictures at once (default: 16)")
+    add("--rate", type=float, default=10.0, help="requests a second (default: 10)")
+    add(
+        "--pause",
+        type=float,
+        default=1.0,
+        help="seconds before a second attempt, doubled before each further one (default: 1)",
+    )
+    add(
+        "--give-up",
+        action="store_true",
+        help="take links for dead whose servers give no whole answer (default: an error)",
+    )
+
+
+def _add_check(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
+    add("--json", type=Path, metavar="FILE", help="write all that is found to a file as well")
+    add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
+    add(
+        "--max-rejected",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="share of a split's rows that may be bad; more end with exit status 1 "
+        "(default: 0.15, as QuIC-360 needs; prepare's own limit is data.max_rejected)",
+    )
+
+
 def _stage_log_name(options: argparse.Namespace) -> str:
     from panollava.stage import STAGES
 
+    if _is_all(options):
+        return "full_pipeline"
     number = STAGES[options.stage].number if options.stage in STAGES else 0
     return f"stage{number}_{options.stage}"
 
 
+def _is_all(options: argparse.Namespace) -> bool:
+    return getattr(options, "stage", None) == "all"
+
+
 def _settings(only: tuple[str, ...]) -> Settings:
     return load_settings(paths.PARAMS, only)
+
+
+def _download(options: argparse.Namespace) -> None:
+    from panollava.download import download
+    from panollava.prepare import SPLITS
+
+    download(
+        options.data_dir,
+        SPLITS,
+        Path(),
+        connections=options.connections,
+        rate=options.rate,
+        pause=options.pause,
+        give_up=options.give_up,
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    from panollava.check import check, show, write_json
+
+    report = check(options.data_dir, Path(), options.workers, options.max_rejected)
+    if options.json:
+        write_json(report, options.json)
+    show(report)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -81,13 +152,16 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from panollava.stage import find_stage
+    from panollava.pipeline import run_all, run_stage
 
-    stage = find_stage(options.stage)
-    settings = _settings(stage.reads)
-    from panollava.train import train
-
-    train(stage, settings)
+    changes = train_options.changes(options)
+    if not _is_all(options):
+        run_stage(options.stage, changes, options.start, options.resume, options.name)
+        return
+    if options.start is not None:
+        raise UserError(f"{options.start}: --from belongs to one stage; all start from the first")
+    run_all(changes, options.resume, options.name)
+    resume.remove_finished(but_of=None)
 
 
 def _features(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,6 +106,7 @@ class Trainer:
     log_every: int  # steps
     keep_checkpoints: int
     save_every: int  # steps after which a killed run can go on
+    wandb: str | None  # project on Weights & Biases that gets all curves; null: none
 
 
 @dataclass(frozen=True)
@@ -126,21 +128,24 @@ class Settings:
     evaluate: Evaluate
 
 
-def load_settings(path: Path, only: tuple[str, ...] | None = None) -> Settings:
+def load_settings(
+    path: Path, only: tuple[str, ...] | None = None, changes: Mapping[str, Any] | None = None
+) -> Settings:
     """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that stay readable;
-    any other attribute of the result raises AttributeError.
+    any other attribute of the result raises AttributeError. `changes` are values that override
+    the file's, by their dotted keys.
 
     Raises:
         UserError: no file, no YAML, an unknown, missing or mistyped key, a value of another type.
     """
-    settings = read(Settings, path)
+    settings = read(Settings, path, changes)
     return settings if only is None else _Restricted(settings, only)  # type: ignore[return-value]
 
 
 Kind = TypeVar("Kind")
 
 
-def read(kind: type[Kind], path: Path) -> Kind:
+def read(kind: type[Kind], path: Path, changes: Mapping[str, Any] | None = None) -> Kind:
     """Read a YAML file into a dataclass, every key checked. Raises UserError, see
     `load_settings`."""
     try:
@@ -153,7 +158,18 @@ def read(kind: type[Kind], path: Path) -> Kind:
         ) from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
+    for key, value in (changes or {}).items():
+        _set(tree, key, value, path)
     return _build(kind, tree, "", path)
+
+
+def _set(tree: Any, key: str, value: Any, path: Path) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        tree = tree.get(parent) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: missing parameter '{key}', which is to be overridden")
+    tree[name] = value
 
 
 def _build(kind: Any, value: Any, key: str, path: Path) -> Any:

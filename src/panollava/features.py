@@ -15,7 +15,7 @@ from panollava.encoder import load_encoder, pool_tokens
 from panollava.errors import UserError
 from panollava.files import whole
 from panollava.stage import find_stage
-from panollava.weights import load_weights
+from panollava.start import load_start
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,17 @@ class _EncoderAlone(nn.Module):
         self.encoder = encoder
 
 
-def write_features(settings: Settings) -> None:
-    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits."""
+def write_features(settings: Settings, source: Path | None = None) -> None:
+    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits.
+
+    `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
     torch.set_num_threads(settings.trainer.threads)
     dtype = settings.model.features
     if dtype not in ("float32", "float16"):
         raise UserError(f"model.features: expected float32 or float16, found '{dtype}'")
     model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
-    source = paths.weights_file(_TRAINED_BY.name)
-    load_weights(source, model, ("encoder",), _TRAINED_BY.name, among=_TRAINED_BY.saves)
+    source = source or paths.weights_file(_TRAINED_BY.name)
+    load_start(source, model, ("encoder",), _TRAINED_BY)
     device = choose_device(settings.trainer.accelerator)
     model.eval().requires_grad_(False).to(device)
     for split in ("train", "valid", "test"):

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from panollava.config import Trainer
 from panollava.data import Reader, StepDataset
 from panollava.errors import UserError
 from panollava.files import whole
+from panollava.tracking import Track
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +218,8 @@ def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors and plain values alone. Raises UserError for a missing, damaged or foreign file."""
     try:
+        if not zipfile.is_zipfile(path) and path.is_file():  # torch.load fails on such in many ways
+            raise EOFError("no zip archive, as torch.save writes it, or cut off")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -252,8 +256,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # by the share of steps done
 class Curves(pl.Callback):
     """DVCLive's curves of a stage, the same for the same inputs."""
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.every = every
+    def __init__(self, folder: Path, every: int, track: Track) -> None:
+        self.every, self.track = every, track
         self.live = open_live(folder)
 
     def write(self, step: int, values: dict[str, float], plot: bool = True) -> None:
@@ -261,6 +265,7 @@ class Curves(pl.Callback):
         for name, value in values.items():
             self.live.log_metric(name, value, plot=plot)
         self.live.make_summary()
+        self.track(step, values)
 
     def _record(self, module: LitStage, values: dict[str, float]) -> None:
         module.history.append((module.step, values))
@@ -377,8 +382,8 @@ class WholeFiles(TorchCheckpointIO):
 class Speed(pl.Callback):
     """Rows a second and peak memory, which differ from run to run, in a folder of their own."""
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.every, self.live = every, open_live(folder)
+    def __init__(self, folder: Path, every: int, track: Track) -> None:
+        self.every, self.live, self.track = every, open_live(folder), track
         self.rows, self.since = 0, time.perf_counter()
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -390,10 +395,15 @@ class Speed(pl.Callback):
         self.rows += sum(module.objective.count(part) for part in batch)
         if module.step % self.every == 0 or trainer.is_last_batch:
             now = time.perf_counter()
+            values = {
+                "rows_per_second": self.rows / (now - self.since),
+                "peak_memory_gb": peak_memory(module.device) / 1e9,
+            }
             self.live.step = module.step
-            self.live.log_metric("rows_per_second", self.rows / (now - self.since))
-            self.live.log_metric("peak_memory_gb", peak_memory(module.device) / 1e9)
+            for name, value in values.items():
+                self.live.log_metric(name, value)
             self.live.make_summary()
+            self.track(module.step, values)
             self.rows, self.since = 0, now
 
 

@@ -103,7 +103,7 @@ def _write_views(
     shape = (len(sampler.layout.projections), sampler.size, sampler.size, 3)
     with whole(out / "views.npy") as beside, beside.open("wb") as file:
         _write_header(file, 0, shape)
-        views = _in_order(sample, paths, workers)
+        views = in_order(sample, paths, workers)
         bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
         for path, result in zip(paths, bar, strict=True):
             if isinstance(result, str):
@@ -126,7 +126,7 @@ def _write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _in_order(
+def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
     """Results in the order of the items, computed by threads a few items ahead, so that memory

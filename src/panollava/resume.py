@@ -50,6 +50,18 @@ def work_folder(stage: str, key: str) -> Path:
     return own
 
 
+def check_unfinished(stage: str, key: str) -> None:
+    """Raises UserError if this run of the stage has no work to go on from."""
+    if any((paths.RESUME / f"{stage}-{key}").glob("*.ckpt")):
+        return
+    others = ", ".join(str(path) for path in sorted(paths.RESUME.glob(f"{stage}-*")))
+    raise UserError(
+        f"--resume: stage '{stage}' has no unfinished work to go on from"
+        + (f"; {others} is of other parameters, data or code" if others else "")
+        + "; give the options of the run that was stopped, or leave out --resume to start anew"
+    )
+
+
 def mark_finished(folder: Path) -> None:
     (folder / _FINISHED).touch()
 

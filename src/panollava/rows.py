@@ -4,14 +4,16 @@ the pictures hold is checked by whoever opens them."""
 import contextlib
 import csv
 import difflib
+import hashlib
+import re
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 import pandas as pd
 
 from panollava.errors import UserError
 
 COLUMNS = ("url", "query", "annotation")
+NOT_DOWNLOADED = "link not downloaded"
 _ALIASES = {"query": "instruction", "annotation": "response"}
 _LINKS = ("http://", "https://")
 
@@ -41,7 +43,7 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         elif empty := [name for name in COLUMNS if not padded[places[name]].strip()]:
             rejects.append(cells | {"reason": f"empty {empty[0]}"})
         elif pictures[url] is None:
-            missing = "link not downloaded" if url.startswith(_LINKS) else "picture missing"
+            missing = NOT_DOWNLOADED if is_link(url) else "picture missing"
             rejects.append(cells | {"reason": missing})
         else:
             rows.append(cells | {"picture": pictures[url]})
@@ -51,11 +53,34 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
+def is_link(url: str) -> bool:
+    return url.startswith(_LINKS)
+
+
+def picture_file(link: str, folder: Path) -> Path:
+    """Where the download leaves the picture of `link`, for a CSV in `folder`: no other link has
+    the same file, also where a file system takes `A.jpg` and `a.jpg` for one."""
+    name = PurePosixPath(_own_name(link))
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", name.stem)[:100]
+    suffix = name.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,5}", name.suffix) else ""
+    return folder / "images" / f"{stem}-{hashlib.sha256(link.encode()).hexdigest()[:16]}{suffix}"
+
+
+def plain_file(link: str, folder: Path) -> Path:
+    """Where a picture of `link` may lie that was collected in another way: under its own name,
+    which other links may have as well."""
+    return folder / "images" / _own_name(link)
+
+
+def _own_name(link: str) -> str:
+    return re.split(r"[?#]", link, maxsplit=1)[0].rsplit("/", 1)[-1]
+
+
 def find_picture(url: str, folder: Path, root: Path) -> Path | None:
     """The file that `url` stands for: a path, absolute or from the CSV's folder or the project's
-    root, or a link, whose file the download leaves in `images` beside the CSV."""
-    if url.startswith(_LINKS):
-        candidates = [folder / "images" / PurePosixPath(urlsplit(url).path).name]
+    root, or a link, whose picture lies in `images` beside the CSV."""
+    if is_link(url):
+        candidates = [picture_file(url, folder), plain_file(url, folder)]
     else:
         candidates = [folder / url, root / url]  # an absolute path stands for itself
     for path in candidates:

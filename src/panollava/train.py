@@ -16,16 +16,27 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.digest import digests
 from panollava.lit import Checkpoints, Curves, LitStage, Speed, WholeFiles, read_checkpoint
-from panollava.resume import fingerprint, mark_finished, work_folder
+from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
-from panollava.weights import load_weights, save_weights
+from panollava.start import load_start
+from panollava.tracking import open_tracker
+from panollava.weights import save_weights
 
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # its tips
 
 
-def train(stage: Stage, settings: Settings) -> None:
+def train(
+    stage: Stage,
+    settings: Settings,
+    source: Path | None = None,
+    must_resume: bool = False,
+    run_name: str | None = None,
+) -> None:
     """Train the stage, or go on with its unfinished work, and publish the result.
+
+    `source`: where it starts, if not from the result of the stage before; `must_resume`: there
+    must be unfinished work; `run_name`: on Weights & Biases.
 
     Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
@@ -34,23 +45,29 @@ def train(stage: Stage, settings: Settings) -> None:
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
     if stage.starts_from is not None:
         start = find_stage(stage.starts_from)
-        source = paths.weights_file(start.name)
-        load_weights(source, objective.model, start.saves, start.name)
+        source = source or paths.weights_file(start.name)
+        load_start(source, objective.model, start.saves, start)
         log.info("stage %d, %s: starts from %s", stage.number, stage.name, source)
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
     log.info("%s", freeze_all_but(objective.model, stage.trains))
     module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
-    work = work_folder(stage.name, _fingerprint(stage, settings, module))
+    key = _fingerprint(stage, settings, module)
+    if must_resume:
+        check_unfinished(stage.name, key)
+    work = work_folder(stage.name, key)
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.trainer.save_every)
-    curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every)
+    described = {key: _plain(_read(settings, key)) for key in stage.reads}
+    name = run_name or f"stage{stage.number}_{stage.name}"
+    track = open_tracker(settings.trainer.wandb, name, described)
+    curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every, track)
     if checkpoints.restore(module):
         for step, values in module.history:
             curves.write(step, values)
         log.info("goes on from step %d of %d (%s)", module.step, module.total_steps, work)
     if module.epoch < own.epochs:
         log.info("%d epochs, %d steps", own.epochs, module.total_steps)
-        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every)
+        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
     _publish(stage, settings, module, checkpoints, curves)
     mark_finished(work)
@@ -91,6 +108,10 @@ def _fingerprint(stage: Stage, settings: Settings, module: LitStage) -> str:
     }
     files = [file for reader in module.objective.readers.values() for file in reader.files]
     return fingerprint(described, files, module.state_dict())
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
 def _read(settings: Settings, key: str) -> Any:

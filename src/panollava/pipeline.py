@@ -1,0 +1,84 @@
+"""The training stages without DVC: one, or all after each other, with what has to be run again
+before them."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from panollava import paths
+from panollava.config import load_settings
+from panollava.errors import UserError
+from panollava.resume import alone
+from panollava.stage import STAGES, Stage, find_stage
+
+log = logging.getLogger(__name__)
+
+Changes = Mapping[str, Any]  # of params.yaml for this run, such as {"trainer.workers": 2}
+
+
+def run_stage(
+    name: str,
+    changes: Changes,
+    start: Path | None = None,
+    must_resume: bool = False,
+    run_name: str | None = None,
+) -> None:
+    """Train one stage. Other data (`data.dir` among the changes) is prepared before, and other
+    data or another `start` has its features computed before, where the stage reads them.
+
+    Raises UserError for what the user can mend."""
+    stage = find_stage(name)
+    if start is not None and stage.starts_from is None:
+        raise UserError(
+            f"{start}: stage '{name}' starts from the pretrained encoder and from no file; "
+            "set model.encoder.path to start from another one"
+        )
+    if "data.dir" in changes:
+        _prepare(changes)
+    if _reads_features(stage) and (start is not None or "data.dir" in changes):
+        _features(changes, start)
+    _train(stage, changes, start, must_resume, run_name)
+
+
+def run_all(changes: Changes, must_resume: bool = False, run_name: str | None = None) -> None:
+    """Prepare, all training stages, and the features before the stage that reads them. Work of
+    finished stages is kept until all are, so that a killed run goes on where it was."""
+    _prepare(changes)
+    for stage in STAGES.values():
+        if _reads_features(stage):
+            _features(changes, None)
+        # The first one's work is there as long as a run is unfinished, the others' may not be.
+        first = stage.starts_from is None
+        own_name = f"{run_name}_{stage.name}" if run_name else None
+        with alone(f"stage{stage.number}_{stage.name}"):  # as the stage's own command is
+            _train(stage, changes, None, must_resume and first, own_name)
+
+
+def _reads_features(stage: Stage) -> bool:
+    """A stage whose encoder is frozen reads what it gave."""
+    return "encoder" not in stage.trains
+
+
+def _prepare(changes: Changes) -> None:
+    from panollava.prepare import prepare
+
+    settings = load_settings(paths.PARAMS, ("data", "views"), changes)
+    with alone("prepare"):
+        prepare(settings.data, settings.views, paths.PREPARED, Path())
+
+
+def _features(changes: Changes, source: Path | None) -> None:
+    from panollava.features import READS, write_features
+
+    with alone("features"):
+        write_features(load_settings(paths.PARAMS, READS, changes), source)
+
+
+def _train(
+    stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
+) -> None:
+    from panollava.train import train
+
+    settings = load_settings(paths.PARAMS, stage.reads, changes)
+    train(stage, settings, start, must_resume, run_name)

@@ -1,0 +1,176 @@
+"""The check finds everything at once, and tells faults from what only looks odd."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import SHARED, save_panorama, write_rows
+from panollava import cli
+from panollava.check import Report, check
+from panollava.rows import picture_file, plain_file
+
+LINK = "https://example.org/{}.jpg"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three splits of 20 good rows over two pictures each."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "valid", "test"):
+        for name in "ab":
+            save_panorama(tmp_path / f"data/images/{split}_{name}.jpg", seed=ord(name))
+        rewrite(tmp_path / "data", split, [])
+    return tmp_path / "data"
+
+
+def rewrite(folder: Path, split: str, more: list[tuple[str, str, str]]) -> None:
+    """Twenty good rows, and more behind them."""
+    rows = [
+        (f"images/{split}_{'ab'[row % 2]}.jpg", "weather", f"The sky is grey {row}.")
+        for row in range(20)
+    ]
+    write_rows(folder / f"{split}.csv", rows + more)
+
+
+def run(folder: Path, max_rejected: float = 0.15) -> Report:
+    return check(folder, folder.parent, 2, max_rejected)
+
+
+def test_a_good_folder_passes(folder: Path) -> None:
+    report = run(folder, max_rejected=0)
+    assert report.passed and not report.faults and not report.suspicions
+    assert report.rows == {"train": 20, "valid": 20, "test": 20}
+    assert report.pictures == {"train": 2, "valid": 2, "test": 2}
+
+
+def test_all_faults_of_rows_and_pictures_are_listed_at_once(folder: Path) -> None:
+    save_panorama(folder / "images/whole.jpg", seed=3, height=256)
+    whole = (folder / "images/whole.jpg").read_bytes()
+    (folder / "images/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "images/page.jpg").write_text("<html>")
+    more = [
+        ("images/gone.jpg", "q", "a"),
+        ("images/cut.jpg", "q", "a"),
+        ("images/train_a.jpg", "q", " "),
+        ("images/page.jpg", "q", "a"),
+        (LINK.format("dead"), "q", "a"),
+        ("images/cut.jpg", "q", "b"),
+    ]
+    rewrite(folder, "train", more)
+    (folder / "valid.csv").write_text("url,query\nimages/valid_a.jpg,q\n")
+    rewrite(folder, "test", [("", "q", "a")])
+    report = run(folder)
+    assert [(fault.split, fault.row, fault.reason.split(":")[0]) for fault in report.faults] == [
+        ("train", 20, "picture missing"),
+        ("train", 21, "broken picture"),
+        ("train", 22, "empty annotation"),
+        ("train", 23, "not a picture that can be read"),
+        ("train", 24, "link not downloaded"),
+        ("train", 25, "broken picture"),
+        ("valid", None, "valid.csv"),
+        ("test", 20, "empty url"),
+    ]
+    assert not report.passed
+
+
+def test_links_are_no_fault_before_the_download_and_are_one_after_it(folder: Path) -> None:
+    alone = folder.parent / "links"
+    for split in ("train", "valid", "test"):
+        write_rows(alone / f"{split}.csv", [(LINK.format(split + c), "q", c) for c in "xyz"])
+    report = run(alone, max_rejected=0)
+    assert report.passed and report.links == {"train": 3, "valid": 3, "test": 3}
+    for split in ("train", "valid", "test"):
+        for c in "xy":
+            save_panorama(picture_file(LINK.format(split + c), alone), seed=1)
+    report = run(alone, max_rejected=0.3)
+    assert [(fault.row, fault.reason) for fault in report.faults] == [
+        (2, "link not downloaded")
+    ] * 3
+    assert not report.passed and run(alone, max_rejected=0.34).passed
+
+
+def test_what_looks_odd_is_listed_and_fails_nothing(folder: Path) -> None:
+    one, other = (f"https://example.org/{side}/same.jpg" for side in (1, 2))
+    save_panorama(plain_file(one, folder), seed=9)
+    rewrite(
+        folder,
+        "train",
+        [
+            ("images/train_a.jpg", "wether", "It rains."),
+            ("images/train_a.jpg", "weather", "The sky is grey 0."),
+            ("images/valid_a.jpg", "weather", "The sky is blue."),
+            (one, "weather", "It snows."),
+            (other, "weather", "It snows."),
+        ],
+    )
+    report = run(folder, max_rejected=0)
+    assert report.passed
+    expected = (
+        "query 'wether' (1 rows): is 'weather'",
+        "train: row 21 repeats an earlier one",
+        "1 pictures are both in train and in valid",
+        "2 links share the picture same.jpg",
+    )
+    assert len(report.suspicions) == len(expected)
+    for text, start in zip(report.suspicions, expected, strict=True):
+        assert text.startswith(start)
+
+
+def test_a_query_that_most_rows_misspell_shows_in_the_annotations(folder: Path) -> None:
+    texts = ["The architecture is gothic."] * 20
+    write_rows(
+        folder / "train.csv",
+        [("images/train_a.jpg", "arthitecture", f"{text} {i}") for i, text in enumerate(texts)],
+    )
+    (found,) = run(folder).suspicions
+    assert "'arthitecture' in queries" in found and "is 'architecture'" in found
+
+
+def test_the_command_ends_with_1_for_too_many_faults_and_writes_json(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(folder, "test", [("images/gone.jpg", "q", "a")])
+    file = folder.parent / "out/report.json"
+    command = ["check", str(folder), "--json", str(file)]
+    cli.main(command)
+    assert json.loads(file.read_text())["passed"] is True
+    shown = capsys.readouterr().err
+    assert "test    20  picture missing  images/gone.jpg" in shown
+    assert "data.max_rejected: 0.0477 on" in shown  # 1 of 21
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--max-rejected", "0.04"])
+    assert ended.value.code == 1
+    found = json.loads(file.read_text())
+    assert found["passed"] is False
+    assert found["faults"] == [
+        {"split": "test", "row": 20, "url": "images/gone.jpg", "reason": "picture missing"}
+    ]
+
+
+def test_a_missing_folder_is_named(folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["check", "no/such/folder"])
+    (log,) = (folder.parent / "logs").glob("check_*.log")
+    assert "no/such/folder: no such folder" in log.read_text()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+def test_the_published_data_passes_with_its_known_faults() -> None:
+    report = check(SHARED / "quic360_full", Path(), 2, 0.15)
+    assert report.passed
+    assert [(fault.split, fault.row, fault.reason) for fault in report.faults] == [
+        ("test", row, "empty annotation") for row in (2068, 3539, 4363)
+    ]
+    assert report.links == {"train": 3007, "valid": 400, "test": 393}
+    assert [text.split(" (")[0] for text in report.suspicions] == [
+        "'arthitecture' in queries, and in 4 annotations: is 'architecture'",
+        "test: row 2426 repeats an earlier one",
+    ]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+def test_the_small_real_data_passes_without_a_fault() -> None:
+    report = check(SHARED / "quic360_mini", Path(), 2, 0)
+    assert report.passed and not report.faults and not report.suspicions
+    assert report.pictures == {"train": 5, "valid": 1, "test": 2}

@@ -1,0 +1,401 @@
+"""The download against a real server on the loopback address that behaves as badly as real ones."""
+
+import csv
+import hashlib
+import io
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, SHARED, write_rows
+from panollava.download import ATTEMPTS, download
+from panollava.errors import UserError
+from panollava.rows import picture_file, plain_file, read_rows
+
+SPLITS = ("train", "valid", "test")
+
+
+@cache
+def jpeg(seed: int, width: int = 64, height: int = 32) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg")
+    return file.getvalue()
+
+
+def number(path: str) -> int:
+    return int(hashlib.sha256(path.encode()).hexdigest()[:8], 16)
+
+
+def content(path: str) -> bytes:
+    """Each picture is another one, by its path and query."""
+    return jpeg(number(path) % 50) + path.encode()  # what stands behind a JPEG's end is ignored
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by name of the path's first folder. `asked` counts requests, `served` whole
+    pictures; `longest` is the largest number of requests within a second."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.asked: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
+        self.times: list[float] = []
+        self.closed_until = 0.0
+        self.too_early = 0  # requests while all had been asked to wait
+        self.agent = ""
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that was killed
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.asked[self.path] += 1
+            count = self.server.asked[self.path]
+            self.server.times.append(time.monotonic())
+            self.server.agent = self.headers["User-Agent"]
+        kind, first = self.path.split("/")[1], count == 1
+        answer = getattr(self, f"_{kind}", None)
+        if answer is not None:
+            answer(first)
+        else:
+            self._good(first)
+
+    def _good(self, first: bool = True) -> None:
+        self._send(content(self.path))
+        with self.server.lock:
+            self.server.served[self.path] += 1
+
+    def _send(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _drop(self, first: bool) -> None:
+        if first:
+            self.close_connection = True
+        else:
+            self._good()
+
+    def _late(self, first: bool) -> None:
+        time.sleep(0.3)
+        self._good()
+
+    def _cut(self, first: bool) -> None:
+        if not first:
+            return self._good()
+        body = content(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.close_connection = True
+
+    def _cutquietly(self, first: bool) -> None:
+        """Without a length, so that only the picture tells that something is missing."""
+        if not first:
+            return self._good()
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content(self.path)[:400])
+        self.close_connection = True
+
+    def _error(self, first: bool) -> None:
+        if first:
+            self._send(b"oops", 500)
+        else:
+            self._good()
+
+    def _moved(self, first: bool) -> None:
+        self._send(b"", 302, Location=self.path.replace("/moved/", "/to/"))
+
+    def _round(self, first: bool) -> None:
+        self._send(b"", 302, Location=self.path)
+
+    def _busy(self, first: bool) -> None:
+        """The first one asks all to wait for a second."""
+        with self.server.lock:
+            now = time.monotonic()
+            if self.server.closed_until == 0:
+                self.server.closed_until = now + 1
+            elif now < self.server.closed_until - 0.5:
+                self.server.too_early += 1
+            closed = now < self.server.closed_until
+        if closed:
+            self._send(b"", 429, Retry_After="1")
+        else:
+            self._good()
+
+    def _gone(self, first: bool) -> None:
+        self._send(b"no such photo", 404)
+
+    def _removed(self, first: bool) -> None:
+        self._send(b"", 410)
+
+    def _page(self, first: bool) -> None:
+        self._send(b"<html>This photo is private</html>")
+
+    def _narrow(self, first: bool) -> None:
+        self._send(jpeg(1, 60, 45))
+
+    def _spoilt(self, first: bool) -> None:
+        self._send(content(self.path)[:500])
+
+    def _never(self, first: bool) -> None:
+        self.close_connection = True
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def write_links(folder: Path, links: list[str], rows: int = 1) -> None:
+    """The links over three splits, `rows` rows each."""
+    for index, split in enumerate(SPLITS):
+        own = [(link, "what", f"answer {row}") for link in links[index::3] for row in range(rows)]
+        write_rows(folder / f"{split}.csv", own)
+
+
+def get(folder: Path, give_up: bool = False, connections: int = 8, rate: float = 1000) -> None:
+    download(folder, SPLITS, folder, connections, rate, pause=0.01, give_up=give_up)
+
+
+def rejects(folder: Path) -> dict[str, str]:
+    with (folder / "rejects.csv").open(newline="") as lines:
+        return {row["url"]: row["reason"] for row in csv.DictReader(lines)}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = [*(folder / "images").iterdir(), folder / "rejects.csv"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def check_pictures(folder: Path, server: Server, links: list[str]) -> None:
+    """Exactly these links are fetched, each with its own content."""
+    files = {picture_file(link, folder): link for link in links}
+    assert set((folder / "images").iterdir()) == files.keys()
+    for file, link in files.items():
+        path = link.removeprefix(server.address).replace("/moved/", "/to/")
+        assert file.read_bytes() == content(path), link
+
+
+def test_each_link_is_fetched_once_through_all_that_servers_do(
+    server: Server, tmp_path: Path
+) -> None:
+    kinds = ["at", "drop", "late", "cut", "cutquietly", "error", "moved"]
+    good = [f"{server.address}/{kind}/{name}.jpg" for kind in kinds for name in "abc"]
+    dead = {
+        "gone": "HTTP 404",
+        "removed": "HTTP 410",
+        "page": "not a picture that can be read",
+        "narrow": "not 2:1: 60 x 45 pixels",
+        "spoilt": "broken picture",
+        "round": "too many redirects",
+    }
+    links = [*good, *(f"{server.address}/{kind}/d.jpg" for kind in dead), "http://[/e.jpg"]
+    links = sorted(links, key=number)
+    write_links(tmp_path, links, rows=3)
+    get(tmp_path)
+    check_pictures(tmp_path, server, good)
+    found = {link.split("/")[-2]: reason for link, reason in rejects(tmp_path).items()}
+    assert found == dead | {"[": "not an address"}
+    assert set(server.served.values()) == {1}
+    assert max(server.asked[f"/{kind}/a.jpg"] for kind in kinds) == 2
+    assert server.asked["/gone/d.jpg"] == server.asked["/narrow/d.jpg"] == 1
+    for split in SPLITS:
+        rows, bad = read_rows(tmp_path / f"{split}.csv", tmp_path)
+        assert set(bad["url"]) == set(bad["url"]) & rejects(tmp_path).keys()
+        assert len(rows) + len(bad) == 3 * len(links[SPLITS.index(split) :: 3])
+
+
+def test_the_order_of_arrival_changes_nothing(server: Server, tmp_path: Path) -> None:
+    kinds = ["late", "at", "drop", "gone", "narrow", "cut", "removed"]
+    links = [f"{server.address}/{kind}/{name}.jpg" for name in range(9) for kind in kinds]
+    trees = []
+    for connections in (1, 7, 20):
+        folder = tmp_path / str(connections)
+        write_links(folder, links)
+        get(folder, connections=connections)
+        trees.append(tree(folder))
+        server.asked.clear()
+    assert trees[0] == trees[1] == trees[2]
+    order = [link for index in range(3) for link in links[index::3]]
+    assert list(rejects(folder)) == [link for link in order if re.search("gone|narrow|rem", link)]
+
+
+def test_a_second_run_fetches_only_what_is_missing(server: Server, tmp_path: Path) -> None:
+    links = [f"{server.address}/at/{name}.jpg" for name in range(9)]
+    write_links(tmp_path, links)
+    get(tmp_path)
+    before = tree(tmp_path)
+    picture_file(links[4], tmp_path).unlink()
+    (tmp_path / "images" / (picture_file("http://x/old.jpg", tmp_path).name + ".part")).touch()
+    picture_file("http://x/no_row_names_it.jpg", tmp_path).touch()
+    get(tmp_path)
+    assert tree(tmp_path) == before
+    assert {path for path, count in server.asked.items() if count == 2} == {"/at/4.jpg"}
+
+
+def test_links_that_end_in_the_same_name_are_different_pictures(
+    server: Server, tmp_path: Path
+) -> None:
+    links = [f"{server.address}/{path}" for path in ("1/a.jpg", "2/a.jpg", "1/A.jpg", "1/a.jpg?k")]
+    write_links(tmp_path, links)
+    get(tmp_path)
+    check_pictures(tmp_path, server, links)
+    names = {file.name.lower() for file in (tmp_path / "images").iterdir()}
+    assert len(names) == len(links)
+
+
+def test_a_picture_that_was_there_before_is_used_and_kept(server: Server, tmp_path: Path) -> None:
+    links = [f"{server.address}/at/{name}.jpg" for name in range(6)]
+    write_links(tmp_path, links)
+    own = plain_file(links[0], tmp_path)
+    own.parent.mkdir()
+    own.write_bytes(b"collected by hand")
+    get(tmp_path)
+    assert own.read_bytes() == b"collected by hand"
+    assert server.asked.keys() == {f"/at/{name}.jpg" for name in range(1, 6)}
+
+
+def test_a_server_that_asks_to_wait_is_left_alone(server: Server, tmp_path: Path) -> None:
+    links = [f"{server.address}/busy/{name}.jpg" for name in range(60)]
+    write_links(tmp_path, links)
+    started = time.monotonic()
+    get(tmp_path, connections=4)
+    assert time.monotonic() - started > 1
+    check_pictures(tmp_path, server, links)
+    assert server.too_early <= 4  # those that were under way
+    assert rejects(tmp_path) == {}
+
+
+def test_no_more_requests_a_second_than_allowed(server: Server, tmp_path: Path) -> None:
+    write_links(tmp_path, [f"{server.address}/at/{name}.jpg" for name in range(30)])
+    get(tmp_path, rate=20)
+    assert server.times[-1] - server.times[0] > 29 / 20 * 0.95
+    within = [sum(t <= other < t + 0.5 for other in server.times) for t in server.times]
+    assert max(within) <= 12
+    assert "PanoLLaVA" in server.agent
+
+
+def test_a_server_without_an_answer_is_an_error_and_nothing_is_lost(
+    server: Server, tmp_path: Path
+) -> None:
+    """A network that is down must not make dead links."""
+    good = [f"{server.address}/at/{name}.jpg" for name in range(5)]
+    links = [*good, f"{server.address}/never/a.jpg"]
+    write_links(tmp_path, links)
+    with pytest.raises(UserError, match=r"1 of 6 links gave no whole answer.*/never/a.jpg.*again"):
+        get(tmp_path)
+    assert server.asked["/never/a.jpg"] == ATTEMPTS
+    assert not (tmp_path / "rejects.csv").exists()
+    check_pictures(tmp_path, server, good)
+    get(tmp_path, give_up=True)
+    assert rejects(tmp_path) == {links[-1]: "no whole answer"}
+    assert set(server.served.values()) == {1}
+
+
+def published(server: Server) -> dict[str, list[tuple[str, str, str]]]:
+    """QuIC-360's rows, their links mapped onto the server: one in ten is dead, and one in five
+    makes trouble of some kind."""
+    kinds = [
+        "gone",
+        "at",
+        "drop",
+        "cut",
+        "at",
+        "moved",
+        "at",
+        "error",
+        "at",
+        "narrow",
+        *["at"] * 10,
+    ]
+
+    def place(link: str) -> str:
+        kind = kinds[number(link) % len(kinds)]
+        if number(link) % 400 == 1:
+            kind = "busy" if number(link) % 800 == 1 else "late"
+        return link.replace("https://live.staticflickr.com", f"{server.address}/{kind}")
+
+    tables = {}
+    for split in SPLITS:
+        if SHARED.is_dir():
+            with (SHARED / f"quic360_full/{split}.csv").open(newline="", encoding="utf-8") as lines:
+                rows = list(csv.reader(lines))[1:]
+        else:
+            names = range(300 if split == "train" else 50)
+            link = "https://live.staticflickr.com/1/{}_{}_o.jpg"
+            rows = [[link.format(split, name // 2), "q", "a"] for name in names]
+        tables[split] = [(place(url), query, text) for url, query, text in rows]
+    return tables
+
+
+@pytest.mark.slow
+def test_all_links_of_the_published_data_survive_kills(server: Server, tmp_path: Path) -> None:
+    """Nothing lost, nothing fetched twice, the rejects exactly the dead ones."""
+    tables = published(server)
+    for split, rows in tables.items():
+        write_rows(tmp_path / f"data/{split}.csv", rows)
+    links = list(dict.fromkeys(url for rows in tables.values() for url, _, _ in rows))
+    dead = [link for link in links if "/gone/" in link or "/narrow/" in link]
+    good = [link for link in links if link not in set(dead)]
+    assert len(links) > 100 and 0.05 < len(dead) / len(links) < 0.15
+    command = [sys.executable, str(ROOT / "src/run.py"), "download", "data", "--rate", "5000"]
+    command += ["--pause", "0.05"]
+    kills = 0
+    for share in (0.2, 0.5, 0.8):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while len(server.served) < share * len(good) and process.poll() is None:
+            time.sleep(0.02)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 3 and not (tmp_path / "data/rejects.csv").exists()
+    done = subprocess.run(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr
+    check_pictures(tmp_path / "data", server, good)
+    assert list(rejects(tmp_path / "data")) == dead
+    # Only what was under way when it was killed has been fetched again.
+    again = [path for path, count in server.served.items() if count > 1]
+    assert len(again) <= 16 * kills
+    assert set(server.served.values()) <= {1, 2}
+    assert server.too_early <= 16

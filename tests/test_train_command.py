@@ -1,0 +1,245 @@
+"""`panollava train`: the options of one run, without DVC."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from panollava import cli, lit, paths
+
+STAGES = ("vision", "resampler", "finetune")
+
+
+@pytest.fixture
+def project(
+    towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder with a params.yaml for small towers and data, in which nothing has run."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in (
+        ("dir: data/demo", f"dir: {small_data}"),
+        ("data/demo/towers", str(towers)),
+        ("size: 64", "size: 32"),
+        ("save_every: 50", "save_every: 1"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    text = re.sub(r"max_text_length: \d+", "max_text_length: 99", text)
+    text = re.sub(r"epochs: \d+", "epochs: 1", text)
+    paths.PARAMS.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", text))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def train(*arguments: str) -> None:
+    cli.main(["train", *arguments])
+
+
+def fails(*arguments: str) -> str:
+    """The last line of the log of a run that must fail."""
+    before = set(paths.LOGS.glob("*.log"))
+    with pytest.raises(SystemExit) as ended:
+        train(*arguments)
+    assert ended.value.code == 1
+    (log,) = set(paths.LOGS.glob("*.log")) - before
+    return log.read_text().splitlines()[-1]
+
+
+def weights(stage: str) -> dict[str, torch.Tensor]:
+    return load_file(paths.weights_file(stage))
+
+
+def results() -> dict[str, bytes]:
+    folders = [Path("runs"), *(paths.curves_folder(stage) for stage in STAGES)]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files}
+
+
+def checkpoint(stage: str) -> Path:
+    (file,) = (paths.run_folder(stage) / "checkpoints").iterdir()
+    return file
+
+
+def test_all_stages_in_one_command_and_one_log(project: Path) -> None:
+    train("all")
+    for stage in STAGES:
+        assert paths.weights_file(stage).is_file()
+    (log,) = paths.LOGS.iterdir()
+    assert re.fullmatch(r"full_pipeline_\d{8}_\d{6}\.log", log.name)
+    order = re.findall(r"stage (\d), \w+: starts from|(features) of", log.read_text())
+    assert ["".join(each) for each in order] == ["1", "2", *["features"] * 3, "3"]
+    assert not list(paths.RESUME.glob("*-*"))
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+def test_all_stages_go_on_where_they_were_killed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "stage 'vision' has no unfinished work" in fails("all", "--resume")
+    train("all")
+    expected = results()
+    with monkeypatch.context() as patch:
+
+        def die(callback: object, trainer: object, module: lit.LitStage) -> None:
+            if hasattr(module.objective.model, "resampler"):
+                raise Killed
+
+        patch.setattr(lit.Speed, "on_validation_end", die, raising=False)
+        with pytest.raises((Killed, SystemExit)):
+            train("all")
+    capsys.readouterr()
+    train("all", "--resume")
+    assert results() == expected
+    assert capsys.readouterr().err.count("goes on from step") == 2  # vision is finished
+
+
+def test_each_option_overrides_its_parameter_for_this_run(
+    project: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = paths.PARAMS.read_text().replace(str(small_data), "no/such/folder")
+    paths.PARAMS.write_text(before)
+    train("vision", "--data-dir", str(small_data), "--epochs", "3", "--batch-size", "3")
+    assert "3 epochs, 6 steps" in capsys.readouterr().err  # six panoramas
+    assert torch.load(checkpoint("vision"), weights_only=True)["epoch"] <= 3
+    train("resampler", "--lr", "0.5e-3", "--epochs", "1", "--num-workers", "1")
+    rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
+    assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
+    assert "max_text_length" in fails("resampler", "--max-text-length", "1")
+    assert paths.PARAMS.read_text() == before
+
+
+def test_the_help_says_where_each_default_comes_from(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for edit, shown in (("", "vision 4"), ("batch_size: 16", "vision 16")):
+        if edit:
+            text = paths.PARAMS.read_text().replace("batch_size: 4", edit, 1)
+            paths.PARAMS.write_text(text)
+        with pytest.raises(SystemExit):
+            train("--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"default: stage.STAGE.batch_size of params.yaml: {shown}, resampler 4" in text
+    for option in "epochs lr max-text-length data-dir workers project name from resume".split():
+        assert re.search(rf"--{option}\b[^(]*\(default: ", text), option
+    paths.PARAMS.unlink()
+    with pytest.raises(SystemExit):
+        train("--help")
+    assert "default: trainer.workers of params.yaml)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stage_starts_from_weights_or_from_a_checkpoint(project: Path) -> None:
+    train("all")
+    started = {}
+    for name, source in (
+        ("weights", paths.weights_file("vision")),
+        ("checkpoint", checkpoint("vision")),
+    ):
+        copy = project / f"elsewhere{source.suffix}"
+        copy.write_bytes(source.read_bytes())
+        train("resampler", "--from", str(copy), "--epochs", "0")
+        started[name] = weights("resampler")
+    vision = weights("vision")
+    assert all(torch.equal(started["checkpoint"][name], value) for name, value in vision.items())
+    assert started["weights"].keys() == started["checkpoint"].keys()
+    assert all(torch.equal(v, started["checkpoint"][k]) for k, v in started["weights"].items())
+
+
+def test_another_start_has_its_own_features(project: Path) -> None:
+    train("all")
+    features = {path: path.read_bytes() for path in paths.FEATURES.iterdir()}
+    copy = project / "other.ckpt"
+    train("vision", "--lr", "0.01")
+    train("resampler", "--lr", "0.02")
+    copy.write_bytes(checkpoint("resampler").read_bytes())
+    assert {path: path.read_bytes() for path in paths.FEATURES.iterdir()} == features
+    train("finetune", "--from", str(copy))
+    now = {path: path.read_bytes() for path in paths.FEATURES.iterdir()}
+    assert all(now[path] != before for path, before in features.items())
+    encoder = [name for name in weights("resampler") if name.startswith("encoder.")]
+    assert all(torch.equal(weights("resampler")[n], weights("finetune")[n]) for n in encoder)
+
+
+def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) -> None:
+    train("all")
+    (project / "junk.ckpt").write_bytes(b"junk")
+    (project / "junk.safetensors").write_bytes(b"junk")
+    (project / "weights.pt").write_bytes(b"junk")
+    expected = "expected a result of stage 'vision': runs/vlm_vision/model_final.safetensors"
+    assert f"no.ckpt: no such file; {expected}" in fails("resampler", "--from", "no.ckpt")
+    assert f"runs: Is a directory; {expected}" in fails("resampler", "--from", "runs")
+    said = fails("resampler", "--from", "weights.pt")
+    assert f"weights.pt: neither .safetensors nor .ckpt; {expected}" in said
+    for junk in ("junk.ckpt", "junk.safetensors"):
+        said = fails("resampler", "--from", junk)
+        assert f"{junk}: damaged" in said and expected in said
+    for stage in ("resampler", "finetune"):
+        said = fails("resampler", "--from", str(paths.weights_file(stage)))
+        assert f"holds the result of stage '{stage}', expected 'vision'" in said
+        said = fails("resampler", "--from", str(checkpoint(stage)))
+        assert f"as a checkpoint of stage '{stage}' does; {expected}" in said
+    assert "starts from the pretrained encoder" in fails("vision", "--from", "no.ckpt")
+    assert "--from belongs to one stage" in fails("all", "--from", "no.ckpt")
+
+
+def test_a_run_must_go_on_if_told_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from panollava.prepare import prepare
+
+    settings = cli.load_settings(paths.PARAMS)
+    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    assert "no unfinished work to go on from" in fails("vision", "--resume")
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        patch.setattr(lit.Speed, "on_validation_start", die, raising=False)
+        with pytest.raises((Killed, SystemExit)):
+            train("vision", "--epochs", "2")
+    (work,) = paths.RESUME.glob("vision-*")
+    assert f"{work} is of other parameters" in fails("vision", "--resume", "--epochs", "3")
+    assert work.is_dir()  # and is still there
+    train("vision", "--epochs", "2", "--resume")
+    assert "goes on from step 1 of 4" in capsys.readouterr().err
+
+
+def test_weights_and_biases_is_named_where_it_is_not_installed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    said = fails("all", "--project", "panoramas")
+    assert "'panoramas' asks for Weights & Biases, which isn't installed" in said
+
+
+def test_weights_and_biases_gets_every_curve(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged: list[tuple[str, int, set[str]]] = []
+    original = wandb.Run.log
+
+    def log(run, data, step):  # type: ignore[no-untyped-def]
+        logged.append((f"{run.project}/{run.name}", step, set(data)))
+        original(run, data, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", log)
+    train("all", "--project", "panoramas", "--name", "first")
+    wandb.finish()
+    assert {run for run, _, _ in logged} == {f"panoramas/first_{stage}" for stage in STAGES}
+    assert set().union(*(names for run, _, names in logged if run.endswith("resampler"))) == {
+        *("train/loss", "train/learning_rate", "train/gradient_norm", "val/loss"),
+        *("best/epoch", "best/val_loss", "rows_per_second", "peak_memory_gb"),
+    }
+    assert len(list(Path("wandb").glob("offline-run-*"))) == 3
