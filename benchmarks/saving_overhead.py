@@ -28,6 +28,7 @@ from panollava.config import Settings, load_settings
 from panollava.lit import Checkpoints, Curves, LitStage
 from panollava.prepare import prepare
 from panollava.stage import find_stage, freeze_all_but
+from panollava.tracking import open_tracker
 from panollava.vicreg import Objective
 
 EPOCHS = 4
@@ -60,7 +61,8 @@ def seconds(settings: Settings, work: Path | None) -> tuple[float, int]:
     objective: Any = Objective(stage, settings)
     freeze_all_but(objective.model, stage.trains)
     module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
-    callbacks: list[pl.Callback] = [Curves(Path("curves"), settings.trainer.log_every)]
+    track = open_tracker(None, "", {})
+    callbacks: list[pl.Callback] = [Curves(Path("curves"), settings.trainer.log_every, track)]
     if work:
         work.mkdir(exist_ok=True)
         trainer = settings.trainer

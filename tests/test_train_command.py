@@ -230,7 +230,7 @@ def test_weights_and_biases_gets_every_curve(
     logged: list[tuple[str, int, set[str]]] = []
     original = wandb.Run.log
 
-    def log(run, data, step):  # type: ignore[no-untyped-def]
+    def log(run, data, step):
         logged.append((f"{run.project}/{run.name}", step, set(data)))
         original(run, data, step=step)
 
