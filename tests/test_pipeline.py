@@ -55,7 +55,7 @@ def test_results_have_the_names_that_users_know(project: Project) -> None:
         "stage3_finetune_TIME.log",
     } <= logs
     shown = project.run("dvc", "metrics", "show")
-    for name in ("captions", "rouge_l", "best.val_loss"):
+    for name in ("captions", "references", "best.val_loss"):
         assert name in shown, shown
 
 
@@ -73,9 +73,10 @@ def edit(file: str, old: str, new: str) -> Callable[[Project], None]:
 def edit_param(stage: str, name: str, value: str) -> Callable[[Project], None]:
     def change(project: Project) -> None:
         path = project.folder / "params.yaml"
-        head, found, tail = path.read_text().partition(f"  {stage}:\n")
-        assert found
-        path.write_text(head + found + re.sub(rf"{name}: \S+", f"{name}: {value}", tail, count=1))
+        pattern = rf"(\nstage:\n(?:.*\n)*?  {stage}:\n(?:.*\n)*?    {name}: )\S+"
+        text, count = re.subn(pattern, rf"\g<1>{value}", path.read_text(), count=1)
+        assert count
+        path.write_text(text)
 
     return change
 
