@@ -93,7 +93,7 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "a pixel of one panorama": (edit_pixel, set(STAGES)),
     # The pictures are the same, and the vision stage reads no text.
     "one annotation": (
-        edit("small/data/train.csv", "the red box is two.", "the red ball is two."),
+        edit("small/data/train.csv", "the red box is left.", "the red ball is left."),
         {"prepare", "resampler", "features", "finetune", "evaluate"},
     ),
     "one annotation of test": (
