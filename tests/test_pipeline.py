@@ -122,7 +122,11 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         {"evaluate"},
     ),
     "a line of overlap.py": (
-        edit(f"{SOURCE}/overlap.py", "edge = 0.5 / grid", "edge = 0.6 / grid"),
+        edit(
+            f"{SOURCE}/overlap.py",
+            "return 2 * position - 1, inside",
+            "return 2 * position - 1.1, inside",
+        ),
         set(STAGES[1:]),
     ),
     "a line of captions.py": (
