@@ -196,7 +196,6 @@ def test_the_towers_recipe_runs_and_learns(command: str, tower: str, tmp_path: P
     for old, new in (
         ("scenes: 1600", "scenes: 30"),
         ("steps: 900", "steps: 12"),
-        ("steps: 900", "steps: 12"),
         ("batch_size: 128", "batch_size: 32"),
         ("batch_size: 16", "batch_size: 4"),
     ):

@@ -52,20 +52,3 @@ def test_a_lock_that_a_reused_process_id_holds_can_be_removed(
     assert "is busy, it is being blocked by" in output
     lock.unlink()
     project.run("dvc", "repro", "prepare")
-
-
-def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
-    tmp_path: Path, towers: Path, small_data: Path
-) -> None:
-    project = copy_project(tmp_path / "project", towers, small_data)
-    project.set("params.yaml", epochs=60)
-    progress = project.folder / ".resume"
-    run = Repro(project)
-    assert run.wait_until(lambda: bool(list(progress.glob("vision-*/progress.ckpt"))))
-    run.process.kill()  # DVC alone; the training goes on
-    run.process.wait()
-    output = project.run("dvc", "repro", "vision", check=False)
-    assert re.search(r"process \d+ is at work on the same in this folder", output), output
-    run.signal(signal.SIGKILL)
-    run.end()
-    project.run("dvc", "repro", "vision")
