@@ -24,10 +24,10 @@ import pytorch_lightning as pl
 import torch
 
 from conftest import ROOT, save_encoder, save_panorama, write_rows
-from panollava import paths, train
+from panollava import train
 from panollava.config import Settings, load_settings
 from panollava.lit import Checkpoints, Curves, LitStage
-from panollava.prepare import prepare
+from panollava.prepare import prepare_project
 from panollava.stage import find_stage, freeze_all_but
 from panollava.tracking import open_tracker
 from panollava.vicreg import Objective
@@ -93,7 +93,7 @@ def main() -> None:
         settings = small_settings(folder, options.batch, options.steps)
         os.chdir(folder)
         torch.set_num_threads(settings.trainer.threads)
-        prepare(settings.data, settings.views, paths.PREPARED, Path())
+        prepare_project(settings)
         with_saving, without = [], []
         for turn in range(options.turns + 1):
             saved, steps = seconds(settings, folder / "work")

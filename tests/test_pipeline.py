@@ -104,6 +104,10 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         edit("params.yaml", "max_new_tokens: ", "max_new_tokens: 1"),
         {"evaluate"},
     ),
+    "the angles of the evaluation": (
+        edit("params.yaml", "rolls: [20, ", "rolls: ["),
+        {"prepare", "features", "evaluate"},
+    ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
     "a comment in the model": (
         edit(f"{SOURCE}/model.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),

@@ -94,6 +94,30 @@ def test_views_and_rows_belong_together(root: Path) -> None:
     ]
 
 
+def test_a_panorama_turned_by_a_stride_has_the_same_views_one_place_on(root: Path) -> None:
+    """The seam is elsewhere then: nothing may show where it is."""
+    prepare(data(), VIEWS, root / "out", root, "train", (45, 90, -45))
+    views = np.load(root / "out/train/views.npy")
+    rolled = np.load(root / "out/rolled.npy").reshape(len(views), 3, *views.shape[1:])
+    for index, places in enumerate((1, 2, -1)):
+        assert np.array_equal(rolled[:, index], np.roll(views, places, axis=1))
+
+
+def test_any_angle_turns_the_panorama_by_whole_pixels(root: Path) -> None:
+    prepare(data(), VIEWS, root / "out", root, "test", (20.4,))
+    sampler = Sampler(layout(VIEWS), 16)
+    picture = read_panorama(root / "data/images/test.jpg", sampler.panorama_width)
+    columns = round(20.4 / 360 * picture.shape[1])
+    assert np.array_equal(
+        np.load(root / "out/rolled.npy"), [sampler.sample(np.roll(picture, columns, axis=1))]
+    )
+
+
+def test_without_angles_nothing_is_turned(root: Path) -> None:
+    prepare(data(), VIEWS, root / "out", root)
+    assert len(np.load(root / "out/rolled.npy")) == 0
+
+
 def test_texts_come_out_as_they_went_in(root: Path) -> None:
     texts = [
         '"quoted", twice',

@@ -194,10 +194,10 @@ def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) 
 def test_a_run_must_go_on_if_told_so(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from panollava.prepare import prepare
+    from panollava.prepare import prepare_project
 
     settings = cli.load_settings(paths.PARAMS)
-    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    prepare_project(settings)
     assert "no unfinished work to go on from" in fails("vision", "--resume")
     with monkeypatch.context() as patch:
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.evaluate import evaluate
 from panollava.features import write_features
-from panollava.prepare import prepare
+from panollava.prepare import prepare_project
 from panollava.resume import remove_finished
 from panollava.stage import find_stage
 from panollava.train import train
@@ -54,7 +55,7 @@ def settings(
         trainer__log_every=1,
         trainer__save_every=1,
     )
-    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    prepare_project(settings)
     yield settings
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
@@ -105,6 +106,10 @@ def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Setting
     )
     metrics = json.loads(paths.EVALUATION.read_text())
     assert metrics["captions"] == 6 and metrics["panoramas"] == 3
+    predictions = pd.read_csv(paths.PREDICTIONS)
+    for degrees in settings.evaluate.rolls:
+        same = predictions["prediction"] == predictions[f"turned by {degrees:g}"]
+        assert metrics["rotation"][f"{degrees:g}"]["identical"] == same.mean()
     for name in ("loss", "learning_rate", "gradient_norm"):
         assert curve("resampler", f"train/{name}")
     for name in ("invariance", "variance", "covariance"):
@@ -290,7 +295,7 @@ def test_a_stage_does_not_start_from_another_s_result(settings: Settings) -> Non
 
 def test_views_that_share_nothing_do_without_the_vision_stage(settings: Settings) -> None:
     settings = change(settings, views__strategy="resize")
-    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    prepare_project(settings)
     with pytest.raises(UserError, match=r"set stage\.vision\.epochs to 0"):
         run("vision", settings)
     run("vision", change(settings, stage__vision__epochs=0))

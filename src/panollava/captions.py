@@ -12,6 +12,7 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import nltk
+import numpy as np
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -90,6 +91,17 @@ def score(
             "references, and here all captions have the same ones"
         )
     return scores
+
+
+def agreement(answers: Mapping[Key, str], others: Mapping[Key, str]) -> dict[str, float]:
+    """How alike two answers to the same queries are: `identical`, the share that is the same, and
+    `rouge_l` of the one against the other where both have a word in them."""
+    pairs = [(answers[key], others[key]) for key in others]
+    alike: dict[str, float] = {"identical": sum(a == b for a, b in pairs) / len(pairs)}
+    spoken = [(a, b) for a, b in (map(_joined, ([a], [b])) for a, b in pairs) if a and b]
+    if spoken:
+        alike["rouge_l"] = float(np.mean([Rouge().calc_score(a, b) for a, b in spoken]))
+    return alike
 
 
 def _joined(texts: list[str]) -> list[str]:

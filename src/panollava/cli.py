@@ -145,10 +145,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from panollava.prepare import prepare
+    from panollava.prepare import READS, prepare_project
 
-    settings = _settings(("data", "views"))
-    prepare(settings.data, settings.views, paths.PREPARED, Path())
+    settings = _settings(READS)
+    prepare_project(settings)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -115,6 +115,7 @@ class Evaluate:
     batch_size: int  # panoramas at once
     max_new_tokens: int
     facts: str | None  # how facts are read out of answers: demo; null: not
+    rolls: list[float]  # degrees by which every panorama is turned and asked again
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,11 @@ def _build(kind: Any, value: Any, key: str, path: Path) -> Any:
         return make(
             **{name: _build(types_[name], value[name], prefix + name, path) for name in fields}
         )
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: {key}: expected a list, found {value!r}")
+        (item,) = typing.get_args(kind)
+        return [_build(item, own, f"{key}[{i}]", path) for i, own in enumerate(value)]
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None

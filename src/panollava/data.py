@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from panollava.arrays import open_array
 from panollava.dialogue import Dialogue, Packed, Row, pack
 from panollava.errors import UserError
 from panollava.steps import Step, divide, plan_epoch
@@ -43,19 +44,6 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
     def __getitem__(self, index: int) -> list[BatchT]:
         parts = divide(self.steps[index], self.accumulate)
         return [self.reader.load(part) for part in parts]
-
-
-def open_array(path: Path) -> NDArray:
-    """A memory-mapped .npy file. Raises UserError if it is missing or broken."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not a whole .npy file ({error}); remove it and run: "
-            "make verify, then dvc repro"
-        ) from None
 
 
 def read_prepared_rows(path: Path) -> pd.DataFrame:

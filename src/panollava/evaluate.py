@@ -1,10 +1,12 @@
 """The model's answers to every (panorama, query) of a split, and what they score.
 
-Each query is asked twice: with the panorama's own features, and with another's. The difference
-is the grounding gap: a model that doesn't look at the picture has none."""
+Each query is asked of the panorama itself; of another one in its place, where the difference is
+the grounding gap, which a model that doesn't look at the picture lacks; and of the panorama turned
+by several angles, where answers that name no direction should stay and directions should turn."""
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from panollava import paths
-from panollava.captions import score
+from panollava.arrays import open_array
+from panollava.captions import agreement, score
 from panollava.config import Settings
-from panollava.data import gather, open_array, read_prepared_rows
+from panollava.data import gather, read_prepared_rows
 from panollava.dialogue import Dialogue
 from panollava.errors import UserError
-from panollava.facts import FactReader, Key, compare, find_reader
+from panollava.facts import FactReader, Key, compare, find_reader, rotation, seam
 from panollava.features import autocast, choose_device
 from panollava.files import whole
 from panollava.generate import answer
@@ -45,7 +48,7 @@ def evaluate(settings: Settings) -> None:
     own = settings.evaluate
     if own.split not in ("valid", "test"):
         raise UserError(f"evaluate.split: expected valid or test, found '{own.split}'")
-    read_facts = None if own.facts is None else find_reader(own.facts)
+    reader = None if own.facts is None else find_reader(own.facts)
     torch.set_num_threads(settings.trainer.threads)
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
@@ -57,18 +60,20 @@ def evaluate(settings: Settings) -> None:
     references: dict[Key, list[str]] = {}
     for row in rows.itertuples():
         references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
-    sources = {"own": np.arange(len(features))}
+    index = np.arange(len(features))
+    shown = {"own": (features, index)}
     if len(features) > 1:
-        sources["swapped"] = np.roll(sources["own"], len(features) // 2)
+        shown["swapped"] = (features, np.roll(index, len(features) // 2))
     else:
         log.warning("one panorama alone can't be swapped: no grounding gap")
+    rolled = open_array(paths.FEATURES / "rolled.npy")
+    for turn, degrees in enumerate(own.rolls):
+        shown[_turned(degrees)] = (rolled, index * len(own.rolls) + turn)
     answers: dict[str, dict[Key, str]] = {}
     with autocast(device, settings.trainer.precision):
-        for name, shown in sources.items():
-            answers[name] = _ask(
-                model, Dialogue(tokenizer), features, shown, list(references), settings, name
-            )
-    metrics = summarise(answers, references, read_facts)
+        for name, seen in shown.items():
+            answers[name] = _ask(model, Dialogue(tokenizer), seen, list(references), settings, name)
+    metrics = summarise(answers, references, own.rolls, reader)
     log.info("%s", json.dumps(metrics, indent=2))
     urls = dict(zip(rows["panorama"], rows["url"], strict=True))
     _write_predictions(paths.PREDICTIONS, answers, references, urls)
@@ -76,12 +81,14 @@ def evaluate(settings: Settings) -> None:
 
 
 def summarise(
-    answers: dict[str, dict[Key, str]],
-    references: dict[Key, list[str]],
-    read_facts: FactReader | None,
+    answers: Mapping[str, Mapping[Key, str]],
+    references: Mapping[Key, list[str]],
+    rolls: Sequence[float],
+    reader: FactReader | None,
 ) -> dict[str, Any]:
-    """Scores with the own panorama, with another's, and their difference; and how many of the
-    stated facts are true, if `read_facts` says how to read them."""
+    """Scores with the own panorama, with another's, and their difference; the agreement of answers
+    with those to the turned panorama; and how many of the stated facts are true, if `reader` says
+    how to read them."""
     metrics: dict[str, Any] = {
         "captions": len(references),
         "panoramas": len({panorama for panorama, _ in references}),
@@ -95,24 +102,39 @@ def summarise(
         metrics["grounding_gap"] = {
             name: metrics[name] - value for name, value in swapped.items() if name in metrics
         }
-    if read_facts is not None:
-        truths = {key: texts[0] for key, texts in references.items()}
-        for name, said in answers.items():
-            own = metrics if name == "own" else metrics[name]
-            own["facts"] = compare(read_facts, said, truths)
+    if rolls:
+        metrics["rotation"] = {
+            f"{degrees:g}": agreement(answers[_turned(degrees)], answers["own"])
+            for degrees in rolls
+        }
+    if reader is not None:
+        said = {name: reader.of_panoramas(texts, references) for name, texts in answers.items()}
+        first = {key: texts[0] for key, texts in references.items()}
+        true = reader.of_panoramas(first, references)
+        metrics["facts"] = compare(said["own"], true)
+        if "swapped" in said:
+            metrics["swapped"]["facts"] = compare(said["swapped"], true)
+        turned = {degrees: said[_turned(degrees)] for degrees in rolls}
+        for degrees, kept in rotation(reader, said["own"], turned).items():
+            metrics["rotation"][degrees].update(kept)
+        metrics["seam"] = seam(reader, true, {0.0: said["own"], **turned})
     return metrics
+
+
+def _turned(degrees: float) -> str:
+    return f"turned by {degrees:g}"
 
 
 def _ask(
     model: PanoLLaVA,
     dialogue: Dialogue,
-    features: np.ndarray,
-    shown: np.ndarray,
+    shown: tuple[np.ndarray, np.ndarray],
     keys: list[Key],
     settings: Settings,
     name: str,
 ) -> dict[Key, str]:
-    """Answers where panorama p is seen with the features of panorama `shown[p]`."""
+    """Answers where panorama p is seen with the features `shown[0][shown[1][p]]`."""
+    features, index = shown
     device = next(model.parameters()).device
     asked: dict[int, list[str]] = {}
     for panorama, query in keys:
@@ -120,9 +142,9 @@ def _ask(
     panoramas = list(asked)
     size = settings.evaluate.batch_size
     result: dict[Key, str] = {}
-    for at in tqdm(range(0, len(panoramas), size), desc=f"answers, {name} panorama"):
+    for at in tqdm(range(0, len(panoramas), size), desc=f"answers, {name}"):
         batch = panoramas[at : at + size]
-        seen = gather(features, [int(shown[panorama]) for panorama in batch]).to(device)
+        seen = gather(features, [int(index[panorama]) for panorama in batch]).to(device)
         queries = [asked[panorama] for panorama in batch]
         texts = answer(model, dialogue, seen, queries, settings.evaluate.max_new_tokens)
         for panorama, own, said in zip(batch, queries, texts, strict=True):
@@ -142,7 +164,7 @@ def _write_predictions(
             "url": urls[panorama],
             "query": query,
             "prediction": answers["own"][panorama, query],
-            **({"swapped": answers["swapped"][panorama, query]} if "swapped" in answers else {}),
+            **{name: texts[panorama, query] for name, texts in answers.items() if name != "own"},
             "references": json.dumps(own, ensure_ascii=False),
         }
         for (panorama, query), own in references.items()

@@ -1,21 +1,72 @@
-"""How many of the facts that answers state are true, for data whose answers can be read so.
+"""How many of the facts that answers state are true, for data whose answers can be read so; and
+whether they turn when the panorama does.
 
 A reader turns a query and an answer into facts of several kinds; those of the reference are the
 true ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from panollava.demo.facts import Facts, read_facts
+from panollava.demo import facts as demo
 from panollava.errors import UserError
 
-FactReader = Callable[[str, str], Facts]
 Key = tuple[int, str]  # (panorama, query)
+Fact = tuple[str, ...]
+Facts = dict[str, frozenset[Fact]]  # of each kind
+FactsOf = dict[int, Facts]  # of each panorama
 
-READERS: dict[str, FactReader] = {"demo": read_facts}
 _RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class FactReader:
+    """`read`: a query and an answer to facts, no two queries to the same fact; every answer to the
+    same query speaks of the same kinds. `directions`: the words for them in facts, from the front
+    to the right, in equal steps. `directed`: the kinds of facts that name one."""
+
+    read: Callable[[str, str], Facts]
+    directions: tuple[str, ...]
+    directed: frozenset[str]
+
+    def of_panoramas(self, answers: Mapping[Key, str], keys: Iterable[Key]) -> FactsOf:
+        """All that `answers` state of each panorama, of `keys` alone."""
+        stated: FactsOf = {}
+        for panorama, query in keys:
+            own = stated.setdefault(panorama, {})
+            for kind, facts in self.read(query, answers[panorama, query]).items():
+                own[kind] = own.get(kind, frozenset()) | facts
+        return stated
+
+    def turn(self, stated: FactsOf, degrees: float) -> FactsOf:
+        """What is to be stated of panoramas turned by `degrees` to the right. Where no direction
+        turns into another, only the kinds of facts that name none are left."""
+        steps = degrees * len(self.directions) / 360
+        if steps != round(steps):
+            return {
+                panorama: {kind: facts for kind, facts in own.items() if kind not in self.directed}
+                for panorama, own in stated.items()
+            }
+        count = len(self.directions)
+        turned = {
+            word: self.directions[(index + round(steps)) % count]
+            for index, word in enumerate(self.directions)
+        }
+        return {
+            panorama: {
+                kind: frozenset(tuple(turned.get(word, word) for word in fact) for fact in facts)
+                if kind in self.directed
+                else facts
+                for kind, facts in own.items()
+            }
+            for panorama, own in stated.items()
+        }
+
+
+READERS = {"demo": FactReader(demo.read_facts, demo.DIRECTIONS, demo.DIRECTED)}
 
 
 def find_reader(name: str) -> FactReader:
@@ -28,40 +79,94 @@ def find_reader(name: str) -> FactReader:
     return READERS[name]
 
 
-def compare(
-    read: FactReader, answers: Mapping[Key, str], truths: Mapping[Key, str]
-) -> dict[str, dict[str, Any]]:
-    """For each kind of fact: `f1` over all facts, the 95% interval of it when panoramas are drawn
-    anew (bootstrap, 1000 times, seeded), and the number of true facts.
+def compare(said: FactsOf, true: FactsOf) -> dict[str, dict[str, Any]]:
+    """For each kind of fact in `true`: `f1` over all facts, the 95% interval of it when panoramas
+    are drawn anew (bootstrap, 1000 times, seeded), and the number of true facts.
 
     Where every answer states one fact, as a count, F1 is the share of right answers."""
-    counted: dict[str, dict[int, np.ndarray]] = {}
-    for (panorama, query), truth in truths.items():
-        said = read(query, answers[panorama, query])
-        for kind, true in read(query, truth).items():
-            counts = np.array([len(true & said[kind]), len(said[kind]), len(true)])
-            own = counted.setdefault(kind, {})
-            own[panorama] = own.get(panorama, np.zeros(3, int)) + counts
+    kinds = sorted({kind for own in true.values() for kind in own})
+    return {kind: _summary(_counts(said, true, lambda k, _: k == kind)) for kind in kinds}
+
+
+def rotation(
+    reader: FactReader, said: FactsOf, said_of_turned: Mapping[float, FactsOf]
+) -> dict[str, Any]:
+    """Whether answers follow the panorama as it turns. For each angle, F1 of what is said of the
+    turned panorama against what is said of it as it is, turned in thought: `stays`, for facts that
+    name no direction, and `turns`, for those that do, where a direction turns into another."""
+    results: dict[str, Any] = {}
+    for degrees, stated in said_of_turned.items():
+        expected = reader.turn(said, degrees)
+        own = results[f"{degrees:g}"] = {
+            "stays": _summary(_counts(stated, expected, lambda k, _: k not in reader.directed))
+        }
+        if any(kind in reader.directed for facts in expected.values() for kind in facts):
+            own["turns"] = _summary(_counts(stated, expected, lambda k, _: k in reader.directed))
+    return results
+
+
+def seam(
+    reader: FactReader,
+    true: FactsOf,
+    said_of_turned: Mapping[float, FactsOf],
+) -> dict[str, Any] | None:
+    """Whether what lies at the panorama's seam, which is behind, is told as well as the rest: F1
+    of the facts that name that direction (`at_seam`) and of those that name another (`elsewhere`),
+    and the second less the first (`gap`), over all turns of the same panoramas that put one
+    direction in another's place. None if no fact names a direction.
+
+    `said_of_turned`: by angle, 0 among them."""
+    back = reader.directions[len(reader.directions) // 2]
+    counts = []
+    for degrees, stated in said_of_turned.items():
+        expected = reader.turn(true, degrees)
+        if not any(kind in reader.directed for own in expected.values() for kind in own):
+            continue
+        counts.append(
+            [
+                _counts(stated, expected, lambda k, f: k in reader.directed and back in f),
+                _counts(stated, expected, lambda k, f: k in reader.directed and back not in f),
+            ]
+        )
+    if not counts:
+        return None
+    at_seam, elsewhere = np.sum(counts, axis=0)
     return {
-        kind: _summary(np.stack([own[panorama] for panorama in sorted(own)]))
-        for kind, own in sorted(counted.items())
+        "at_seam": _summary(at_seam),
+        "elsewhere": _summary(elsewhere),
+        "gap": _interval(lambda own: _f1(own[1]) - _f1(own[0]), np.stack([at_seam, elsewhere])),
     }
 
 
-def _summary(counts: np.ndarray) -> dict[str, Any]:
-    """`counts`: (panoramas, 3), of facts that are said and true, said, and true."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(counts), size=(_RESAMPLES, len(counts)))
-    low, high = np.quantile(_f1(counts[drawn].sum(axis=1)), (0.025, 0.975))
-    return {
-        "f1": float(_f1(counts.sum(axis=0))),
-        "low": float(low),
-        "high": float(high),
-        "facts": int(counts[:, 2].sum()),
-    }
+def _counts(said: FactsOf, true: FactsOf, counted: Callable[[str, Fact], bool]) -> NDArray:
+    """(panoramas, 3): the counted facts that are said and true, said, and true."""
+
+    def chosen(stated: Facts, kind: str) -> set[Fact]:
+        return {fact for fact in stated.get(kind, ()) if counted(kind, fact)}
+
+    counts = np.zeros((len(true), 3), int)
+    for row, (panorama, own) in enumerate(sorted(true.items())):
+        for kind in own:
+            stated, held = chosen(said[panorama], kind), chosen(own, kind)
+            counts[row] += len(stated & held), len(stated), len(held)
+    return counts
 
 
-def _f1(counts: np.ndarray) -> np.ndarray:
+def _summary(counts: NDArray) -> dict[str, Any]:
+    """`counts`: (panoramas, 3), see `_counts`."""
+    f1 = _interval(lambda own: _f1(own[0]), counts[None])
+    return {"f1": f1.pop("value"), **f1, "facts": int(counts[:, 2].sum())}
+
+
+def _interval(value: Callable[[NDArray], NDArray], counts: NDArray) -> dict[str, float]:
+    """`value` of (groups, ..., 3) summed counts, and its 95% interval when the panoramas of
+    (groups, panoramas, 3) are drawn anew."""
+    drawn = np.random.default_rng(0).integers(counts.shape[1], size=(_RESAMPLES, counts.shape[1]))
+    low, high = np.quantile(value(counts[:, drawn].sum(axis=2)), (0.025, 0.975))
+    return {"value": float(value(counts.sum(axis=1))), "low": float(low), "high": float(high)}
+
+
+def _f1(counts: NDArray) -> NDArray:
     """F1 of (..., 3) counts; 1 where nothing is true and nothing is said."""
     both, said, true = np.moveaxis(counts, -1, 0)
     total = said + true

@@ -9,11 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from panollava import paths
+from panollava.arrays import open_array, write_array
 from panollava.config import Settings
-from panollava.data import gather, open_array
+from panollava.data import gather
 from panollava.encoder import load_encoder, pool_tokens
 from panollava.errors import UserError
-from panollava.files import whole
 from panollava.stage import find_stage
 from panollava.start import load_start
 
@@ -39,7 +39,8 @@ class _EncoderAlone(nn.Module):
 
 
 def write_features(settings: Settings, source: Path | None = None) -> None:
-    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits.
+    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits,
+    and rolled.npy, the same of turned panoramas.
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
     torch.set_num_threads(settings.trainer.threads)
@@ -51,9 +52,10 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
     load_start(source, model, ("encoder",), _TRAINED_BY)
     device = choose_device(settings.trainer.accelerator)
     model.eval().requires_grad_(False).to(device)
-    for split in ("train", "valid", "test"):
-        views = open_array(paths.PREPARED / split / "views.npy")
-        out = paths.FEATURES / f"{split}.npy"
+    inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
+    for name, file in {**inputs, "rolled": paths.ROLLED}.items():
+        views = open_array(file)
+        out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, views, settings.model.resampler.pool, out, dtype, device, settings)
         log.info("features of %d panoramas: %s", len(views), out)
 
@@ -80,8 +82,7 @@ def _write(
     device: torch.device,
     settings: Settings,
 ) -> None:
-    with whole(out) as beside, beside.open("wb") as file:
-        # Not a memory-mapped file: there, a full disk ends the process without a word.
+    with write_array(out) as append:
         for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
             index = list(range(at, min(at + _BATCH, len(views))))
             with autocast(device, settings.trainer.precision):
@@ -92,11 +93,4 @@ def _write(
                     f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in "
                     f"{dtype}; set model.features to float32"
                 )
-            if at == 0:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(values.dtype),
-                    "fortran_order": False,
-                    "shape": (len(views), *values.shape[1:]),
-                }
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(values).data)
+            append(values)

@@ -45,6 +45,12 @@ def read_panorama(path: Path, width: int) -> NDArray[np.uint8]:
         raise UserError(f"{path}: broken picture: {error}") from None
 
 
+def roll(panorama: NDArray, degrees: float) -> NDArray:
+    """The panorama turned to the right, by whole pixels: what was in front is then at `degrees`."""
+    columns = round(degrees / 360 * panorama.shape[1])
+    return np.roll(panorama, columns, axis=1) if columns else panorama
+
+
 def _check(path: Path, picture: Image.Image) -> None:
     width, height = picture.size
     if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side

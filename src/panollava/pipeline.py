@@ -61,11 +61,11 @@ def _reads_features(stage: Stage) -> bool:
 
 
 def _prepare(changes: Changes) -> None:
-    from panollava.prepare import prepare
+    from panollava.prepare import READS, prepare_project
 
-    settings = load_settings(paths.PARAMS, ("data", "views"), changes)
+    settings = load_settings(paths.PARAMS, READS, changes)
     with alone("prepare"):
-        prepare(settings.data, settings.views, paths.PREPARED, Path())
+        prepare_project(settings)
 
 
 def _features(changes: Changes, source: Path | None) -> None:

@@ -3,11 +3,12 @@
 import csv
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -15,23 +16,39 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from panollava import config
+from panollava import config, paths
+from panollava.arrays import write_array
 from panollava.errors import UserError
 from panollava.files import whole
-from panollava.pictures import read_panorama
+from panollava.pictures import read_panorama, roll
 from panollava.rows import COLUMNS, read_rows
 from panollava.views import Sampler, layout
 
 log = logging.getLogger(__name__)
 
+READS = ("data", "views", "evaluate.split", "evaluate.rolls")
 SPLITS = ("train", "valid", "test")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prepare(data: config.Data, views: config.Views, out: Path, root: Path) -> None:
-    """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split. `data.dir` is relative
-    to `root`, the project's folder.
+def prepare_project(settings: config.Settings) -> None:
+    """`prepare` in the project's folder, which is the current one."""
+    asked = settings.evaluate
+    prepare(settings.data, settings.views, paths.PREPARED, Path(), asked.split, asked.rolls)
+
+
+def prepare(
+    data: config.Data,
+    views: config.Views,
+    out: Path,
+    root: Path,
+    rolled_split: str = "test",
+    rolls: Sequence[float] = (),
+) -> None:
+    """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split, and `out`/rolled.npy:
+    for each panorama of `rolled_split` its views when it is turned by each of `rolls`, degrees to
+    the right, after each other. `data.dir` is relative to `root`, the project's folder.
 
     Raises:
         UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows;
@@ -42,6 +59,8 @@ def prepare(data: config.Data, views: config.Views, out: Path, root: Path) -> No
     sampler = Sampler(layout(views), views.size)
     # All rows are checked before the first picture is opened, which may take an hour.
     splits = {}
+    rolled = out / "rolled.npy"
+    rolled.unlink(missing_ok=True)
     for split in SPLITS:
         _clear(out / split)
         splits[split] = read_rows(folder / f"{split}.csv", root)
@@ -49,7 +68,8 @@ def prepare(data: config.Data, views: config.Views, out: Path, root: Path) -> No
     cv2.setNumThreads(1)  # the threads are those that decode
     pictures = {}
     for split, (rows, rejects) in splits.items():
-        rows, rejects = _write_views(out / split, rows, rejects, sampler, data.workers)
+        turned = (rolled, rolls) if split == rolled_split else None
+        rows, rejects = _write_views(out / split, rows, rejects, sampler, data.workers, turned)
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, data.max_rejected)
         _write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
         pictures[split] = set(rows["picture"])
@@ -86,44 +106,46 @@ def _clear(out: Path) -> None:
 
 
 def _write_views(
-    out: Path, rows: pd.DataFrame, rejects: pd.DataFrame, sampler: Sampler, workers: int
+    out: Path,
+    rows: pd.DataFrame,
+    rejects: pd.DataFrame,
+    sampler: Sampler,
+    workers: int,
+    turned: tuple[Path, Sequence[float]] | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write views.npy: uint8 (panoramas, views, size, size, 3), panoramas in the order of their
-    first rows. Return the rows with their index into it as `panorama`, and all rejects."""
+    first rows; and if `turned` names a file and angles, the same of each panorama so turned.
+    Return the rows with their index into views.npy as `panorama`, and all rejects."""
+    rolled, rolls = turned or (None, ())
     paths = list(dict.fromkeys(rows["picture"]))
 
-    def sample(path: Path) -> NDArray[np.uint8] | str:
+    def sample(path: Path) -> list[NDArray[np.uint8]] | str:
         try:
-            return sampler.sample(read_panorama(path, sampler.panorama_width))
+            panorama = read_panorama(path, sampler.panorama_width)
         except UserError as error:
             return str(error).removeprefix(f"{path}: ")
+        return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *rolls)]
 
     places: dict[Path, int] = {}
     broken: dict[Path, str] = {}
-    shape = (len(sampler.layout.projections), sampler.size, sampler.size, 3)
-    with whole(out / "views.npy") as beside, beside.open("wb") as file:
-        _write_header(file, 0, shape)
+    with ExitStack() as files:
+        append = files.enter_context(write_array(out / "views.npy"))
+        append_rolled = rolled and files.enter_context(write_array(rolled))
         views = in_order(sample, paths, workers)
         bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
         for path, result in zip(paths, bar, strict=True):
             if isinstance(result, str):
                 broken[path] = result
-            else:
-                places[path] = len(places)
-                file.write(result.data)
-        file.seek(0)
-        _write_header(file, len(places), shape)
+                continue
+            places[path] = len(places)
+            append(result[0][None])
+            if append_rolled and rolls:
+                append_rolled(np.stack(result[1:]))
     bad = rows["picture"].isin(list(broken))
     good, late = rows[~bad].copy(), rows[bad].drop(columns="picture")
     good["panorama"] = [places[path] for path in good["picture"]]
     late["reason"] = [broken[path] for path in rows["picture"][bad]]
     return good, pd.concat([rejects, late]).sort_values("row")
-
-
-def _write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
-    """The header of a .npy file, which NumPy pads to one length for every count."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def in_order(

@@ -7,6 +7,7 @@ from panollava.demo.questions import NUMBERS, PLACES, QUERIES, spell
 from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES
 
 Facts = dict[str, frozenset[tuple[str, ...]]]
+DIRECTED = frozenset({"color_by_direction", "color_shape_by_direction", "largest", "around"})
 
 _TOPICS = {spell(query): topic for topic, query in QUERIES.items()}
 _DIRECTION = {place: direction for direction, said in PLACES.items() for place in said}
