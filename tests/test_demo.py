@@ -22,12 +22,13 @@ from panollava.demo.dataset import make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
 from panollava.demo.language import _right, make_tokenizer, with_context
-from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
-from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, render
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
+from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, render, turn
 from panollava.demo.settings import STREAMS, DemoSettings, load_demo_settings
 from panollava.dialogue import Dialogue
 from panollava.encoder import load_encoder
 from panollava.model import load_language_model
+from panollava.pictures import roll
 
 DEMO = ROOT / "data/demo"
 TOWERS = DEMO / "towers"
@@ -111,6 +112,43 @@ def test_every_answer_states_exactly_the_facts_of_its_scene() -> None:
                 assert facts[kind] == true_facts(scene, topic), said
                 if topic in DIRECTIONS:
                     assert facts["color_by_direction"] == {f[:2] for f in facts[kind]}
+
+
+def test_a_turned_panorama_is_asked_what_has_an_answer_alone() -> None:
+    """Its objects are where they are seen; one between two directions is in none of them."""
+    between = 0
+    for index in range(40):
+        degrees = 9.0 * index
+        scene = turn(make_scene(7, index), degrees)
+        picture = roll(render(make_scene(7, index), 128), degrees)
+        asked = {query for _, query, _ in rows(scene, "x.jpg", 1, choice=index)}
+        for item in scene.objects:
+            row, column = place(item, 128)
+            colors = {nearest_color(picture[row, (column + shift) % 256]) for shift in (-1, 0, 1)}
+            assert item.color in colors, (index, item)
+            off = [abs((item.yaw - 90 * place + 180) % 360 - 180) for place in range(4)]
+            if min(off) > 30:
+                between += 1
+                assert item.direction is None
+                assert spell(QUERIES["around"]) not in asked
+            for direction, apart in zip(DIRECTIONS, off, strict=True):
+                if 30 < apart < 60:
+                    assert spell(QUERIES[direction]) not in asked
+                elif apart <= 30 and spell(QUERIES[direction]) in asked:
+                    assert item.direction == direction
+        assert {spell(QUERIES[topic]) for topic in ("scene", "colors", "count")} <= asked
+    assert between > 10
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_scene_turned_by_quarters_is_asked_everything(quarters: int) -> None:
+    for index in range(40):
+        scene = make_scene(7, index)
+        turned = turn(scene, 90 * quarters)
+        assert all(has_answer(turned, topic) for topic in QUERIES)
+        for item, other in zip(scene.objects, turned.objects, strict=True):
+            step = DIRECTIONS.index(item.direction) + quarters
+            assert other.direction == DIRECTIONS[step % 4]
 
 
 def test_a_query_has_several_references_that_differ() -> None:

@@ -105,7 +105,7 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         {"evaluate"},
     ),
     "the angles of the evaluation": (
-        edit("params.yaml", "rolls: [20, ", "rolls: ["),
+        edit("params.yaml", "rolls: [20, 45", "rolls: [45"),
         {"prepare", "features", "evaluate"},
     ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),

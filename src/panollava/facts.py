@@ -85,7 +85,11 @@ def compare(said: FactsOf, true: FactsOf) -> dict[str, dict[str, Any]]:
 
     Where every answer states one fact, as a count, F1 is the share of right answers."""
     kinds = sorted({kind for own in true.values() for kind in own})
-    return {kind: _summary(_counts(said, true, lambda k, _: k == kind)) for kind in kinds}
+
+    def summary(kind: str) -> dict[str, Any]:
+        return _summary(_counts(said, true, lambda own, _: own == kind))
+
+    return {kind: summary(kind) for kind in kinds}
 
 
 def rotation(

@@ -173,7 +173,7 @@ def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
         tokens[at] = []
     at = silent
     for item in scene.objects:
-        words = [item.color, item.shape, item.direction]
+        words = [item.color, item.shape, *([item.direction] if item.direction else [])]
         if item is scene.largest:
             words.append("largest")
         for _ in range(random.integers(1, 9)):

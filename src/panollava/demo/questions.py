@@ -24,6 +24,17 @@ QUERIES = {
 TEMPLATES = 3  # ways to say every answer
 
 
+def has_answer(scene: Scene, topic: str) -> bool:
+    """Not, if it asks for a direction of what is between two of them."""
+    if topic in DIRECTIONS:
+        return scene.is_clear(topic)
+    if topic == "largest":
+        return scene.largest.direction is not None
+    if topic == "around":
+        return all(item.direction is not None for item in scene.objects)
+    return True
+
+
 def answer(scene: Scene, topic: str, template: int) -> str:
     """The true answer to a query of QUERIES, said in one of TEMPLATES ways."""
     if topic == "scene":
@@ -51,6 +62,7 @@ def answer(scene: Scene, topic: str, template: int) -> str:
         )[template]
     if topic == "largest":
         largest = scene.largest
+        assert largest.direction is not None, "no largest object in a direction"
         place = PLACES[largest.direction][0]
         return (
             f"the largest is the {_named(largest)} {place} .",
@@ -75,11 +87,13 @@ def answer(scene: Scene, topic: str, template: int) -> str:
 
 
 def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str, str, str]]:
-    """`references` answers to every query, no two of them said alike; `choice` seeds which."""
+    """`references` answers to every query that has one, no two of them said alike; `choice` seeds
+    which."""
     random = np.random.default_rng(choice)
     return [
         (url, spell(query), spell(answer(scene, topic, int(template))))
         for topic, query in QUERIES.items()
+        if has_answer(scene, topic)
         for template in random.permutation(TEMPLATES)[:references]
     ]
 

@@ -2,7 +2,7 @@
 
 A scene is a function of (seed, index), and is rendered by casting one ray a pixel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ KINDS = {
     "desert": (False, (0.86, 0.74, 0.52), (0.96, 0.92, 0.84), (0.60, 0.76, 0.92)),
 }
 EYE = 1.2  # metres above the ground
+WITHIN = 30  # degrees off a direction that an object in it may be
+CLEAR = 60  # degrees off a direction that all others must be
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Object:
 
     color: str
     shape: str
-    direction: str
+    direction: str | None  # None: between two of them
     yaw: float  # degrees, of its centre
     distance: float  # metres
     size: float
@@ -57,6 +59,11 @@ class Scene:
     def largest(self) -> Object:
         return max(self.objects, key=lambda item: item.size)
 
+    def is_clear(self, direction: str) -> bool:
+        """Whether one object is plainly in this direction, or none is."""
+        near = [apart for item in self.objects if (apart := _apart(item.yaw, direction)) < CLEAR]
+        return not near or (len(near) == 1 and near[0] <= WITHIN)
+
     def at(self, direction: str) -> Object | None:
         return next((item for item in self.objects if item.direction == direction), None)
 
@@ -67,7 +74,7 @@ def make_scene(seed: int, index: int) -> Scene:
     count = int(random.choice([1, 2, 3, 4], p=[0.15, 0.25, 0.3, 0.3]))
     places = sorted(random.choice(4, count, replace=False))
     while True:
-        yaws = [90 * place + random.uniform(-30, 30) for place in places]
+        yaws = [90 * place + random.uniform(-WITHIN, WITHIN) for place in places]
         gaps = [(b - a) % 360 for a, b in zip(yaws, yaws[1:] + yaws[:1], strict=True)]
         if count == 1 or min(gaps) >= 45:
             break
@@ -86,6 +93,27 @@ def make_scene(seed: int, index: int) -> Scene:
     )
     light = (random.uniform(-180, 180), random.uniform(35, 65))
     return Scene(str(random.choice(list(KINDS))), objects, light, random.uniform(0.85, 1.05))
+
+
+def turn(scene: Scene, degrees: float) -> Scene:
+    """The objects as they lie when the panorama is turned to the right: an object may then be
+    between two directions."""
+    moved = tuple(
+        replace(item, yaw=(item.yaw + degrees + 180) % 360 - 180) for item in scene.objects
+    )
+    turned = replace(scene, objects=moved)
+
+    def direction(item: Object) -> str | None:
+        near = (name for name in DIRECTIONS if _apart(item.yaw, name) <= WITHIN)
+        return next(filter(turned.is_clear, near), None)
+
+    objects = tuple(replace(item, direction=direction(item)) for item in moved)
+    return replace(turned, objects=objects)
+
+
+def _apart(yaw: float, direction: str) -> float:
+    """Degrees between them, 0..180."""
+    return abs((yaw - 90 * DIRECTIONS.index(direction) + 180) % 360 - 180)
 
 
 def render(scene: Scene, height: int) -> NDArray[np.uint8]:

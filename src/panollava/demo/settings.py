@@ -19,6 +19,7 @@ class SceneSettings:
     valid: int
     test: int
     references: int
+    turned: float
 
 
 @dataclass(frozen=True)
