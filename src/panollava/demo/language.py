@@ -21,7 +21,19 @@ from transformers import (
 )
 
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
-from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Scene, make_scene
+from panollava.demo.scenes import (
+    CLEAR,
+    COLORS,
+    DIRECTIONS,
+    KINDS,
+    SHAPES,
+    WITHIN,
+    Object,
+    Scene,
+    apart,
+    make_scene,
+    turn,
+)
 from panollava.demo.settings import DemoSettings
 from panollava.dialogue import Dialogue, pack
 from panollava.generate import answer as generate
@@ -61,6 +73,9 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
         scenes = [
             make_scene(settings.stream("language_model"), first + i) for i in range(own.batch_size)
         ]
+        # Half of them turned, with objects between two directions: they are to be counted as well.
+        half = own.batch_size // 2
+        scenes[:half] = [turn(scene, random.uniform(0, 360)) for scene in scenes[:half]]
         loss = _loss(model, dialogue, scenes, own.noise, random)
         optimizer.zero_grad()
         loss.backward()
@@ -173,13 +188,21 @@ def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
         tokens[at] = []
     at = silent
     for item in scene.objects:
-        words = [item.color, item.shape, *([item.direction] if item.direction else [])]
+        words = [item.color, item.shape, *_directions(item)]
         if item is scene.largest:
             words.append("largest")
         for _ in range(random.integers(1, 9)):
             tokens[order[at]] = words
             at += 1
     return tokens
+
+
+def _directions(item: Object) -> list[str]:
+    """The direction that it is in, or the two that it is between."""
+    off = {name: apart(item.yaw, name) for name in DIRECTIONS}
+    return [name for name in DIRECTIONS if off[name] <= WITHIN] or [
+        name for name in DIRECTIONS if off[name] < CLEAR
+    ]
 
 
 def _right(model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, count: int = 50) -> float:

@@ -61,7 +61,7 @@ class Scene:
 
     def is_clear(self, direction: str) -> bool:
         """Whether one object is plainly in this direction, or none is."""
-        near = [apart for item in self.objects if (apart := _apart(item.yaw, direction)) < CLEAR]
+        near = [off for item in self.objects if (off := apart(item.yaw, direction)) < CLEAR]
         return not near or (len(near) == 1 and near[0] <= WITHIN)
 
     def at(self, direction: str) -> Object | None:
@@ -104,14 +104,14 @@ def turn(scene: Scene, degrees: float) -> Scene:
     turned = replace(scene, objects=moved)
 
     def direction(item: Object) -> str | None:
-        near = (name for name in DIRECTIONS if _apart(item.yaw, name) <= WITHIN)
+        near = (name for name in DIRECTIONS if apart(item.yaw, name) <= WITHIN)
         return next(filter(turned.is_clear, near), None)
 
     objects = tuple(replace(item, direction=direction(item)) for item in moved)
     return replace(turned, objects=objects)
 
 
-def _apart(yaw: float, direction: str) -> float:
+def apart(yaw: float, direction: str) -> float:
     """Degrees between them, 0..180."""
     return abs((yaw - 90 * DIRECTIONS.index(direction) + 180) % 360 - 180)
 
