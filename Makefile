@@ -11,11 +11,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup repro test check format bench towers torture verify clean
+.PHONY: help setup repro test check format bench laboratory towers torture verify clean
 
 help: ## list what one can do
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
-		| while IFS=$$'\t' read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+		| while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
 
 setup: $(VENV)/ready ## install the pinned requirements into .venv
 
@@ -36,8 +36,11 @@ format: $(VENV)/ready-dev ## put the code into its format
 	ruff check --fix-only --quiet .
 	ruff format .
 
-bench: $(VENV)/ready ## measure speed on this machine
+bench: $(VENV)/ready-bench ## measure speed on this machine; make bench ARGS=--help
 	python benchmarks/compare.py $(ARGS)
+
+laboratory: $(VENV)/ready-bench ## compare choices as DVC experiments; make laboratory ARGS=--help
+	python benchmarks/laboratory.py $(ARGS)
 
 towers: $(VENV)/ready ## train the demo's two towers anew (about ten minutes)
 	dvc repro digest
@@ -68,4 +71,8 @@ $(VENV)/ready: requirements.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/ready-bench: requirements-bench.txt $(VENV)/ready
+	python -m pip install --quiet -r requirements-bench.txt
 	@touch $@

@@ -1,6 +1,6 @@
 import torch
 
-from panollava.losses import vicreg
+from panollava.losses import infonce, vicreg
 
 
 def test_vicreg_is_the_paper_s_formula() -> None:
@@ -30,3 +30,21 @@ def test_collapse_is_what_variance_punishes() -> None:
     x = torch.ones(16, 4)
     result = vicreg(x, x, 25.0, 25.0, 1.0)
     assert result["invariance"] == 0 and result["variance"] > 0.98
+
+
+def test_infonce_is_cross_entropy_over_the_group_both_ways() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    terms = []
+    for a, b in zip(x, y, strict=True):
+        similar = torch.cosine_similarity(a[:, None], b[None], dim=-1) / 0.2
+        for logits in (similar, similar.T):
+            terms += [-logits[i].log_softmax(0)[i] for i in range(5)]
+    assert torch.isclose(infonce(x, y, 0.2)["loss"], torch.stack(terms).mean(), rtol=1e-5)
+
+
+def test_infonce_finds_counterparts_that_are_alike() -> None:
+    x = torch.eye(6).expand(3, 6, 6)
+    alike = infonce(x, 2 * x, 0.05)
+    assert alike["found"] == 1 and alike["loss"] < 1e-3
+    assert infonce(x, x.roll(1, dims=1), 0.05)["found"] == 0

@@ -121,6 +121,19 @@ def test_a_roll_by_one_stride_is_a_shift_of_the_directions(built) -> None:
         model.resampler.directions = directions
 
 
+@pytest.mark.parametrize("position", ["view", "none"])
+def test_other_positions_are_there_to_be_compared_with(towers: Path, position: str) -> None:
+    """A learned vector tells the views apart, and without any position nothing does."""
+    settings = settings_for(towers)
+    own = dataclasses.replace(settings.model.resampler, position=position)
+    model, _ = build_model(replace_model(settings.model, resampler=own), settings.views, seed=0)
+    features = model.features(random_views(1))
+    plain, turned = model.resampler(features), model.resampler(features.roll(1, dims=1))
+    assert torch.allclose(plain.roll(4, 1), turned, atol=1e-5) == (position == "none")
+    learned = [name for name, _ in model.resampler.named_parameters() if "directions" in name]
+    assert learned == (["directions"] if position == "view" else [])
+
+
 def test_batched_answers_are_those_of_generate_row_by_row(built) -> None:
     model, dialogue = built
     features = model.features(random_views(2)).detach()
@@ -171,6 +184,9 @@ def test_an_unknown_resampler_or_tower_is_an_error(towers: Path) -> None:
     settings = settings_for(towers)
     odd = dataclasses.replace(settings.model.resampler, type="perceiver")
     with pytest.raises(UserError, match=r"unknown resampler 'perceiver'.*mlp"):
+        build_model(replace_model(settings.model, resampler=odd), settings.views)
+    odd = dataclasses.replace(settings.model.resampler, position="yaw")
+    with pytest.raises(UserError, match=r"resampler.position: expected ray, view or none.*'yaw'"):
         build_model(replace_model(settings.model, resampler=odd), settings.views)
     nowhere = dataclasses.replace(settings.model.encoder, path="data/nowhere/encoder")
     with pytest.raises(UserError, match="data/nowhere/encoder"):

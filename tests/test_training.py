@@ -106,7 +106,7 @@ def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Setting
     )
     metrics = json.loads(paths.EVALUATION.read_text())
     assert metrics["captions"] == 6 and metrics["panoramas"] == 3
-    predictions = pd.read_csv(paths.PREDICTIONS)
+    predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
     for degrees in settings.evaluate.rolls:
         same = predictions["prediction"] == predictions[f"turned by {degrees:g}"]
         assert metrics["rotation"][f"{degrees:g}"]["identical"] == same.mean()
@@ -150,6 +150,15 @@ def test_a_step_in_parts_is_the_same_step(settings: Settings, stage: str) -> Non
     assert losses[0] != losses[-1]
     for name, value in one.items():
         assert torch.allclose(value, three[name], atol=2e-5), name
+
+
+def test_the_views_may_be_brought_together_by_contrast(settings: Settings) -> None:
+    settings = change(settings, stage__vision__objective="infonce", stage__vision__epochs=8)
+    run("vision", change(settings, stage__vision__lr=1e-3))
+    losses, found = curve("vision", "train/loss"), curve("vision", "train/found")
+    assert losses[-1] < losses[0] and found[-1] > found[0]
+    with pytest.raises(UserError, match=r"stage.vision.objective: expected vicreg or infonce"):
+        run("vision", change(settings, stage__vision__objective="simclr"))
 
 
 class Killed(BaseException):

@@ -47,6 +47,7 @@ class Resampler:
     type: str
     width: int  # features of its hidden layer
     pool: int  # patch tokens are averaged pool x pool
+    position: str  # ray | view | none: how a token's direction is told
     direction_degree: int  # harmonics in the encoding of each token's direction
 
 
@@ -66,11 +67,13 @@ class VisionStage:
     accumulate: int  # parts that a step is computed in, one after the other
     lr: float
     max_text_length: int
+    objective: str  # vicreg | infonce
     overlap: str  # exact | naive
     invariance: float
     variance: float
     covariance: float
-    expander: int  # width of VICReg's expander; 0: none
+    expander: int  # width of the expander; 0: none
+    temperature: float  # of infonce
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""VICReg (Bardes, Ponce, LeCun: Variance-Invariance-Covariance Regularization, ICLR 2022)."""
+"""Losses of two sets of features that describe the same things: VICReg (Bardes, Ponce, LeCun:
+Variance-Invariance-Covariance Regularization, ICLR 2022) and InfoNCE (van den Oord, Li, Vinyals:
+Representation Learning with Contrastive Predictive Coding, 2018)."""
 
 import torch
 from torch import Tensor
@@ -23,6 +25,20 @@ def vicreg(
         + covariance * parts["covariance"]
     )
     return {"loss": loss, **parts}
+
+
+def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Loss, and the share of samples whose counterpart is the nearest.
+
+    x, y: (groups, samples, features). Each sample of x is to be told from the others of its group
+    by its counterpart in y, and the other way round, by cosine similarity."""
+    x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
+    logits = x @ y.transpose(1, 2) / temperature
+    counterpart = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    there = functional.cross_entropy(logits.transpose(1, 2), counterpart)
+    back = functional.cross_entropy(logits, counterpart)
+    found = (logits.argmax(dim=2) == counterpart).float().mean()
+    return {"loss": (there + back) / 2, "found": found}
 
 
 def _variance(x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Stage objective: VICReg between what adjacent views see of the same directions."""
+"""Stage objective: what adjacent views see of the same directions is to be alike, by VICReg, or by
+InfoNCE on the same correspondences."""
 
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from panollava import losses, paths, views
 from panollava.config import Settings
 from panollava.data import ViewReader
 from panollava.encoder import encoder_grid, load_encoder
+from panollava.errors import UserError
 from panollava.overlap import correspondences, matched_tokens
 from panollava.stage import Stage
 
@@ -28,6 +30,10 @@ class Objective(nn.Module):
         super().__init__()
         own = settings.stage.vision
         self.settings = own
+        if own.objective not in ("vicreg", "infonce"):
+            raise UserError(
+                f"stage.vision.objective: expected vicreg or infonce, found '{own.objective}'"
+            )
         encoder = load_encoder(settings.model.encoder, settings.views.size)
         self.model = VisionModel(encoder)
         if own.epochs:  # with none, views needn't overlap
@@ -85,6 +91,10 @@ class Objective(nn.Module):
 
     def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         own = self.settings
+        if own.objective == "infonce":
+            # Of one panorama: all of a step's would take memory as the square of their number.
+            shape = (-1, int(self.pairs.mask.sum()), x.shape[-1])
+            return losses.infonce(x.view(shape), y.view(shape), own.temperature)
         return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
 
 
