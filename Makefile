@@ -9,6 +9,8 @@ VENV := .venv
 # `python` in dvc.yaml is thereby the environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
+# As the package sets it, see src/panollava/__init__.py; tests import torch before that.
+export GOMP_SPINCOUNT ?= 10000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup repro test check format bench laboratory towers torture verify clean

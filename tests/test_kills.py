@@ -4,6 +4,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from project import copy_project
@@ -34,6 +35,27 @@ def test_ctrl_c_saves_the_step_that_it_reached(
     assert "run the same command again" in output and "Traceback" not in output
     output = project.run("dvc", "repro", "vision")
     assert f"goes on from step {saved[1]} of 120" in output
+
+
+def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
+    tmp_path: Path, towers: Path, small_data: Path
+) -> None:
+    """Where DVC alone is killed, the training that it started writes on."""
+    project = copy_project(tmp_path / "project", towers, small_data)
+    project.set("params.yaml", epochs=60, save_every=1)
+    run = Repro(project)
+    assert run.wait_until(lambda: any(project.folder.glob(".resume/vision-*/progress.ckpt")))
+    commands = psutil.Process(run.process.pid).children(recursive=True)
+    for command in commands:
+        command.suspend()  # so that it isn't done before the test is
+    run.process.kill()
+    run.process.wait()
+    output = project.run("dvc", "repro", "vision", check=False)
+    at_work = re.search(r"process (\d+) is at work on the same in this folder", output)
+    assert at_work and int(at_work[1]) in {command.pid for command in commands}, output
+    run.signal(signal.SIGKILL)
+    run.end()
+    assert "goes on from step" in project.run("dvc", "repro", "vision")
 
 
 def test_a_lock_that_a_reused_process_id_holds_can_be_removed(
