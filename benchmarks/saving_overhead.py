@@ -61,13 +61,15 @@ def seconds(settings: Settings, work: Path | None) -> tuple[float, int]:
     own, stage = settings.stage.vision, find_stage("vision")
     objective: Any = Objective(stage, settings)
     freeze_all_but(objective.model, stage.trains)
-    module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
+    module = LitStage(
+        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
+    )
     track = open_tracker(None, "", {})
     callbacks: list[pl.Callback] = [Curves(Path("curves"), settings.trainer.log_every, track)]
     if work:
         work.mkdir(exist_ok=True)
         trainer = settings.trainer
-        callbacks.append(Checkpoints(work, trainer.keep_checkpoints, trainer.save_every))
+        callbacks.append(Checkpoints(work, trainer.keep_checkpoints, settings.machine.save_every))
     start = time.perf_counter()
     if work is None:
         callbacks.append(NextEpoch())
@@ -105,7 +107,7 @@ def main() -> None:
     ratios = np.array(with_saving) / np.array(without)
     sys.stdout.write(
         f"{steps} steps of {statistics.median(without) / steps:.3f} s; checkpoints of "
-        f"{size / 1e6:.1f} MB every {settings.trainer.save_every} steps, and after each of "
+        f"{size / 1e6:.1f} MB every {settings.machine.save_every} steps, and after each of "
         f"{EPOCHS} epochs\n"
         f"without saving {statistics.median(without):.2f} s, with it "
         f"{statistics.median(with_saving):.2f} s (medians of {options.turns})\n"

@@ -67,6 +67,7 @@ def test_undeclared_parameters_cannot_be_read() -> None:
     settings = load_settings(ROOT / "params.yaml", ("seed", "stage.vision", "model.encoder.path"))
     assert settings.stage.vision.epochs >= 0
     assert settings.model.encoder.path
+    assert settings.machine.save_every  # changes no result
     for unread in (lambda: settings.data, lambda: settings.stage.finetune):
         with pytest.raises(AttributeError):
             unread()

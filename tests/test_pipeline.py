@@ -81,6 +81,11 @@ def edit_param(stage: str, name: str, value: str) -> Callable[[Project], None]:
     return change
 
 
+def edit_machine(project: Project) -> None:
+    project.set("params.yaml", decode_threads=1, loader_workers=1, save_every=7)
+    project.replace("params.yaml", "wandb: null", "wandb: panoramas")
+
+
 SOURCE = "src/panollava"
 EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "vision's lr": (edit_param("vision", "lr", "2e-4"), set(STAGES[1:])),
@@ -109,6 +114,7 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         {"prepare", "features", "evaluate"},
     ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
+    "all that belongs to the machine": (edit_machine, set()),
     "a comment in the model": (
         edit(f"{SOURCE}/model.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),
         set(),

@@ -26,8 +26,8 @@ VIEWS = config.Views(strategy="e2p", size=16, fov=90.0, overlap=0.5, pitch=0.0, 
 Rows = list[tuple[str, str, str]]
 
 
-def data(max_rejected: float = 0.0, workers: int = 2, folder: str = "data") -> config.Data:
-    return config.Data(dir=folder, max_rejected=max_rejected, workers=workers)
+def data(max_rejected: float = 0.0, folder: str = "data") -> config.Data:
+    return config.Data(dir=folder, max_rejected=max_rejected)
 
 
 def save_picture(path: Path, seed: int, mode: str = "RGB") -> None:
@@ -250,9 +250,9 @@ def test_an_interrupted_run_leaves_no_half_written_array(
     assert not list(root.glob("out/*/views.npy*"))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_a_picture_is_decoded_once_however_many_rows_it_has(
-    root: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    root: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     opened = []
 
@@ -264,7 +264,7 @@ def test_a_picture_is_decoded_once_however_many_rows_it_has(
     # Under another name it is the same picture.
     add_rows(root, [(f"{root}/data/images/a.jpg", "q", str(i)) for i in range(20)])
     add_rows(root, [("data/images/../images/b.png", "q", "a")])
-    prepare(data(workers=workers), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root / "out", root, threads=threads)
     assert sorted(opened) == ["a.jpg", "b.png", "c.jpg", "test.jpg", "valid.jpg"]
     assert len(np.load(root / "out" / "train" / "views.npy")) == 3
 
@@ -275,9 +275,9 @@ def test_the_result_is_the_same_bytes_whatever_the_number_of_threads(root: Path)
     (root / "data" / "images" / "7.jpg").write_text("gone")
     add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in reversed(range(30))])
     results = []
-    for workers in (1, 2, 5):
-        out = root / f"out{workers}"
-        prepare(data(0.5, workers), VIEWS, out, root)
+    for threads in (1, 2, 5):
+        out = root / f"out{threads}"
+        prepare(data(0.5), VIEWS, out, root, threads=threads)
         results.append({p.relative_to(out): p.read_bytes() for p in sorted(out.glob("*/*"))})
     assert len(results[0]) == 9
     assert results[0] == results[1] == results[2]
@@ -341,7 +341,6 @@ def test_each_split_is_summed_up_in_a_line(root: Path, caplog: pytest.LogCapture
     ("values", "message"),
     [
         ({"folder": "nowhere"}, r"data\.dir: no folder '.*nowhere'"),
-        ({"workers": 0}, r"data\.workers: expected at least 1 thread, found 0"),
         ({"max_rejected": 1.5}, r"data\.max_rejected: expected a share from 0 to 1, found 1\.5"),
         ({"max_rejected": float("nan")}, r"data\.max_rejected.*found nan"),
     ],
@@ -351,6 +350,11 @@ def test_a_setting_that_cannot_be_used_is_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         prepare(data(**values), VIEWS, root / "out", root)
+
+
+def test_no_threads_are_an_error(root: Path) -> None:
+    with pytest.raises(UserError, match=r"machine\.decode_threads: expected at least 1, found 0"):
+        prepare(data(), VIEWS, root / "out", root, threads=0)
 
 
 def test_a_missing_split_is_named(root: Path) -> None:

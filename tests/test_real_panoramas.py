@@ -27,7 +27,7 @@ ON_THIS_MACHINE = (
     ("Qwen/Qwen2.5-0.5B", "towers/language_model"),
     ("accelerator: gpu", "accelerator: cpu"),
     ("precision: bf16-mixed", "precision: 32-true"),
-    ("workers: 4", "workers: 0"),
+    ("loader_workers: 4", "loader_workers: 0"),
     ("threads: 8", "threads: 2"),
 )
 

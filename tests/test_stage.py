@@ -1,8 +1,17 @@
 import pytest
+from ruamel.yaml import YAML
 from torch import nn
 
+from conftest import ROOT
+from panollava import evaluate, features, prepare
+from panollava.config import ALWAYS_READABLE
 from panollava.errors import UserError
 from panollava.stage import STAGES, find_stage, freeze_all_but
+
+LISTED = {
+    name: tuple(stage.get("params", ()))
+    for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()
+}
 
 
 class Model(nn.Module):
@@ -36,3 +45,16 @@ def test_an_unknown_stage_names_the_known_ones() -> None:
 
 def test_each_stage_starts_from_the_one_before() -> None:
     assert [s.starts_from for s in STAGES.values()] == [None, "vision", "resampler"]
+
+
+def test_the_pipeline_lists_exactly_the_parameters_that_its_stages_read() -> None:
+    reads = {stage.name: stage.reads for stage in STAGES.values()}
+    reads |= {
+        module.__name__.split(".")[1]: module.READS for module in (prepare, features, evaluate)
+    }
+    assert {name: LISTED[name] for name in LISTED if name != "digest"} == reads
+
+
+def test_no_stage_of_the_pipeline_lists_what_changes_no_result() -> None:
+    keys = {key for listed in LISTED.values() for key in listed}
+    assert keys and not {key for key in keys if key.split(".")[0] in ALWAYS_READABLE}

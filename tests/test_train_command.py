@@ -134,7 +134,9 @@ def test_the_help_says_where_each_default_comes_from(
     paths.PARAMS.unlink()
     with pytest.raises(SystemExit):
         train("--help")
-    assert "default: trainer.workers of params.yaml)" in " ".join(capsys.readouterr().out.split())
+    assert "default: machine.loader_workers of params.yaml)" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_stage_starts_from_weights_or_from_a_checkpoint(project: Path) -> None:

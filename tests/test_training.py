@@ -53,7 +53,7 @@ def settings(
         stage__resampler__max_text_length=99,
         stage__finetune__max_text_length=99,
         trainer__log_every=1,
-        trainer__save_every=1,
+        machine__save_every=1,
     )
     prepare_project(settings)
     yield settings
@@ -196,6 +196,23 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
             run(stage, settings)
         assert outputs(stage) == expected
     assert "goes on from step" in caplog.text
+
+
+def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
+    settings: Settings,
+) -> None:
+    run("vision", settings)
+    expected, (work,) = outputs("vision"), paths.RESUME.iterdir()
+    shutil.rmtree(work)
+    run("vision", change(settings, machine__loader_workers=2, machine__save_every=1000))
+    assert outputs("vision") == expected
+    assert work.is_dir()
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_another_number_of_devices_than_one_is_an_error(settings: Settings, devices: int) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.devices: expected 1, found {devices}"):
+        run("vision", change(settings, trainer__devices=devices))
 
 
 def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:

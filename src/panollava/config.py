@@ -1,7 +1,8 @@
 """The settings: `params.yaml` read once into frozen dataclasses, with every key checked.
 
 A command sees only the sections that it declares, so that no stage can read a parameter which
-`dvc.yaml` doesn't list for it. Values are checked where they are used."""
+`dvc.yaml` doesn't list for it, and `machine`, which changes no result and is listed nowhere.
+Values are checked where they are used."""
 
 import dataclasses
 import difflib
@@ -22,7 +23,6 @@ from panollava.errors import UserError
 class Data:
     dir: str  # folder that holds train.csv, valid.csv and test.csv
     max_rejected: float  # largest share of a split's rows that may be bad (0..1)
-    workers: int  # threads that decode pictures
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,9 @@ class Stages:
 @dataclass(frozen=True)
 class Trainer:
     accelerator: str  # cpu | gpu | auto
-    devices: int
+    devices: int  # 1
     threads: int  # of the processor; results depend on it in the last bits
     precision: str  # 32-true | bf16-mixed
-    workers: int  # processes that load batches; 0: none
     weight_decay: float
     beta1: float
     beta2: float
@@ -108,6 +107,14 @@ class Trainer:
     schedule: str  # cosine | linear | constant: the learning rate after the warm-up
     log_every: int  # steps
     keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What changes no result: no stage of the pipeline lists it, and every one may read it."""
+
+    decode_threads: int  # of prepare
+    loader_workers: int  # processes that load batches; 0: none
     save_every: int  # steps after which a killed run can go on
     wandb: str | None  # project on Weights & Biases that gets all curves; null: none
 
@@ -129,21 +136,27 @@ class Settings:
     model: Model
     stage: Stages
     trainer: Trainer
+    machine: Machine
     evaluate: Evaluate
+
+
+ALWAYS_READABLE = ("machine",)
 
 
 def load_settings(
     path: Path, only: tuple[str, ...] | None = None, changes: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that stay readable;
-    any other attribute of the result raises AttributeError. `changes` are values that override
-    the file's, by their dotted keys.
+    """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that stay readable
+    beside ALWAYS_READABLE; any other attribute of the result raises AttributeError. `changes` are
+    values that override the file's, by their dotted keys.
 
     Raises:
         UserError: no file, no YAML, an unknown, missing or mistyped key, a value of another type.
     """
     settings = read(Settings, path, changes)
-    return settings if only is None else _Restricted(settings, only)  # type: ignore[return-value]
+    if only is None:
+        return settings
+    return _Restricted(settings, (*only, *ALWAYS_READABLE))  # type: ignore[return-value]
 
 
 Kind = TypeVar("Kind")

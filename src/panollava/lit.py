@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from panollava.config import Trainer
+from panollava.config import Machine, Trainer
 from panollava.data import Reader, StepDataset
 from panollava.errors import UserError
 from panollava.files import whole
@@ -50,12 +50,19 @@ class LitStage(pl.LightningModule):
     a run in several pieces leaves the same bytes as a run in one."""
 
     def __init__(
-        self, objective: StageObjective, trainer: Trainer, epochs: int, accumulate: int, seed: int
+        self,
+        objective: StageObjective,
+        trainer: Trainer,
+        machine: Machine,
+        epochs: int,
+        accumulate: int,
+        seed: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.objective = objective
         self.settings = trainer
+        self.loader_workers = machine.loader_workers
         self.accumulate = accumulate
         self.seed = seed
         train = objective.readers["train"]
@@ -81,7 +88,7 @@ class LitStage(pl.LightningModule):
         return DataLoader(
             dataset,
             batch_size=None,
-            num_workers=self.settings.workers,
+            num_workers=self.loader_workers,
             pin_memory=self.device.type == "cuda",
         )
 

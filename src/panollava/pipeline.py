@@ -14,7 +14,7 @@ from panollava.stage import STAGES, Stage, find_stage
 
 log = logging.getLogger(__name__)
 
-Changes = Mapping[str, Any]  # of params.yaml for this run, such as {"trainer.workers": 2}
+Changes = Mapping[str, Any]  # of params.yaml for this run, such as {"machine.loader_workers": 2}
 
 
 def run_stage(

@@ -35,7 +35,9 @@ Result = TypeVar("Result")
 def prepare_project(settings: config.Settings) -> None:
     """`prepare` in the project's folder, which is the current one."""
     asked = settings.evaluate
-    prepare(settings.data, settings.views, paths.PREPARED, Path(), asked.split, asked.rolls)
+    threads = settings.machine.decode_threads
+    places = (paths.PREPARED, Path())
+    prepare(settings.data, settings.views, *places, asked.split, asked.rolls, threads)
 
 
 def prepare(
@@ -45,17 +47,19 @@ def prepare(
     root: Path,
     rolled_split: str = "test",
     rolls: Sequence[float] = (),
+    threads: int = 2,
 ) -> None:
     """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split, and `out`/rolled.npy:
     for each panorama of `rolled_split` its views when it is turned by each of `rolls`, degrees to
-    the right, after each other. `data.dir` is relative to `root`, the project's folder.
+    the right, after each other. `data.dir` is relative to `root`, the project's folder;
+    `threads` decode pictures.
 
     Raises:
         UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows;
             rejects.csv is written all the same.
     """
     folder = root / data.dir
-    _check_settings(data, folder)
+    _check_settings(data, folder, threads)
     sampler = Sampler(layout(views), views.size)
     # All rows are checked before the first picture is opened, which may take an hour.
     splits = {}
@@ -69,7 +73,7 @@ def prepare(
     pictures = {}
     for split, (rows, rejects) in splits.items():
         turned = (rolled, rolls) if split == rolled_split else None
-        rows, rejects = _write_views(out / split, rows, rejects, sampler, data.workers, turned)
+        rows, rejects = _write_views(out / split, rows, rejects, sampler, threads, turned)
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, data.max_rejected)
         _write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
         pictures[split] = set(rows["picture"])
@@ -85,13 +89,13 @@ def prepare(
             )
 
 
-def _check_settings(data: config.Data, folder: Path) -> None:
+def _check_settings(data: config.Data, folder: Path, threads: int) -> None:
     if not folder.is_dir():
         raise UserError(
             f"data.dir: no folder '{folder}'; name one that holds train.csv, valid.csv and test.csv"
         )
-    if data.workers < 1:
-        raise UserError(f"data.workers: expected at least 1 thread, found {data.workers}")
+    if threads < 1:
+        raise UserError(f"machine.decode_threads: expected at least 1, found {threads}")
     if not 0 <= data.max_rejected <= 1:
         raise UserError(
             f"data.max_rejected: expected a share from 0 to 1, found {data.max_rejected}"
@@ -110,7 +114,7 @@ def _write_views(
     rows: pd.DataFrame,
     rejects: pd.DataFrame,
     sampler: Sampler,
-    workers: int,
+    threads: int,
     turned: tuple[Path, Sequence[float]] | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write views.npy: uint8 (panoramas, views, size, size, 3), panoramas in the order of their
@@ -131,7 +135,7 @@ def _write_views(
     with ExitStack() as files:
         append = files.enter_context(write_array(out / "views.npy"))
         append_rolled = rolled and files.enter_context(write_array(rolled))
-        views = in_order(sample, paths, workers)
+        views = in_order(sample, paths, threads)
         bar = tqdm(views, desc=f"views, {out.name}", total=len(paths), delay=2, disable=None)
         for path, result in zip(paths, bar, strict=True):
             if isinstance(result, str):

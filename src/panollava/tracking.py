@@ -1,4 +1,4 @@
-"""Curves on Weights & Biases, for those who ask for it (`trainer.wandb`); it is installed and
+"""Curves on Weights & Biases, for those who ask for it (`machine.wandb`); it is installed and
 imported for them alone."""
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ def open_tracker(project: str | None, name: str, settings: dict[str, Any]) -> Tr
         import wandb
     except ModuleNotFoundError:
         raise UserError(
-            f"trainer.wandb: '{project}' asks for Weights & Biases, which isn't installed: "
-            "pip install wandb, or set trainer.wandb to null"
+            f"machine.wandb: '{project}' asks for Weights & Biases, which isn't installed: "
+            "pip install wandb, or set machine.wandb to null"
         ) from None
     run = wandb.init(project=project, name=name, config=settings, reinit="finish_previous")
     return lambda step, values: run.log(dict(values), step=step)

@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.digest import digests
+from panollava.errors import UserError
 from panollava.lit import Checkpoints, Curves, LitStage, Speed, WholeFiles, read_checkpoint
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
@@ -40,6 +41,7 @@ def train(
 
     Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
+    _check_devices(settings.trainer.devices)
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
@@ -51,15 +53,17 @@ def train(
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
     log.info("%s", freeze_all_but(objective.model, stage.trains))
-    module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
+    module = LitStage(
+        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
+    )
     key = _fingerprint(stage, settings, module)
     if must_resume:
         check_unfinished(stage.name, key)
     work = work_folder(stage.name, key)
-    checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.trainer.save_every)
+    checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.machine.save_every)
     described = {key: _plain(_read(settings, key)) for key in stage.reads}
     name = run_name or f"stage{stage.number}_{stage.name}"
-    track = open_tracker(settings.trainer.wandb, name, described)
+    track = open_tracker(settings.machine.wandb, name, described)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every, track)
     if checkpoints.restore(module):
         for step, values in module.history:
@@ -71,6 +75,16 @@ def train(
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
     _publish(stage, settings, module, checkpoints, curves)
     mark_finished(work)
+
+
+def _check_devices(devices: int) -> None:
+    """A step's loss is one mean over all its tokens, which no code here shares out yet."""
+    if devices != 1:
+        raise UserError(
+            f"{paths.PARAMS}: trainer.devices: expected 1, found {devices}; a stage trains on one "
+            "device, because the mean over a step's tokens isn't computed across several. Set it "
+            "to 1, and raise the stage's accumulate where a step doesn't fit one device"
+        )
 
 
 def _publish(
@@ -123,7 +137,7 @@ def _read(settings: Settings, key: str) -> Any:
 
 def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
     with warnings.catch_warnings():
-        # Workers are the user's choice (trainer.workers).
+        # Workers are the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Frozen parts are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

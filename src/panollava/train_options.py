@@ -27,8 +27,9 @@ OPTIONS = (
     Option(("--max-text-length",), int, "stage.STAGE.max_text_length", "tokens, query and answer"),
     Option(("--data-dir",), str, "data.dir", "folder of train.csv, valid.csv and test.csv, which "
            "is prepared first"),
-    Option(("--workers", "--num-workers"), int, "trainer.workers", "processes that load batches"),
-    Option(("--project",), str, "trainer.wandb", "project on Weights & Biases for the curves"),
+    Option(("--workers", "--num-workers"), int, "machine.loader_workers", "processes that "
+           "load batches"),
+    Option(("--project",), str, "machine.wandb", "project on Weights & Biases for the curves"),
 )  # fmt: skip
 
 
