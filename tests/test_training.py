@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from panollava.prepare import prepare_project
 from panollava.resume import remove_finished
 from panollava.stage import find_stage
 from panollava.train import train
+from test_gradient_checkpointing import Kept
 from test_model import settings_for
 
 
@@ -159,6 +160,33 @@ def test_the_views_may_be_brought_together_by_contrast(settings: Settings) -> No
     assert losses[-1] < losses[0] and found[-1] > found[0]
     with pytest.raises(UserError, match=r"stage.vision.objective: expected vicreg or infonce"):
         run("vision", change(settings, stage__vision__objective="simclr"))
+
+
+@pytest.mark.parametrize("stage", ["vision", "resampler"])
+def test_gradient_checkpointing_holds_after_each_validation(
+    settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = change(settings, stage__vision__epochs=2)
+    run("vision", settings)
+    kept: list[int] = []
+    step: Callable[..., None] = lit.LitStage.training_step
+
+    def counted(*arguments: object) -> None:
+        with Kept() as own:
+            step(*arguments)
+        kept.append(own.bytes)
+
+    monkeypatch.setattr(lit.LitStage, "training_step", counted)
+    results = []
+    for checkpointed in (False, True):
+        shutil.rmtree(paths.RESUME)
+        kept.clear()
+        run(stage, change(settings, trainer__gradient_checkpointing=checkpointed))
+        results.append((weights(stage), curve(stage, "train/loss"), kept[:]))
+    (one, losses, much), (other, others, less) = results
+    assert losses == pytest.approx(others, rel=1e-6) and len(losses) == len(much) > 2
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
+    assert all(few < 0.6 * many for few, many in zip(less, much, strict=True)), (much, less)
 
 
 class Killed(BaseException):

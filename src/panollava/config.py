@@ -99,6 +99,7 @@ class Trainer:
     devices: int  # 1
     threads: int  # of the processor; results depend on it in the last bits
     precision: str  # 32-true | bf16-mixed
+    gradient_checkpointing: bool  # compute activations twice instead of keeping them
     weight_decay: float
     beta1: float
     beta2: float

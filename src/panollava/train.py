@@ -16,6 +16,7 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.digest import digests
 from panollava.errors import UserError
+from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import Checkpoints, Curves, LitStage, Speed, WholeFiles, read_checkpoint
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
@@ -53,6 +54,8 @@ def train(
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
     log.info("%s", freeze_all_but(objective.model, stage.trains))
+    if settings.trainer.gradient_checkpointing:
+        checkpoint_layers(objective.model)
     module = LitStage(
         objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
     )
