@@ -60,6 +60,7 @@ def seconds(settings: Settings, work: Path | None) -> tuple[float, int]:
     """Of one training, without what comes before it, and its steps. `work`: where it saves."""
     own, stage = settings.stage.vision, find_stage("vision")
     objective: Any = Objective(stage, settings)
+    objective.open_readers()
     freeze_all_but(objective.model, stage.trains)
     module = LitStage(
         objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed

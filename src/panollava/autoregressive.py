@@ -1,6 +1,7 @@
 """Stage objective: cross-entropy on the answer tokens, rows packed behind their panorama."""
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from panollava import paths
 from panollava.config import Settings, TextStage
 from panollava.data import TextBatch, TextReader
-from panollava.dialogue import Dialogue
+from panollava.dialogue import Dialogue, Row, pack
 from panollava.model import build_model
 from panollava.stage import Stage
 
@@ -19,27 +20,38 @@ log = logging.getLogger(__name__)
 class Objective(nn.Module):
     """The mean over all supervised tokens of a step, in however many parts it is computed."""
 
-    def __init__(self, stage: Stage, settings: Settings) -> None:
+    readers: dict[str, TextReader]
+
+    def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
+        """Without `weights`, the shapes of the pretrained towers alone."""
         super().__init__()
         own: TextStage = getattr(settings.stage, stage.name)
-        self.settings = own
-        self.model, tokenizer = build_model(settings.model, settings.views, settings.seed)
-        dialogue = Dialogue(tokenizer, own.max_text_length)
-        self.prefix = len(dialogue.prefix)
+        self.settings, self.seed = own, settings.seed
+        self.model, tokenizer = build_model(
+            settings.model, settings.views, settings.seed, weights=weights
+        )
+        self.dialogue = Dialogue(tokenizer, own.max_text_length)
+        self.prefix = len(self.dialogue.prefix)
         # A frozen encoder has run already: its features are read instead of views.
         self.sees = "encoder" in stage.trains
-        directions = self.model.resampler.get_buffer("directions")
-        self.readers = {}
+        self.size = settings.views.size
+        self.grids: tuple[int, ...] = self.model.resampler.get_buffer("directions").shape[:3]
+        self.vision_tokens = math.prod(self.grids)
+        self.features: int = self.model.encoder.width  # type: ignore[assignment]
+
+    def open_readers(self) -> None:
+        """Raises UserError for files that aren't there, and for a row that leaves no answer."""
+        own, self.readers = self.settings, {}
         for split in ("train", "valid"):
             views = paths.PREPARED / split / "views.npy"
             vision = views if self.sees else paths.FEATURES / f"{split}.npy"
             reader = TextReader(
                 vision,
                 paths.PREPARED / split / "rows.csv",
-                dialogue,
-                directions[..., 0].numel(),
+                self.dialogue,
+                self.vision_tokens,
                 own.batch_size,
-                settings.seed,
+                self.seed,
             )
             self.readers[split] = reader
             if reader.cut:
@@ -50,6 +62,17 @@ class Objective(nn.Module):
                     len(reader.rows),
                     own.max_text_length,
                 )
+
+    def blank(self, panoramas: list[list[Row]]) -> TextBatch:
+        """A part of the shape that `panoramas` have, with nothing in its views or features."""
+        count = len(panoramas)
+        if self.sees:
+            shape = (count, self.grids[0], self.size, self.size, 3)
+            vision = torch.empty(shape, dtype=torch.uint8)
+        else:
+            vision = torch.empty((count, *self.grids, self.features))
+        packed = pack(self.dialogue.prefix, self.vision_tokens, panoramas, self.dialogue.pad)
+        return TextBatch(vision, packed, sum(map(len, panoramas)))
 
     def parameter_groups(self) -> list[dict]:
         rate = self.settings.lr

@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         less_memory = _LESS_MEMORY.get(options.command, _MACHINE)
         with logs.start(name, options.logs), resume.alone(name), faults_told(less_memory):
-            if not _is_all(options):  # which may have stages to go on from that are finished
+            # All stages in one run may have finished ones to go on from; a plan is made meanwhile.
+            if not _is_all(options) and options.command != "plan":
                 resume.remove_finished(but_of=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a stage, or all of them without DVC")
     train_options.add_to(train)
     train.set_defaults(log_name=_stage_log_name)
+    _add_plan(add("plan", _plan, "estimate parameters, memory and disk of a training"))
     add("features", _features, "run the frozen encoder once over every panorama")
     add("evaluate", _evaluate, "answer every query of a split, and score the answers")
     add("verify", _verify, "remove files from DVC's cache that are not what their names say")
@@ -101,6 +103,19 @@ def _add_check(command: argparse.ArgumentParser) -> None:
         help="share of a split's rows that may be bad; more end with exit status 1 "
         "(default: 0.15, as QuIC-360 needs; prepare's own limit is data.max_rejected)",
     )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    add, stages = command.add_argument, ", ".join(train_options.STAGES)
+    add("stage", nargs="?", help=f"{stages} (default: all of them)")
+    add(
+        "--params",
+        type=Path,
+        default=paths.PARAMS,
+        metavar="FILE",
+        help="parameters to plan for, such as presets/quic360.yaml (default: params.yaml)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the plan, in bytes, to a file as well")
 
 
 def _stage_log_name(options: argparse.Namespace) -> str:
@@ -162,6 +177,18 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError(f"{options.start}: --from belongs to one stage; all start from the first")
     run_all(changes, options.resume, options.name)
     resume.remove_finished(but_of=None)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from panollava.plan import plan, show, write_json
+    from panollava.stage import STAGES, find_stage
+
+    settings = load_settings(options.params)
+    stages = list(STAGES.values()) if options.stage is None else [find_stage(options.stage)]
+    planned = plan(settings, stages)
+    show(planned, settings.trainer.gradient_checkpointing)
+    if options.json:
+        write_json(planned, options.json)
 
 
 def _features(options: argparse.Namespace) -> None:

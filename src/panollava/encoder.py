@@ -47,8 +47,9 @@ def pool_tokens(grids: Tensor, side: int) -> Tensor:
     return pooled.permute(0, 2, 3, 1).reshape(*leading, *pooled.shape[2:], width)
 
 
-def load_encoder(pretrained: Pretrained, view_size: int) -> Encoder:
-    """Load a tower from a hub id or a folder: SigLIP, SigLIP 2, CLIP, DINOv2 and their like.
+def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -> Encoder:
+    """Load a tower from a hub id or a folder: SigLIP, SigLIP 2, CLIP, DINOv2 and their like;
+    without `weights`, its shapes alone.
 
     Raises:
         UserError: nothing there, no vision tower, or views of another size than it takes.
@@ -67,7 +68,7 @@ def load_encoder(pretrained: Pretrained, view_size: int) -> Encoder:
             f"{vision.image_size} x {vision.image_size} pixels; set views.size to "
             f"{vision.image_size}, or name an encoder for {view_size} pixels"
         )
-    model = load_from(AutoModel, source)
+    model = load_model(AutoModel, pretrained, weights)
     tower = getattr(model, "vision_model", model)
     if getattr(tower, "use_head", False):  # SigLIP's pooling head
         tower.use_head, tower.head = False, None
@@ -88,6 +89,18 @@ def from_pretrained_arguments(pretrained: Pretrained) -> dict[str, object]:
         "revision": pretrained.revision or "main",
         "trust_remote_code": pretrained.trust_remote_code,
     }
+
+
+def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
+    """Load a model with an Auto class; without `weights`, from its configuration alone, on the
+    meta device, where tensors have a shape and no content."""
+    source = from_pretrained_arguments(pretrained)
+    if weights:
+        return load_from(loader, source, **options)
+    config = load_from(AutoConfig, source)
+    with torch.device("meta"):
+        code = {"trust_remote_code": pretrained.trust_remote_code}
+        return loader.from_config(config, **code, **options)
 
 
 def load_from(loader, source, **options):  # type: ignore[no-untyped-def]

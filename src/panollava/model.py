@@ -17,6 +17,7 @@ from panollava.encoder import (
     from_pretrained_arguments,
     load_encoder,
     load_from,
+    load_model,
     pool_tokens,
 )
 from panollava.resampler import build_resampler
@@ -81,12 +82,13 @@ class PanoLLaVA(nn.Module):
 
 
 def build_model(
-    settings: config.Model, layout_settings: config.Views, seed: int = 0
+    settings: config.Model, layout_settings: config.Views, seed: int = 0, weights: bool = True
 ) -> tuple[PanoLLaVA, PreTrainedTokenizerBase]:
-    """Load the pretrained towers and make a resampler and projector whose start is a function of
-    `seed`. Raises UserError for towers, views or a resampler that don't fit."""
-    encoder = load_encoder(settings.encoder, layout_settings.size)
-    language, tokenizer = load_language_model(settings.language_model)
+    """Load the pretrained towers (without `weights`: their shapes alone), and make a resampler and
+    projector whose start is a function of `seed`. Raises UserError for towers, views or a
+    resampler that don't fit."""
+    encoder = load_encoder(settings.encoder, layout_settings.size, weights)
+    language, tokenizer = load_language_model(settings.language_model, weights)
     grid = encoder_grid(encoder, layout_settings.size, settings.resampler.pool)
     rays = views.token_rays(views.layout(layout_settings), grid)
     encoding = sphere.encode_direction(rays, settings.resampler.direction_degree)
@@ -98,9 +100,8 @@ def build_model(
     return model, tokenizer
 
 
-def load_language_model(pretrained: config.Pretrained):  # type: ignore[no-untyped-def]
+def load_language_model(pretrained: config.Pretrained, weights: bool = True):  # type: ignore[no-untyped-def]
     """A causal language model in fp32, and its tokenizer."""
-    source = from_pretrained_arguments(pretrained)
-    tokenizer = load_from(AutoTokenizer, source)
-    language = load_from(AutoModelForCausalLM, source, dtype=torch.float32)
+    tokenizer = load_from(AutoTokenizer, from_pretrained_arguments(pretrained))
+    language = load_model(AutoModelForCausalLM, pretrained, weights, dtype=torch.float32)
     return language, tokenizer

@@ -23,6 +23,7 @@ class Correspondences(NamedTuple):
     target: Tensor  # (pairs,) int64
     position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target, -1..1 edge to edge
     mask: Tensor  # (pairs, grid, grid) bool: the target sees the token
+    seen: Tensor  # (matches,) int64: where the flat mask is true
 
 
 def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
@@ -49,7 +50,9 @@ def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
     source, target = torch.tensor(layout.neighbours).unbind(dim=1)
     position = np.stack([position for position, _ in found]).astype(np.float32)
     mask = np.stack([mask for _, mask in found])
-    return Correspondences(source, target, torch.from_numpy(position), torch.from_numpy(mask))
+    arrays = (position, mask, np.flatnonzero(mask))
+    position_, mask_, seen = map(torch.from_numpy, arrays)
+    return Correspondences(source, target, position_, mask_, seen)
 
 
 def _exact(layout: Layout, pair: tuple[int, int], grid: int) -> Match:
@@ -93,6 +96,5 @@ def matched_tokens(grids: Tensor, pairs: Correspondences) -> tuple[Tensor, Tenso
     read = functional.grid_sample(target, position, padding_mode="border", align_corners=False)
     read = read.permute(0, 2, 3, 1).reshape(batch, -1, width).to(grids.dtype)
     source = grids[:, pairs.source.to(device)].reshape(batch, -1, width)
-    # An index, made where the mask is, so that a GPU isn't waited for.
-    index = pairs.mask.flatten().nonzero().squeeze(1).to(device)
+    index = pairs.seen.to(device)
     return source[:, index].flatten(0, 1), read[:, index].flatten(0, 1)

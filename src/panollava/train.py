@@ -46,6 +46,7 @@ def train(
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
+    objective.open_readers()
     if stage.starts_from is not None:
         start = find_stage(stage.starts_from)
         source = source or paths.weights_file(start.name)

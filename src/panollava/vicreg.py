@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from panollava import losses, paths, views
 from panollava.config import Settings
 from panollava.data import ViewReader
+from panollava.dialogue import Row
 from panollava.encoder import encoder_grid, load_encoder
 from panollava.errors import UserError
 from panollava.overlap import correspondences, matched_tokens
@@ -26,29 +27,43 @@ class VisionModel(nn.Module):
 class Objective(nn.Module):
     """Statistics are those of the whole step, in however many parts it is computed."""
 
-    def __init__(self, stage: Stage, settings: Settings) -> None:
+    readers: dict[str, ViewReader]
+
+    def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
+        """Without `weights`, the shapes of the pretrained encoder alone."""
         super().__init__()
         own = settings.stage.vision
-        self.settings = own
+        self.settings, self.seed = own, settings.seed
         if own.objective not in ("vicreg", "infonce"):
             raise UserError(
                 f"stage.vision.objective: expected vicreg or infonce, found '{own.objective}'"
             )
-        encoder = load_encoder(settings.model.encoder, settings.views.size)
+        encoder = load_encoder(settings.model.encoder, settings.views.size, weights)
+        layout = views.layout(settings.views)
+        size = settings.views.size
+        self.view_shape = (len(layout.projections), size, size, 3)
         self.model = VisionModel(encoder)
         if own.epochs:  # with none, views needn't overlap
             self.pairs = correspondences(
-                views.layout(settings.views),
+                layout,
                 encoder_grid(encoder, settings.views.size),
                 own.overlap,
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.expander = _expander(encoder.width, own.expander)
+
+    def open_readers(self) -> None:
         self.readers = {
-            split: ViewReader(paths.PREPARED / split / "views.npy", own.batch_size, settings.seed)
+            split: ViewReader(
+                paths.PREPARED / split / "views.npy", self.settings.batch_size, self.seed
+            )
             for split in ("train", "valid")
         }
+
+    def blank(self, panoramas: list[list[Row]]) -> Tensor:
+        """A part of the shape that `panoramas` have, with nothing in it."""
+        return torch.empty((len(panoramas), *self.view_shape), dtype=torch.uint8)
 
     def parameter_groups(self) -> list[dict]:
         return [{"params": list(self.parameters()), "lr": self.settings.lr}]
