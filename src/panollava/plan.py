@@ -171,13 +171,10 @@ def show(planned: Plan, checkpointed: bool) -> None:
     )
     other = "without" if checkpointed else "with"
     log.info(
-        "\nmemory at a step's peak, GB (%s, %s, gradient checkpointing %s):\n%s",
+        "\nmemory at a step's peak, MB (%s, %s, gradient checkpointing %s):\n%s",
         *(planned.device, planned.precision, "on" if checkpointed else "off"),
         table(
-            [
-                _memory_line(name, own, planned.program, checkpointed)
-                for name, own in stages.items()
-            ],
+            [_line(name, own, planned.program, checkpointed) for name, own in stages.items()],
             ("stage", "program", "weights", "gradients", "AdamW", "activations", "total")
             + (f"total {other} checkpointing",),
         ),
@@ -189,13 +186,13 @@ def show(planned: Plan, checkpointed: bool) -> None:
     log.info("\n%s", table([(name, f"{size / 1e6:,.1f}") for name, size in files], ("disk", "MB")))
 
 
-def _memory_line(name: str, own: StagePlan, program: int, checkpointed: bool) -> tuple[str, ...]:
+def _line(name: str, own: StagePlan, program: int, checkpointed: bool) -> tuple[str, ...]:
     memory, other = own.memory, own.memory_checkpointed
     if checkpointed:
         memory, other = other, memory
     sizes = (program, memory.weights, memory.gradients, memory.optimizer, memory.activations)
     totals = (program + memory.total, program + other.total)
-    return (name, *(f"{size / 1e9:.2f}" for size in (*sizes, *totals)))
+    return (name, *(f"{size / 1e6:,.0f}" for size in (*sizes, *totals)))
 
 
 def write_json(planned: Plan, file: Path) -> None:
