@@ -1,6 +1,8 @@
 """Small real towers, panoramas and rows, made once a session."""
 
 import csv
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +128,27 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
         write_rows(folder / f"{split}.csv", rows)
     return folder
+
+
+@pytest.fixture
+def project(
+    towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder with a params.yaml for small towers and data, in which nothing has run."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in (
+        ("dir: data/demo", f"dir: {small_data}"),
+        ("data/demo/towers", str(towers)),
+        ("size: 64", "size: 32"),
+        ("save_every: 50", "save_every: 1"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    text = re.sub(r"max_text_length: \d+", "max_text_length: 99", text)
+    text = re.sub(r"epochs: \d+", "epochs: 1", text)
+    Path("params.yaml").write_text(re.sub(r"batch_size: \d+", "batch_size: 4", text))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

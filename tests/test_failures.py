@@ -154,8 +154,8 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_steps(
     with pytest.raises(SystemExit):
         main(["train", "resampler"])
     message = caplog.records[-1].getMessage()
-    assert message.startswith("out of memory: raise the stage's accumulate"), message
-    assert "batch_size" in message and "machine.loader_workers" in message
+    wanted = r"out of memory: .* GB were used .* Set (stage\.resampler\.accumulate|trainer\.grad)"
+    assert re.match(wanted, message), message
     main(["train", "resampler"])
     assert "goes on from step 2 of" in caplog.text
 

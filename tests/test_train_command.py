@@ -1,41 +1,15 @@
 """`panollava train`: the options of one run, without DVC."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
 from panollava import cli, lit, paths
 
 STAGES = ("vision", "resampler", "finetune")
-
-
-@pytest.fixture
-def project(
-    towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """A folder with a params.yaml for small towers and data, in which nothing has run."""
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "params.yaml").read_text()
-    for old, new in (
-        ("dir: data/demo", f"dir: {small_data}"),
-        ("data/demo/towers", str(towers)),
-        ("size: 64", "size: 32"),
-        ("save_every: 50", "save_every: 1"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    text = re.sub(r"max_text_length: \d+", "max_text_length: 99", text)
-    text = re.sub(r"epochs: \d+", "epochs: 1", text)
-    paths.PARAMS.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", text))
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def train(*arguments: str) -> None:

@@ -14,8 +14,7 @@ from panollava.files import faults_told
 _MACHINE = "close other programs, or take a machine with more memory"
 _LESS_MEMORY = {  # what to do where a command has too little
     "prepare": f"lower machine.decode_threads, or {_MACHINE}",
-    "train": "raise the stage's accumulate (the result is the same), or lower its batch_size or "
-    "machine.loader_workers",
+    "train": "lower machine.loader_workers, or the stage's batch_size",
     "evaluate": "lower evaluate.batch_size",
 }
 

@@ -60,13 +60,19 @@ def faults_told(less_memory: str) -> Iterator[None]:
     except OSError as error:
         raise told(error) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+        if (reason := memory_fault(error)) is None:
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"out of memory: {less_memory}. What is done is kept: run the same command again "
             f"afterwards. ({reason})"
         ) from error
+
+
+def memory_fault(error: MemoryError | RuntimeError) -> str | None:
+    """What the error says in one line, if it is one of too little memory."""
+    if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+        return None
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def told(error: OSError, path: Path | None = None) -> UserError:

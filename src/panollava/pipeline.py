@@ -78,7 +78,9 @@ def _features(changes: Changes, source: Path | None) -> None:
 def _train(
     stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
 ) -> None:
+    from panollava.shortage import shortage_told
     from panollava.train import train
 
     settings = load_settings(paths.PARAMS, stage.reads, changes)
-    train(stage, settings, start, must_resume, run_name)
+    with shortage_told(stage, load_settings(paths.PARAMS, changes=changes)):
+        train(stage, settings, start, must_resume, run_name)

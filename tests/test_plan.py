@@ -1,0 +1,117 @@
+"""What the plan says is what a training then takes."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from panollava import cli, paths
+from panollava.config import load_settings
+from panollava.gradient_checkpointing import checkpoint_layers
+from panollava.memory import _Alive, step_memory
+from panollava.stage import STAGES, Stage, freeze_all_but
+from panollava.workload import find_workload
+from test_training import change
+
+
+def plan(*arguments: str) -> dict[str, Any]:
+    cli.main(["plan", "--json", "plan.json", *arguments])
+    return json.loads(Path("plan.json").read_text())
+
+
+def objective_of(stage: Stage, settings: Any, weights: bool, checkpointed: bool) -> Any:
+    objective = importlib.import_module(stage.objective).Objective(stage, settings, weights)
+    freeze_all_but(objective.model, stage.trains)
+    if checkpointed:
+        checkpoint_layers(objective.model)
+    return objective
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", STAGES)
+def test_the_memory_of_a_step_is_what_a_real_step_holds(
+    project: Path, name: str, parts: int, checkpointed: bool
+) -> None:
+    settings, stage = load_settings(paths.PARAMS), STAGES[name]
+    empty = objective_of(stage, settings, False, checkpointed)
+    step = find_workload(empty, settings, stage, parts).heaviest[0]
+    estimate = step_memory(empty, step, "32-true", torch.device("cpu"))
+    real = objective_of(stage, settings, True, checkpointed)
+    with _Alive() as alive:
+        for own in (*real.parameters(), *real.buffers(), *getattr(real, "pairs", ())):
+            alive._count(own.untyped_storage())
+        held = alive.now
+        real.step([real.blank(part) for part in step], Tensor.backward)
+    gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+    assert estimate.gradients == pytest.approx(gradients, rel=0.01)
+    assert estimate.gradients + estimate.activations == pytest.approx(alive.peak - held, rel=0.02)
+    assert estimate.weights == sum(p.nbytes for p in real.parameters())
+
+
+def test_the_plan_is_what_a_training_then_does(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = plan()
+    shown = capsys.readouterr().err
+    assert "language_model" in shown and "activations" in shown and "model_final" in shown
+    cli.main(["train", "all"])
+    log = capsys.readouterr().err
+    assert plan()["stages"] == before["stages"]  # from the CSV as from what prepare wrote
+    for name, own in before["stages"].items():
+        assert f"1 epochs, {own['steps']} steps" in log
+        assert own["model_final"] == pytest.approx(
+            paths.weights_file(name).stat().st_size, rel=0.1, abs=10_000
+        )
+        (checkpoint,) = (paths.run_folder(name) / "checkpoints").iterdir()
+        assert own["checkpoint"] == pytest.approx(checkpoint.stat().st_size, rel=0.1, abs=50_000)
+        for part, count in own["parameters"].items():
+            assert f"{count:,}" in log, part
+    for folder, size in ((paths.PREPARED, before["views"]), (paths.FEATURES, before["features"])):
+        files = [*folder.rglob("*.npy")]
+        assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 3
+
+
+def test_no_weights_are_read(project: Path, towers: Path) -> None:
+    shutil.copytree(towers, "towers", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = paths.PARAMS.read_text().replace(str(towers), "towers")
+    Path("other.yaml").write_text(text)
+    assert plan("--params", "other.yaml", "resampler")["stages"].keys() == {"resampler"}
+
+
+def test_without_rows_the_plan_is_an_upper_bound(project: Path, small_data: Path) -> None:
+    known = plan()["stages"]
+    paths.PARAMS.write_text(paths.PARAMS.read_text().replace(str(small_data), "nowhere"))
+    unknown = plan()["stages"]
+    for name in STAGES:
+        assert unknown[name]["steps"] is None and known[name]["steps"] > 0
+        assert unknown[name]["memory"]["activations"] >= known[name]["memory"]["activations"]
+
+
+def test_half_precision_and_parts_take_less(project: Path) -> None:
+    settings, stage = load_settings(paths.PARAMS), STAGES["resampler"]
+    taken = []
+    for precision, parts in (("32-true", 1), ("bf16-mixed", 1), ("bf16-mixed", 4)):
+        own = change(settings, trainer__precision=precision)
+        empty = objective_of(stage, own, False, False)
+        step = find_workload(empty, own, stage, parts).heaviest[0]
+        taken.append(step_memory(empty, step, precision, torch.device("cpu")).activations)
+    assert taken[0] > taken[1] > taken[2]
+
+
+def test_a_stage_without_epochs_holds_its_weights_alone(project: Path) -> None:
+    text = paths.PARAMS.read_text().replace("epochs: 1", "epochs: 0", 1)
+    paths.PARAMS.write_text(text)
+    own = plan("vision")["stages"]["vision"]
+    assert own["steps"] == 0 and own["memory"]["activations"] == 0 < own["memory"]["weights"]
+
+
+def test_an_unknown_stage_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan("stage1")
+    assert "unknown stage 'stage1'" in capsys.readouterr().err
