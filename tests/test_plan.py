@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_the_memory_of_a_step_is_what_a_real_step_holds(
         real.step([real.blank(part) for part in step], Tensor.backward)
     gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
     assert estimate.gradients == pytest.approx(gradients, rel=0.01)
-    assert estimate.gradients + estimate.activations == pytest.approx(alive.peak - held, rel=0.02)
+    assert estimate.gradients + estimate.activations == pytest.approx(alive.peak - held, rel=0.03)
     assert estimate.weights == sum(p.nbytes for p in real.parameters())
 
 
@@ -74,7 +75,7 @@ def test_the_plan_is_what_a_training_then_does(
             assert f"{count:,}" in log, part
     for folder, size in ((paths.PREPARED, before["views"]), (paths.FEATURES, before["features"])):
         files = [*folder.rglob("*.npy")]
-        assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 3
+        assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 4
 
 
 def test_no_weights_are_read(project: Path, towers: Path) -> None:
@@ -109,6 +110,18 @@ def test_a_stage_without_epochs_holds_its_weights_alone(project: Path) -> None:
     paths.PARAMS.write_text(text)
     own = plan("vision")["stages"]["vision"]
     assert own["steps"] == 0 and own["memory"]["activations"] == 0 < own["memory"]["weights"]
+
+
+@pytest.mark.parametrize("position", ["view", "none"])
+def test_positions_of_every_kind_are_planned_and_trained(project: Path, position: str) -> None:
+    text = paths.PARAMS.read_text()
+    text = text.replace("position: ray", f"position: {position}")
+    paths.PARAMS.write_text(re.sub(r"epochs: 1", "epochs: 0", text, count=1))
+    tokens = plan("resampler")["stages"]["resampler"]["vision_tokens"]
+    cli.main(["prepare"])
+    cli.main(["train", "vision"])
+    cli.main(["train", "resampler"])
+    assert tokens == 8 * 2 * 2 and paths.weights_file("resampler").is_file()
 
 
 def test_an_unknown_stage_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

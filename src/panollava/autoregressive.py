@@ -1,8 +1,8 @@
 """Stage objective: cross-entropy on the answer tokens, rows packed behind their panorama."""
 
 import logging
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from panollava import paths
 from panollava.config import Settings, TextStage
 from panollava.data import TextBatch, TextReader
 from panollava.dialogue import Dialogue, Row, pack
+from panollava.encoder import encoder_grid
 from panollava.model import build_model
 from panollava.stage import Stage
+from panollava.views import layout
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,11 @@ class Objective(nn.Module):
         # A frozen encoder has run already: its features are read instead of views.
         self.sees = "encoder" in stage.trains
         self.size = settings.views.size
-        self.grids: tuple[int, ...] = self.model.resampler.get_buffer("directions").shape[:3]
-        self.vision_tokens = math.prod(self.grids)
-        self.features: int = self.model.encoder.width  # type: ignore[assignment]
+        encoder: Any = self.model.encoder
+        grid = encoder_grid(encoder, self.size, settings.model.resampler.pool)
+        views = len(layout(settings.views).projections)
+        self.features = (views, grid, grid, encoder.width)  # of a panorama
+        self.vision_tokens = views * grid * grid
 
     def open_readers(self) -> None:
         """Raises UserError for files that aren't there, and for a row that leaves no answer."""
@@ -67,10 +71,10 @@ class Objective(nn.Module):
         """A part of the shape that `panoramas` have, with nothing in its views or features."""
         count = len(panoramas)
         if self.sees:
-            shape = (count, self.grids[0], self.size, self.size, 3)
+            shape = (count, self.features[0], self.size, self.size, 3)
             vision = torch.empty(shape, dtype=torch.uint8)
         else:
-            vision = torch.empty((count, *self.grids, self.features))
+            vision = torch.empty((count, *self.features))
         packed = pack(self.dialogue.prefix, self.vision_tokens, panoramas, self.dialogue.pad)
         return TextBatch(vision, packed, sum(map(len, panoramas)))
 

@@ -44,9 +44,7 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
     torch.set_num_threads(settings.trainer.threads)
-    dtype = settings.model.features
-    if dtype not in ("float32", "float16"):
-        raise UserError(f"model.features: expected float32 or float16, found '{dtype}'")
+    dtype = checked_dtype(settings.model.features)
     model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
     source = source or paths.weights_file(_TRAINED_BY.name)
     load_start(source, model, ("encoder",), _TRAINED_BY)
@@ -58,6 +56,13 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
         out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, views, settings.model.resampler.pool, out, dtype, device, settings)
         log.info("features of %d panoramas: %s", len(views), out)
+
+
+def checked_dtype(name: str) -> str:
+    """`model.features`. Raises UserError for a precision in which features aren't kept."""
+    if name not in ("float32", "float16"):
+        raise UserError(f"model.features: expected float32 or float16, found '{name}'")
+    return name
 
 
 def choose_device(accelerator: str) -> torch.device:

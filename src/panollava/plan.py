@@ -17,7 +17,7 @@ from torch import nn
 
 from panollava.config import Settings
 from panollava.encoder import encoder_grid, load_encoder
-from panollava.features import choose_device
+from panollava.features import checked_dtype, choose_device
 from panollava.files import whole
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.logs import table
@@ -54,7 +54,7 @@ class Plan:
     program: int  # bytes of memory beside tensors; 0 on a GPU, which has its own memory
     rows: dict[str, int]  # by split that has rows, as the next
     panoramas: dict[str, int]
-    views: int  # bytes on disk of all splits, as the next
+    views: int  # bytes on disk of all splits and turned panoramas, as the next
     features: int
 
 
@@ -67,7 +67,9 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     size, count = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
-    feature = encoder.width * np.dtype(settings.model.features).itemsize
+    feature = encoder.width * np.dtype(checked_dtype(settings.model.features)).itemsize
+    rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
+    seen = sum(panoramas.values()) + rolled
     device = _device(settings)
     return Plan(
         stages=planned,
@@ -76,8 +78,8 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
         program=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
         rows={split: len(rows) for split, rows in tables.items()},
         panoramas=panoramas,
-        views=sum(panoramas.values()) * count * size * size * 3,
-        features=sum(panoramas.values()) * count * grid * grid * feature,
+        views=seen * count * size * size * 3,
+        features=seen * count * grid * grid * feature,
     )
 
 
