@@ -14,7 +14,7 @@ from torch import Tensor
 from panollava import cli, paths
 from panollava.config import load_settings
 from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.memory import _Alive, step_memory
+from panollava.memory import Alive, step_memory
 from panollava.stage import STAGES, Stage, freeze_all_but
 from panollava.workload import find_workload
 from test_training import change
@@ -44,9 +44,9 @@ def test_the_memory_of_a_step_is_what_a_real_step_holds(
     step = find_workload(empty, settings, stage, parts).heaviest[0]
     estimate = step_memory(empty, step, "32-true", torch.device("cpu"))
     real = objective_of(stage, settings, True, checkpointed)
-    with _Alive() as alive:
+    with Alive() as alive:
         for own in (*real.parameters(), *real.buffers(), *getattr(real, "pairs", ())):
-            alive._count(own.untyped_storage())
+            alive.count(own.untyped_storage())
         held = alive.now
         real.step([real.blank(part) for part in step], Tensor.backward)
     gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)

@@ -43,7 +43,7 @@ def step_memory(
     if not parts:
         return StepMemory(weights, 0, 0, 0)
     # Geometry is real, small, and taken as if it were fake.
-    with FakeTensorMode(allow_non_fake_inputs=True), _Alive() as alive:
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
         _make_fake(objective, device)
         held = alive.now
         batches = [_to(objective.blank(part), device) for part in parts]
@@ -74,8 +74,8 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, each once."""
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that come up in the block and are alive, each once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class _Alive(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+                self.count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return

@@ -70,7 +70,7 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     feature = encoder.width * np.dtype(checked_dtype(settings.model.features)).itemsize
     rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
     seen = sum(panoramas.values()) + rolled
-    device = _device(settings)
+    device = choose_device(settings.trainer.accelerator)
     return Plan(
         stages=planned,
         device=device.type,
@@ -127,10 +127,9 @@ def _objective(settings: Settings, stage: Stage) -> Any:
 
 
 def _device(settings: Settings) -> torch.device:
-    """Where it trains; a machine without a GPU plans for one with its processor's kernels."""
-    if torch.cuda.is_available():
-        return choose_device(settings.trainer.accelerator)
-    return torch.device("cpu")
+    """Whose kernels are planned with: a machine without a GPU plans for one with its own."""
+    device = choose_device(settings.trainer.accelerator)
+    return device if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
