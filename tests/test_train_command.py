@@ -48,7 +48,7 @@ def test_all_stages_in_one_command_and_one_log(project: Path) -> None:
     (log,) = paths.LOGS.iterdir()
     assert re.fullmatch(r"full_pipeline_\d{8}_\d{6}\.log", log.name)
     order = re.findall(r"stage (\d), \w+: starts from|(features) of", log.read_text())
-    assert ["".join(each) for each in order] == ["1", "2", *["features"] * 3, "3"]
+    assert ["".join(each) for each in order] == ["1", "2", *["features"] * 4, "3"]
     assert not list(paths.RESUME.glob("*-*"))
 
 
