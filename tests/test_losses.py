@@ -1,6 +1,6 @@
 import torch
 
-from panollava.losses import infonce, vicreg
+from panollava.losses import found, infonce, vicreg
 
 
 def test_vicreg_is_the_paper_s_formula() -> None:
@@ -48,3 +48,5 @@ def test_infonce_finds_counterparts_that_are_alike() -> None:
     alike = infonce(x, 2 * x, 0.05)
     assert alike["found"] == 1 and alike["loss"] < 1e-3
     assert infonce(x, x.roll(1, dims=1), 0.05)["found"] == 0
+    half = torch.cat([x[:, :3], x[:, 3:].flip(1)], dim=1)  # 3 and 5 exchanged
+    assert torch.allclose(found(x, half), torch.tensor(4 / 6))

@@ -215,7 +215,8 @@ def test_weights_and_biases_gets_every_curve(
     wandb.finish()
     assert {run for run, _, _ in logged} == {f"panoramas/first_{stage}" for stage in STAGES}
     assert set().union(*(names for run, _, names in logged if run.endswith("resampler"))) == {
-        *("train/loss", "train/learning_rate", "train/gradient_norm", "val/loss"),
+        *("train/loss", "train/learning_rate", "train/gradient_norm"),
+        *("val/loss", "val/accuracy"),
         *("best/epoch", "best/val_loss", "rows_per_second", "peak_memory_gb"),
     }
     assert len(list(Path("wandb").glob("offline-run-*"))) == 3

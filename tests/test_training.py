@@ -95,8 +95,8 @@ def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Setting
     assert {k.split(".")[0] for k in weights("vision")} == {"encoder"}
     for stage in ("resampler", "finetune"):
         assert {k.split(".")[0] for k in weights(stage)} == {"encoder", "resampler", "projector"}
-        losses = curve(stage, "val/loss")
-        assert losses[-1] < losses[0]
+        losses, right = curve(stage, "val/loss"), curve(stage, "val/accuracy")
+        assert losses[-1] < losses[0] and all(0 <= share <= 1 for share in right)
     resampler, finetune = weights("resampler"), weights("finetune")
     for name, value in resampler.items():
         same = torch.equal(value, finetune[name])

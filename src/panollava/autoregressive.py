@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from panollava import paths
 from panollava.config import Settings, TextStage
@@ -101,11 +102,20 @@ class Objective(nn.Module):
             loss += share.detach()
         return {"loss": loss}
 
-    def validate(self, parts: list[TextBatch]) -> tuple[Tensor, int]:
-        """The loss summed over answer tokens, and their number."""
-        total = torch.stack([self._loss_sum(part) for part in parts]).sum()
-        return total, sum(len(part.packed.labels) for part in parts)
+    def validate(self, parts: list[TextBatch]) -> tuple[dict[str, Tensor], int]:
+        """Sums over answer tokens of the loss and of those that are predicted right from the true
+        ones before them, and the tokens' number."""
+        loss = right = torch.zeros((), device=parts[0].vision.device)
+        for part in parts:
+            logits, labels = self._answer_logits(part), part.packed.labels
+            loss = loss + functional.cross_entropy(logits, labels, reduction="sum")
+            right = right + (logits.argmax(dim=-1) == labels).sum()
+        return {"loss": loss, "accuracy": right}, sum(len(part.packed.labels) for part in parts)
 
     def _loss_sum(self, part: TextBatch) -> Tensor:
+        logits = self._answer_logits(part)
+        return functional.cross_entropy(logits, part.packed.labels, reduction="sum")
+
+    def _answer_logits(self, part: TextBatch) -> Tensor:
         features = self.model.features(part.vision) if self.sees else part.vision
-        return self.model.loss_sum(features, part.packed, self.prefix)
+        return self.model.answer_logits(features, part.packed, self.prefix)

@@ -42,7 +42,7 @@ class StageObjective(Protocol):
     def parameter_groups(self) -> list[dict]: ...
     def count(self, batch: Any) -> int: ...
     def step(self, parts: list, backward: Callable[[Tensor], None]) -> dict[str, Tensor]: ...
-    def validate(self, parts: list) -> tuple[Tensor, int]: ...
+    def validate(self, parts: list) -> tuple[dict[str, Tensor], int]: ...
 
 
 class LitStage(pl.LightningModule):
@@ -76,7 +76,7 @@ class LitStage(pl.LightningModule):
         self.values: dict[str, Tensor | float] = {}  # of the last step, for the curves
         self.history: list[tuple[int, dict[str, float]]] = []  # the curves so far
         self.best: list[tuple[float, int]] = []  # (validation loss, epoch), the best first
-        self._validation: list[tuple[Tensor, int]] = []
+        self._validation: list[tuple[dict[str, Tensor], int]] = []
         self._optimizer_state: dict[str, Any] | None = None
 
     def train_dataloader(self) -> DataLoader:
@@ -156,15 +156,16 @@ class LitStage(pl.LightningModule):
         self._validation.append(self.objective.validate(batch))
 
     def on_validation_epoch_end(self) -> None:
-        total, count = zip(*self._validation, strict=True)
+        sums, counts = zip(*self._validation, strict=True)
         self._validation = []
-        loss = torch.stack(total).sum() / sum(count)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"after step {self.step}: the validation loss is {loss.item()}; "
-                "nothing of this run is kept. Lower the stage's learning rate"
-            )
-        self.log("val_loss", loss, prog_bar=True, logger=False)
+        for name in sums[0]:
+            mean = torch.stack([own[name] for own in sums]).sum() / sum(counts)
+            self.log(f"val_{name}", mean, prog_bar=True, logger=False)
+            if not torch.isfinite(mean):
+                raise UserError(
+                    f"after step {self.step}: the validation {name} is {mean.item()}; "
+                    "nothing of this run is kept. Lower the stage's learning rate"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds the trained parts, the optimizer and where the run stands, and
@@ -286,7 +287,9 @@ class Curves(pl.Callback):
             self._record(module, {name: float(value) for name, value in module.values.items()})
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
-        self._record(module, {"val/loss": float(trainer.callback_metrics["val_loss"])})
+        values = trainer.callback_metrics
+        names = (name for name in values if name.startswith("val_"))
+        self._record(module, {name.replace("_", "/", 1): float(values[name]) for name in names})
 
 
 class Checkpoints(pl.Callback):

@@ -28,7 +28,7 @@ def vicreg(
 
 
 def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Loss, and the share of samples whose counterpart is the nearest.
+    """Loss, and the share of samples whose counterpart is found, see `found`.
 
     x, y: (groups, samples, features). Each sample of x is to be told from the others of its group
     by its counterpart in y, and the other way round, by cosine similarity."""
@@ -37,8 +37,15 @@ def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:
     counterpart = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     there = functional.cross_entropy(logits.transpose(1, 2), counterpart)
     back = functional.cross_entropy(logits, counterpart)
-    found = (logits.argmax(dim=2) == counterpart).float().mean()
-    return {"loss": (there + back) / 2, "found": found}
+    return {"loss": (there + back) / 2, "found": found(x, y).detach().mean()}
+
+
+def found(x: Tensor, y: Tensor) -> Tensor:
+    """(groups,): the share of samples of x whose counterpart in y is the nearest of the group's,
+    by cosine similarity. x, y: (groups, samples, features)."""
+    x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
+    nearest = (x @ y.transpose(1, 2)).argmax(dim=2)
+    return (nearest == torch.arange(x.shape[1], device=x.device)).float().mean(dim=1)
 
 
 def _variance(x: Tensor) -> Tensor:

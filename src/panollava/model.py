@@ -66,7 +66,12 @@ class PanoLLaVA(nn.Module):
         return output.last_hidden_state
 
     def loss_sum(self, features: Tensor, packed: Packed, prefix: int) -> Tensor:
-        """Cross-entropy summed over the answer tokens; logits exist at those alone.
+        """Cross-entropy summed over the answer tokens."""
+        logits = self.answer_logits(features, packed, prefix)
+        return functional.cross_entropy(logits, packed.labels, reduction="sum")
+
+    def answer_logits(self, features: Tensor, packed: Packed, prefix: int) -> Tensor:
+        """float32 (answer tokens, vocabulary): logits exist at those alone.
 
         `prefix`: number of text tokens before the image."""
         vision = self.vision_tokens(features)
@@ -77,8 +82,7 @@ class PanoLLaVA(nn.Module):
             embedded, attention_mask(packed.segments), packed.positions, use_cache=False
         )
         answers = hidden.flatten(0, 1)[packed.predicts]
-        logits = self.language_model.get_output_embeddings()(answers)
-        return functional.cross_entropy(logits.float(), packed.labels, reduction="sum")
+        return self.language_model.get_output_embeddings()(answers).float()
 
 
 def build_model(

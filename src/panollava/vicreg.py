@@ -94,11 +94,14 @@ class Objective(nn.Module):
             backward(sum((z * g).sum() for z, g in zip(again, gradient, strict=True)))
         return {name: value.detach() for name, value in result.items()}
 
-    def validate(self, parts: list[Tensor]) -> tuple[Tensor, int]:
-        """The loss summed over panoramas, and their number."""
-        x, y = zip(*(self._matched(part) for part in parts), strict=True)
+    def validate(self, parts: list[Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Sums over panoramas of the loss and of the share of tokens whose counterpart in the
+        neighbouring view is the nearest of its panorama's, and the panoramas' number."""
+        matched = [self._matched(part) for part in parts]
+        x, y = (torch.cat(side) for side in zip(*matched, strict=True))
+        found = torch.cat([losses.found(*map(self._by_panorama, pair)) for pair in matched])
         count = sum(len(part) for part in parts)
-        return self._losses(torch.cat(x), torch.cat(y))["loss"] * count, count
+        return {"loss": self._losses(x, y)["loss"] * count, "accuracy": found.sum()}, count
 
     def _matched(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         x, y = matched_tokens(self.model.encoder(batch), self.pairs)
@@ -108,9 +111,12 @@ class Objective(nn.Module):
         own = self.settings
         if own.objective == "infonce":
             # Of one panorama: all of a step's would take memory as the square of their number.
-            shape = (-1, int(self.pairs.mask.sum()), x.shape[-1])
-            return losses.infonce(x.view(shape), y.view(shape), own.temperature)
+            x, y = self._by_panorama(x), self._by_panorama(y)
+            return losses.infonce(x, y, own.temperature)
         return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
+
+    def _by_panorama(self, x: Tensor) -> Tensor:
+        return x.view(-1, int(self.pairs.mask.sum()), x.shape[-1])
 
 
 def _expander(features: int, width: int) -> nn.Module:
