@@ -121,7 +121,7 @@ class Sampler:
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
         rays = token_rays(layout, size)
-        self.panorama_width = _sufficient_width(rays)
+        self.panorama_width = _least_width(rays)
         self._position = panorama_position(rays)
         # Photos come in many sizes: a limit keeps the maps of all of them from filling the memory.
         self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
@@ -146,13 +146,16 @@ class Sampler:
         return points.reshape(*x.shape, 2), fractions.reshape(x.shape)
 
 
-def _sufficient_width(rays: Array) -> int:
-    """The smallest width of a panorama whose pixels are no coarser than the views' along their
-    middle rows and columns. (Towards the corners a perspective view is finer still.)"""
+def _least_width(rays: Array) -> int:
+    """The smallest width at which a panorama should be decoded.
+
+    Views come out closest to their supersampled selves where the panorama's pixels are as fine as
+    the finest along the views' middle rows and columns. A decoder halves; of two neighbouring
+    sizes, the nearer by ratio is better, which is the smaller one down to 1/sqrt(2)."""
     middle = rays.shape[1] // 2
     lines = rays[:, middle], rays[:, :, middle]
     steps = [np.linalg.norm(np.diff(line, axis=1), axis=-1).min(initial=np.pi) for line in lines]
-    return math.ceil(2 * np.pi / min(steps))
+    return math.ceil(2 * np.pi / min(steps) / math.sqrt(2))
 
 
 def _pad(panorama: NDArray) -> NDArray:

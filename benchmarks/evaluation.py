@@ -1,0 +1,113 @@
+"""Greedy answers to three queries a panorama: batched behind one cached prefix, against one
+`generate` a row; with the demo's towers, and at the real profile's size with random weights.
+
+Both start from the panorama's features."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import real_size
+from measure import Line, in_turns, write
+from panollava import views
+from panollava.config import load_settings
+from panollava.demo.questions import QUERIES, spell
+from panollava.demo.scenes import make_scene, render
+from panollava.dialogue import Dialogue
+from panollava.generate import answer
+from panollava.model import PanoLLaVA, build_model
+
+ROOT = Path(__file__).parents[1]
+THREADS = 2
+QUERIES_EACH = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    lines = [of_demo(options.turns), of_real_size(options.turns)]
+    write(options.out, lines)
+
+
+def of_demo(turns: int) -> Line:
+    settings = load_settings(ROOT / "params.yaml")
+    model, tokenizer = build_model(settings.model, settings.views)
+    sampler = views.Sampler(views.layout(settings.views), settings.views.size)
+    own = settings.evaluate
+    scenes = [sampler.sample(render(make_scene(9, i), 256)) for i in range(own.batch_size)]
+    features = encode(model, torch.from_numpy(np.stack(scenes)))
+    return compare("demo", model, tokenizer, features, own.max_new_tokens, turns)
+
+
+def of_real_size(turns: int) -> Line:
+    """Few panoramas and short answers, for the usual way takes long. Random weights never stop, so
+    that all answers have the same length."""
+    model = real_size.build()
+    settings = load_settings(ROOT / "params.yaml")
+    _, tokenizer = build_model(settings.model, settings.views)
+    features = encode(model, real_size.make_example(panoramas=4).views)
+    return compare("real size", model, tokenizer, features, 16, turns)
+
+
+def encode(model: PanoLLaVA, seen: Tensor) -> Tensor:
+    model.eval().requires_grad_(False)
+    with torch.inference_mode():
+        return model.features(seen)
+
+
+def compare(
+    name: str,
+    model: PanoLLaVA,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Tensor,
+    max_new_tokens: int,
+    turns: int,
+) -> Line:
+    dialogue = Dialogue(tokenizer)
+    asked = [spell(query) for query in list(QUERIES.values())[:QUERIES_EACH]]
+    queries = [asked] * len(features)
+    ours = partial(answer, model, dialogue, features, queries, max_new_tokens)
+    usual = partial(one_by_one, model, dialogue, features, queries, max_new_tokens)
+    assert ours() == usual(), "the two ways answer differently"
+    own, other = in_turns(ours, usual, turns=turns)
+    what = f"answers, {name}, {len(features)} panoramas, {QUERIES_EACH} queries each"
+    return Line(what, "s", own, other, at_least=4.0)
+
+
+@torch.inference_mode()
+def one_by_one(
+    model: PanoLLaVA,
+    dialogue: Dialogue,
+    features: Tensor,
+    queries: list[list[str]],
+    max_new_tokens: int,
+) -> list[list[str]]:
+    said = []
+    for index, own in enumerate(queries):
+        texts = []
+        for query in own:
+            vision = model.vision_tokens(features[[index]])
+            before = model.embed(torch.tensor([dialogue.prefix]))
+            after = model.embed(torch.tensor([dialogue.query(query)]))
+            produced = model.language_model.generate(  # type: ignore[operator]
+                inputs_embeds=torch.cat([before, vision, after], dim=1),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=dialogue.stop,
+                pad_token_id=dialogue.pad,
+            )
+            texts.append(dialogue.decode(produced[0].tolist()))
+        said.append(texts)
+    return said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Panoramas as a camera might have taken them, for who has none at hand: dead leaves, discs of
+all sizes that hide each other, which have the spectrum and the edges of natural images, and grain.
+Their JPEG files take about as many bits a pixel as real ones."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SIZES = ((6006, 3003), (4096, 2048), (2048, 1024))  # width, height
+
+
+def save_photos(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> list[Path]:
+    paths = [folder / f"{width}x{height}.jpg" for width, height in sizes]
+    for seed, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        Image.fromarray(make_photo(*size, seed)).save(path, quality=88)
+    return paths
+
+
+def make_photo(width: int, height: int, seed: int) -> NDArray[np.uint8]:
+    """(height, width, 3); it closes round the seam."""
+    random = np.random.default_rng(seed)
+    panorama = np.zeros((height, width, 3), np.uint8)
+    count = 20_000
+    # The density of radii falls with their cube, as where likeness holds at all scales.
+    smallest, largest = height / 400, height / 3
+    share = random.random(count)
+    radii = (smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5
+    columns, rows = random.random(count) * width, random.random(count) * height
+    colors = random.normal(128, 50, count)[:, None] + random.normal(0, 18, (count, 3))
+    for radius, x, y, color in zip(radii, columns, rows, colors.clip(0, 255), strict=True):
+        for turn in (-width, 0, width):
+            if -radius < x + turn < width + radius:
+                centre = (round(x + turn), round(y))
+                cv2.circle(panorama, centre, round(radius), color.tolist(), -1, cv2.LINE_AA)
+    grain = random.normal(0, 5, (height, width, 1)).astype(np.float32)
+    seen: NDArray[np.uint8] = (cv2.GaussianBlur(panorama, (3, 3), 0) + grain).clip(0, 255)
+    return seen.astype(np.uint8)

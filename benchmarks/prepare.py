@@ -1,0 +1,203 @@
+"""Eight 224-pixel views of a photo, and the stage `prepare`: time, quality and memory.
+
+The usual way decodes a photo in full, and samples one view after another: with py360convert, with
+pyequilib, or with OpenCV's remap and maps that were made before."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import cv2
+import equilib
+import numpy as np
+import py360convert
+from numpy.typing import NDArray
+from PIL import Image
+
+from measure import Line, in_turns, run, write
+from panollava import config, views
+from panollava.pictures import read_panorama
+from panollava.prepare import prepare as prepare_data
+from panollava.sphere import panorama_position
+from photos import save_photos
+
+ROOT = Path(__file__).parents[1]
+SIZE, FOV = 224, 90.0
+LAYOUT = views.layout(config.Views("e2p", SIZE, FOV, 0.5, 0.0, False))
+YAWS = [45.0 * index for index in range(8)]
+SAMPLER = views.Sampler(LAYOUT, SIZE)
+# How much faster than py360convert, by the photo's width.
+FASTER = {6006: 9.0, 4096: 6.5, 2048: 5.0}
+SUPERSAMPLED = 8  # rays along a pixel's side
+Way = Callable[[NDArray[np.uint8]], NDArray]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--pictures", type=Path)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as name:
+        made = not options.pictures
+        photos = save_photos(Path(name)) if made else sorted(options.pictures.glob("*.jpg"))
+        lines = [line for photo in photos for line in of_photo(photo, options.turns)]
+        lines += of_stage(Path(name), photos, options.turns)
+    write(options.out, lines)
+
+
+def decode(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def decode_scaled(path: Path) -> None:
+    """What of our way is the JPEG library's."""
+    with Image.open(path) as picture:
+        picture.draft("RGB", (SAMPLER.panorama_width, SAMPLER.panorama_width // 2))
+        picture.load()
+
+
+def with_py360convert(panorama: NDArray[np.uint8]) -> NDArray:
+    return np.stack([py360convert.e2p(panorama, FOV, yaw, 0, (SIZE, SIZE)) for yaw in YAWS])
+
+
+_EQUILIB = equilib.Equi2Pers(height=SIZE, width=SIZE, fov_x=FOV)
+
+
+def with_equilib(panorama: NDArray[np.uint8]) -> NDArray:
+    channels_first = np.ascontiguousarray(panorama.transpose(2, 0, 1))
+    rotations = [{"yaw": -np.radians(yaw), "pitch": 0.0, "roll": 0.0} for yaw in YAWS]
+    return np.stack([_EQUILIB(channels_first, rots=r).transpose(1, 2, 0) for r in rotations])
+
+
+def with_remap(maps: list[tuple[NDArray, NDArray]], panorama: NDArray[np.uint8]) -> NDArray:
+    border = cv2.BORDER_WRAP
+    return np.stack([cv2.remap(panorama, *m, cv2.INTER_LINEAR, borderMode=border) for m in maps])
+
+
+def maps(panorama: NDArray, *axes: NDArray, shift: float = 0) -> list[tuple[NDArray, NDArray]]:
+    """OpenCV's maps of the eight views, from the (x, y) of their pixels' centres on the plane
+    before the eye; `shift`: in pixels of the panorama."""
+    height, width = panorama.shape[:2]
+    x, y = np.meshgrid(*axes)
+    result = []
+    for yaw in np.radians(YAWS):
+        ahead, right = np.cos(yaw) - x * np.sin(yaw), np.sin(yaw) + x * np.cos(yaw)
+        position = panorama_position(np.stack([right, -y, ahead], axis=-1))
+        columns = position[..., 0] * width - 0.5 + shift
+        rows = position[..., 1] * height - 0.5 + shift
+        result.append((columns.astype(np.float32), rows.astype(np.float32)))
+    return result
+
+
+# Where each way's rays pass the plane: first pixel and last, from -1 to 1.
+ENDS = {
+    "ours": (-1 + 1 / SIZE, 1 - 1 / SIZE),  # pixels are cells
+    "remap": (-1 + 1 / SIZE, 1 - 1 / SIZE),
+    "py360convert": (-1.0, 1.0),  # pixels are points, the outer ones on the edge
+    "pyequilib": (-1.0, 1 - 2 / SIZE),  # the upper left corners of cells
+}
+SHIFTS = {"pyequilib": 1.0}  # it takes a panorama's pixel for one that lies down and to the right
+
+
+def reference(panorama: NDArray[np.uint8], way: str) -> NDArray[np.float32]:
+    """What a pixel sees of the panorama, averaged over rays across all of it."""
+    first, last = ENDS[way]
+    step = (last - first) / (SIZE - 1)
+    inside = (np.arange(SUPERSAMPLED) + 0.5) / SUPERSAMPLED - 0.5
+    axis = ((first + step * np.arange(SIZE))[:, None] + step * inside).ravel()
+    seen = with_remap(maps(panorama, axis, axis, shift=SHIFTS.get(way, 0)), panorama)
+    cells = seen.reshape(len(YAWS), SIZE, SUPERSAMPLED, SIZE, SUPERSAMPLED, 3)
+    return cells.mean(axis=(2, 4), dtype=np.float32)
+
+
+def psnr(one: NDArray, other: NDArray) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    return float(10 * np.log10(255**2 / np.square(one.astype(np.float32) - other).mean()))
+
+
+def of_photo(path: Path, turns: int) -> list[Line]:
+    panorama = decode(path)
+    height, width = panorama.shape[:2]
+    axis = np.linspace(*ENDS["remap"], SIZE)
+    usual: dict[str, Way] = {
+        "py360convert": with_py360convert,
+        "pyequilib": with_equilib,
+        "remap": partial(with_remap, maps(panorama, axis, axis)),
+    }
+
+    def ours() -> NDArray[np.uint8]:
+        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width))
+
+    def whole(way: Way) -> NDArray:
+        return way(decode(path))
+
+    quality = {"ours": psnr(ours(), reference(panorama, "ours"))}
+    for name, way in usual.items():
+        quality[name] = psnr(way(panorama), reference(panorama, name))
+        assert quality[name] > 15, f"{path}: {name} doesn't show the same views"
+    functions = [partial(whole, way) for way in usual.values()]
+    time, limit, *others = in_turns(ours, partial(decode_scaled, path), *functions, turns=turns)
+    name = f"views, {width} x {height}"
+    lines = []
+    for peer, other in zip(usual, others, strict=True):
+        goal = FASTER.get(width) if peer == "py360convert" else 1.0
+        line = Line(f"{name}, {peer}", "ms", 1e3 * time, 1e3 * other, at_least=goal)
+        lines.append(line)
+    lines.append(
+        Line(f"{name}, scaled decoding", "ms", 1e3 * time, limit=1e3 * limit, at_most=1.15)
+    )
+    for peer in usual:
+        ratio = 10 ** ((quality["ours"] - quality[peer]) / 20)
+        line = Line(f"{name}, PSNR, {peer}", "dB", quality["ours"], quality[peer], ratio=ratio)
+        lines.append(line._replace(at_least=1.0))
+    return lines
+
+
+def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
+    """The command `prepare`, with one thread and with two, and with more panoramas."""
+    smaller = [photo for photo in photos if photo.stat().st_size < 1e6] or photos
+    few = project(folder / "few", photos, 48)
+    many, most = (project(folder / str(n), smaller, n) for n in (16, 64))
+    command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
+
+    def prepare(workers: int) -> None:
+        settings = config.Data(str(few / "data"), 0.0, workers)
+        layout = config.Views("e2p", SIZE, FOV, 0.5, 0.0, False)
+        prepare_data(settings, layout, few / "out", few)
+
+    two, one = in_turns(partial(prepare, 2), partial(prepare, 1), turns=max(1, turns // 2))
+    memory = [run(command, each)[1] for each in (many, most)]
+    return [
+        Line("prepare, 48 photos, two threads against one", "s", two, one, at_least=1.8),
+        Line(
+            "prepare, peak memory: 64 panoramas against 16",
+            *("GB", memory[1], memory[0]),
+            limit=memory[0],
+            at_most=1.05,
+        ),
+    ]
+
+
+def project(folder: Path, photos: list[Path], count: int) -> Path:
+    """`count` panoramas, copies of the photos, and a row for each; all in train but two."""
+    (folder / "data").mkdir(parents=True)
+    for index in range(count):
+        shutil.copyfile(photos[index % len(photos)], folder / f"data/{index}.jpg")
+    for split, own in (("train", range(2, count)), ("valid", [0]), ("test", [1])):
+        rows = "".join(f"{index}.jpg,what,a place.\n" for index in own)
+        (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
+    profile = (ROOT / "presets/quic360.yaml").read_text()
+    profile = profile.replace("dir: data/quic360", "dir: data").replace("workers: 8", "workers: 2")
+    (folder / "params.yaml").write_text(profile)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The model of the real profile, SigLIP-base-patch16-224 and Qwen2.5-0.5B, with random weights, and
+panoramas with three rows each; and the usual way to train and to ask such a model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from panollava import config, sphere, views
+from panollava.dialogue import Packed, Row, pack
+from panollava.encoder import Encoder
+from panollava.model import PanoLLaVA
+from panollava.resampler import MLPResampler
+
+SIZE, POOL, WIDTH = 224, 2, 896
+LAYOUT = views.layout(config.Views("e2p", SIZE, 90.0, 0.5, 0.0, False))
+VOCABULARY = 151_936
+# Tokens of Qwen's chat template around the image, and of rows as QuIC-360's are: a query of one
+# word within the template, and answers of 20 words on average, which end with the stop token.
+PREFIX = 14
+QUERY, ANSWERS = 10, (20, 28, 40)
+
+
+def build(layout: views.Layout = LAYOUT) -> PanoLLaVA:
+    torch.manual_seed(0)
+    tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
+    language = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        )
+    )
+    encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
+    rays = views.token_rays(layout, SIZE // encoder.patch // POOL)
+    directions = torch.from_numpy(sphere.encode_direction(rays, 4))
+    resampler = MLPResampler(encoder.width, WIDTH, directions)
+    model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)
+    model.language_model.requires_grad_(False).eval()
+    return model
+
+
+@dataclass
+class Example:
+    """Panoramas, and the rows of each."""
+
+    views: Tensor  # uint8 (panoramas, views, size, size, 3)
+    prefix: list[int]
+    rows: list[list[Row]]
+    packed: Packed
+
+    @property
+    def answers(self) -> int:
+        return len(self.packed.labels)
+
+
+def make_example(
+    panoramas: int = 1, rows: int = len(ANSWERS), layout: views.Layout = LAYOUT
+) -> Example:
+    torch.manual_seed(1)
+    seen = torch.randint(256, (panoramas, len(layout.projections), SIZE, SIZE, 3))
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(VOCABULARY, (count,)).tolist()
+
+    prefix = tokens(PREFIX)
+    said = [
+        [Row(tokens(QUERY), tokens(ANSWERS[row % len(ANSWERS)])) for row in range(rows)]
+        for _ in range(panoramas)
+    ]
+    vision = len(layout.projections) * (SIZE // 16 // POOL) ** 2
+    packed = pack(prefix, vision, said, pad=0)
+    return Example(seen.to(torch.uint8), prefix, said, packed)
+
+
+def our_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
+    return model.loss_sum(features, example.packed, len(example.prefix)) / example.answers
+
+
+def usual_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
+    """A sequence a row, with its own panorama's features (rows, ...), padded to the longest, and
+    transformers' own loss over logits at every position."""
+    rows = [row for own in example.rows for row in own]
+    vision = model.vision_tokens(features)
+    start, longest = len(example.prefix) + vision.shape[1], max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full((len(rows), start + longest), -100)
+    mask = torch.zeros_like(labels)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row.query + row.answer)
+        at = start + len(row.query)
+        labels[number, at : at + len(row.answer)] = torch.tensor(row.answer)
+        mask[number, : start + len(row)] = 1
+    before = model.embed(torch.tensor(example.prefix)).expand(len(rows), -1, -1)
+    embedded = torch.cat([before, vision, model.embed(ids)], dim=1)
+    output = model.language_model(inputs_embeds=embedded, attention_mask=mask, labels=labels)
+    return output.loss

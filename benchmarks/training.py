@@ -1,0 +1,98 @@
+"""One optimizer step of a training stage at the real profile's size: one panorama with three rows.
+
+Ours packs the rows behind one panorama and makes logits at answers alone. The usual way trains on a
+sequence a row: each with its panorama's encoder run, logits at every position, and all padded to
+the longest."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import real_size
+from measure import Line, in_turns, write
+
+THREADS = 2
+
+
+class Steps:
+    """The ways to take the same step, on one model and with one optimizer."""
+
+    def __init__(self, stage: str) -> None:
+        torch.set_num_threads(THREADS)
+        self.model = real_size.build()
+        self.example = real_size.make_example()
+        self.rows = sum(map(len, self.example.rows))
+        self.trains_encoder = stage == "resampler"
+        self.model.encoder.requires_grad_(self.trains_encoder)
+        with torch.no_grad():
+            self.features = self.model.features(self.example.views)  # what `features` has kept
+        parts = [self.model.resampler, self.model.projector]
+        parts += [self.model.encoder] if self.trains_encoder else []
+        self.trained = [parameter for part in parts for parameter in part.parameters()]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-9, betas=(0.9, 0.98))
+
+    def _see(self, views: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.trains_encoder):
+            return self.model.features(views)
+
+    def our_loss(self) -> Tensor:
+        features = self._see(self.example.views) if self.trains_encoder else self.features
+        return real_size.our_loss(self.model, features, self.example)
+
+    def usual_loss(self) -> Tensor:
+        features = self._see(self.example.views.repeat_interleave(self.rows, dim=0))
+        return real_size.usual_loss(self.model, features, self.example)
+
+    def usual_loss_from_features(self) -> Tensor:
+        features = self.features.repeat_interleave(self.rows, dim=0)
+        return real_size.usual_loss(self.model, features, self.example)
+
+    def take(self, loss: Callable[[], Tensor]) -> float:
+        self.optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 0.5)
+        self.optimizer.step()
+        return value.item()
+
+
+def main(stage: str) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=2)
+    options = parser.parse_args()
+    write(options.out, time(stage, options.turns))
+
+
+def time(stage: str, turns: int) -> list[Line]:
+    steps = Steps(stage)
+    name = f"step of {stage}, 1 panorama, {steps.rows} rows"
+    ways = {"": steps.usual_loss}
+    if not steps.trains_encoder:
+        ways[", both from features"] = steps.usual_loss_from_features
+    with torch.no_grad():
+        ours, *others = (way().item() for way in (steps.our_loss, *ways.values()))
+    assert all(abs(ours - other) < 1e-5 * ours for other in others), (ours, others)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        steps.take(steps.our_loss)
+    square = torch.randn(2048, 2048)
+
+    def multiply() -> None:
+        for _ in range(8):
+            square @ square
+
+    functions = [lambda way=way: steps.take(way) for way in (steps.our_loss, *ways.values())]
+    own, *usual, product = in_turns(*functions, multiply, turns=turns)
+    goal = {"resampler": 2.8, "finetune": 3.2}[stage]
+    lines = [
+        Line(name + what, "s", own, other, at_least=goal if not what else None)
+        for what, other in zip(ways, usual, strict=True)
+    ]
+    rate, most = counter.get_total_flops() / own / 1e9, 8 * 2 * 2048**3 / product / 1e9
+    what = f"{name}, rate against a matrix product's"
+    return [*lines, Line(what, "GFLOP/s", rate, limit=most, ratio=rate / most, at_least=0.75)]
