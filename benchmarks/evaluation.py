@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 import real_size
 from measure import Line, in_turns, write
@@ -25,6 +24,16 @@ from panollava.model import PanoLLaVA, build_model
 ROOT = Path(__file__).parents[1]
 THREADS = 2
 QUERIES_EACH = 3
+
+
+class Numbered(Dialogue):
+    """Answers as the numbers of their tokens: a small tokenizer has no words for a large
+    vocabulary."""
+
+    def decode(self, tokens: list[int]) -> str:
+        if self.stop in tokens:
+            tokens = tokens[: tokens.index(self.stop)]
+        return " ".join(map(str, tokens))
 
 
 def main() -> None:
@@ -44,7 +53,7 @@ def of_demo(turns: int) -> Line:
     own = settings.evaluate
     scenes = [sampler.sample(render(make_scene(9, i), 256)) for i in range(own.batch_size)]
     features = encode(model, torch.from_numpy(np.stack(scenes)))
-    return compare("demo", model, tokenizer, features, own.max_new_tokens, turns)
+    return compare("demo", model, Dialogue(tokenizer), features, own.max_new_tokens, turns)
 
 
 def of_real_size(turns: int) -> Line:
@@ -54,7 +63,7 @@ def of_real_size(turns: int) -> Line:
     settings = load_settings(ROOT / "params.yaml")
     _, tokenizer = build_model(settings.model, settings.views)
     features = encode(model, real_size.make_example(panoramas=4).views)
-    return compare("real size", model, tokenizer, features, 16, turns)
+    return compare("real size", model, Numbered(tokenizer), features, 20, turns)
 
 
 def encode(model: PanoLLaVA, seen: Tensor) -> Tensor:
@@ -66,12 +75,11 @@ def encode(model: PanoLLaVA, seen: Tensor) -> Tensor:
 def compare(
     name: str,
     model: PanoLLaVA,
-    tokenizer: PreTrainedTokenizerBase,
+    dialogue: Dialogue,
     features: Tensor,
     max_new_tokens: int,
     turns: int,
 ) -> Line:
-    dialogue = Dialogue(tokenizer)
     asked = [spell(query) for query in list(QUERIES.values())[:QUERIES_EACH]]
     queries = [asked] * len(features)
     ours = partial(answer, model, dialogue, features, queries, max_new_tokens)
