@@ -75,6 +75,7 @@ $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
+# Aside: where SciPy and Matplotlib are installed, Lightning imports them, and starts later.
 $(VENV)/ready-bench: requirements-bench.txt $(VENV)/ready
-	python -m pip install --quiet -r requirements-bench.txt
+	python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bench -r requirements-bench.txt
 	@touch $@

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.append(f"{sys.prefix}/bench")  # requirements-bench.txt
+
 import cv2
 import equilib
 import numpy as np

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import real_size
 from measure import Line, in_turns, write
+from panollava.views import Layout
+from real_size import Example
 
 THREADS = 2
 
@@ -21,10 +23,12 @@ THREADS = 2
 class Steps:
     """The ways to take the same step, on one model and with one optimizer."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(
+        self, stage: str, example: Example | None = None, layout: Layout = real_size.LAYOUT
+    ) -> None:
         torch.set_num_threads(THREADS)
-        self.model = real_size.build()
-        self.example = real_size.make_example()
+        self.model = real_size.build(layout)
+        self.example = example or real_size.make_example()
         self.rows = sum(map(len, self.example.rows))
         self.trains_encoder = stage == "resampler"
         self.model.encoder.requires_grad_(self.trains_encoder)
