@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 import real_size
 from measure import Line, in_turns, write
@@ -18,6 +18,11 @@ from panollava.views import Layout
 from real_size import Example
 
 THREADS = 2
+# Attention on a processor, which torch leaves out.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 class Steps:
@@ -81,7 +86,7 @@ def time(stage: str, turns: int) -> list[Line]:
     with torch.no_grad():
         ours, *others = (way().item() for way in (steps.our_loss, *ways.values()))
     assert all(abs(ours - other) < 1e-5 * ours for other in others), (ours, others)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with counter:
         steps.take(steps.our_loss)
     square = torch.randn(2048, 2048)
