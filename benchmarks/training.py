@@ -10,7 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import real_size
 from measure import Line, in_turns, write
@@ -18,10 +22,22 @@ from panollava.views import Layout
 from real_size import Example
 
 THREADS = 2
-# Attention on a processor, which torch leaves out.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+
+
+def attention(query: tuple, key: tuple, value: tuple, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(
+    gradient: tuple, query: tuple, key: tuple, value: tuple, *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# Of a processor's kernels, which torch leaves out.
+COUNTS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
 
 
@@ -86,7 +102,7 @@ def time(stage: str, turns: int) -> list[Line]:
     with torch.no_grad():
         ours, *others = (way().item() for way in (steps.our_loss, *ways.values()))
     assert all(abs(ours - other) < 1e-5 * ours for other in others), (ours, others)
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTS)
     with counter:
         steps.take(steps.our_loss)
     square = torch.randn(2048, 2048)
