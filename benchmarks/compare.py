@@ -1,10 +1,10 @@
 """Ours against the usual way: `make bench` measures all sections and prints one table.
 
-    make bench ARGS="prepare evaluation"      these sections alone
+    make bench ARGS="prepare answers"         these sections alone
     make bench ARGS="--pictures FOLDER"       views of these photos, not of made ones
     make bench ARGS="--last"                  the last results of all sections
 
-A section is a script of this folder and a process of its own. Within it, each pair is checked to
+A section is a process of its own. Within it, each pair is checked to
 give the same thing, and is timed in turns; times are medians. On a shared machine the ratios say
 more than they do."""
 
@@ -16,7 +16,16 @@ from pathlib import Path
 import measure
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ("prepare", "resampler", "finetune", "memory", "evaluation", "pipeline", "scaling")
+SECTIONS = {  # the script and its arguments
+    "prepare": ("prepare.py",),
+    "resampler": ("training.py", "resampler"),
+    "finetune": ("training.py", "finetune"),
+    "memory": ("memory.py",),
+    "answers": ("evaluation.py", "demo"),
+    "answers-real": ("evaluation.py", "real"),
+    "pipeline": ("pipeline.py",),
+    "scaling": ("scaling.py",),
+}
 
 
 def main() -> None:
@@ -28,14 +37,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, help="how often each is timed")
     parser.add_argument("--last", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    if odd := set(options.sections) - set(SECTIONS):
+    if odd := set(options.sections) - SECTIONS.keys():
         parser.error(f"no section '{min(odd)}'")
     chosen = [name for name in SECTIONS if name in (options.sections or SECTIONS)]
     results = {name: ROOT / f"runs/bench/{name}.json" for name in chosen}
     for name, result in results.items():
         if options.last:
             continue
-        command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), "--out", str(result)]
+        script, *arguments = SECTIONS[name]
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+        command += ["--out", str(result)]
         if options.turns:
             command += ["--turns", str(options.turns)]
         if options.pictures and name == "prepare":

@@ -38,12 +38,13 @@ class Numbered(Dialogue):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("size", choices=("demo", "real"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    lines = [of_demo(options.turns), of_real_size(options.turns)]
-    write(options.out, lines)
+    of_size = {"demo": of_demo, "real": of_real_size}[options.size]
+    write(options.out, [of_size(options.turns)])
 
 
 def of_demo(turns: int) -> Line:

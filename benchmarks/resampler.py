@@ -1,6 +1,0 @@
-"""Stage `resampler` at the real profile's size: see `training`."""
-
-from training import main
-
-if __name__ == "__main__":
-    main("resampler")
