@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 from dvc.repo import Repo
+
+sys.path.append(f"{sys.prefix}/bench")  # requirements-bench.txt
+
 from scipy import stats
 
 log = logging.getLogger(__name__)

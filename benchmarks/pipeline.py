@@ -131,8 +131,11 @@ def waiting(folder: Path) -> Line:
     torch.set_num_threads(settings.trainer.threads)
     own, stage = settings.stage.resampler, find_stage("resampler")
     objective: Any = autoregressive.Objective(stage, settings)
+    objective.open_readers()
     freeze_all_but(objective.model, stage.trains)
-    module = LitStage(objective, settings.trainer, own.epochs, own.accumulate, settings.seed)
+    module = LitStage(
+        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
+    )
     gaps = Gaps()
     with contextlib.suppress(Enough):
         train._fit(module, settings.trainer, own.epochs, [gaps])

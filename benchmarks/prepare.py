@@ -169,10 +169,10 @@ def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
     many, most = (project(folder / str(n), smaller, n) for n in (16, 64))
     command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
 
-    def prepare(workers: int) -> None:
-        settings = config.Data(str(few / "data"), 0.0, workers)
+    def prepare(threads: int) -> None:
+        settings = config.Data(str(few / "data"), 0.0)
         layout = config.Views("e2p", SIZE, FOV, 0.5, 0.0, False)
-        prepare_data(settings, layout, few / "out", few)
+        prepare_data(settings, layout, few / "out", few, threads=threads)
 
     two, one = in_turns(partial(prepare, 2), partial(prepare, 1), turns=max(1, turns // 2))
     memory = [run(command, each)[1] for each in (many, most)]

@@ -40,7 +40,7 @@ def build(layout: views.Layout = LAYOUT) -> PanoLLaVA:
     encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
     rays = views.token_rays(layout, SIZE // encoder.patch // POOL)
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))
-    resampler = MLPResampler(encoder.width, WIDTH, directions)
+    resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")
     model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)
     model.language_model.requires_grad_(False).eval()
     return model
