@@ -170,7 +170,9 @@ def write_report(results: dict[str, dict[int, dict[str, float]]], folder: Path) 
     begin, end = "<!-- table -->\n", "<!-- end of the table -->"
     text = page.read_text(encoding="utf-8")
     head, tail = text.split(begin)[0], text.split(end)[1]
-    page.write_text(f"{head}{begin}\n{table(results)}\n\n{end}{tail}", encoding="utf-8")
+    picture = "![Each run as a point, the mean as a bar](laboratory.png)"
+    found = f"{begin}\n{table(results)}\n\n{picture}\n\n{end}"
+    page.write_text(f"{head}{found}{tail}", encoding="utf-8")
     plot(results, folder / "laboratory.png")
 
 

@@ -196,7 +196,7 @@ def project(folder: Path, photos: list[Path], count: int) -> Path:
         rows = "".join(f"{index}.jpg,what,a place.\n" for index in own)
         (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
     profile = (ROOT / "presets/quic360.yaml").read_text()
-    profile = profile.replace("dir: data/quic360", "dir: data").replace("workers: 8", "workers: 2")
+    profile = profile.replace("dir: data/quic360", "dir: data").replace("threads: 8", "threads: 2")
     (folder / "params.yaml").write_text(profile)
     return folder
 
