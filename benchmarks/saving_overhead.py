@@ -25,8 +25,10 @@ import torch
 
 from conftest import ROOT, save_encoder, save_panorama, write_rows
 from panollava import train
+from panollava.checkpoints import Checkpoints
 from panollava.config import Settings, load_settings
-from panollava.lit import Checkpoints, Curves, LitStage
+from panollava.curves import Curves
+from panollava.lit import LitStage
 from panollava.prepare import prepare_project
 from panollava.stage import find_stage, freeze_all_but
 from panollava.tracking import open_tracker

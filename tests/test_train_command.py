@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from panollava import cli, lit, paths
+from panollava import cli, curves, lit, paths
 
 STAGES = ("vision", "resampler", "finetune")
 
@@ -68,7 +68,7 @@ def test_all_stages_go_on_where_they_were_killed(
             if hasattr(module.objective.model, "resampler"):
                 raise Killed
 
-        patch.setattr(lit.Speed, "on_validation_end", die, raising=False)
+        patch.setattr(curves.Speed, "on_validation_end", die, raising=False)
         with pytest.raises((Killed, SystemExit)):
             train("all")
     capsys.readouterr()
@@ -180,7 +180,7 @@ def test_a_run_must_go_on_if_told_so(
         def die(*_: object) -> None:
             raise Killed
 
-        patch.setattr(lit.Speed, "on_validation_start", die, raising=False)
+        patch.setattr(curves.Speed, "on_validation_start", die, raising=False)
         with pytest.raises((Killed, SystemExit)):
             train("vision", "--epochs", "2")
     (work,) = paths.RESUME.glob("vision-*")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from panollava import lit, paths
+from panollava import curves, lit, paths
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.evaluate import evaluate
@@ -215,7 +215,7 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(lit.Speed, moment, die, raising=False)
+            patch.setattr(curves.Speed, moment, die, raising=False)
             with pytest.raises((Killed, SystemExit)):
                 for _ in range(3):
                     run(stage, settings)
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(lit.Speed, "on_train_batch_end", die_in_the_last_epoch)
+        patch.setattr(curves.Speed, "on_train_batch_end", die_in_the_last_epoch)
         with pytest.raises(Killed):
             run("vision", settings)
     files = list(paths.RESUME.glob(f"vision-*/{damaged}"))

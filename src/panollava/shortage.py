@@ -11,10 +11,10 @@ import psutil
 import torch
 
 from panollava.config import Settings
+from panollava.curves import peak_memory
 from panollava.errors import UserError
 from panollava.features import choose_device
 from panollava.files import memory_fault
-from panollava.lit import peak_memory
 from panollava.plan import memory_if
 from panollava.stage import Stage
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from panollava import paths
+from panollava.checkpoints import read_checkpoint
 from panollava.errors import UserError
-from panollava.lit import read_checkpoint
 from panollava.stage import STAGES, Stage
 from panollava.weights import load_weights
 

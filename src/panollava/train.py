@@ -13,11 +13,13 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from panollava import paths
+from panollava.checkpoints import Checkpoints, WholeFiles, read_checkpoint
 from panollava.config import Settings, Trainer
+from panollava.curves import Curves, Speed
 from panollava.digest import digests
 from panollava.errors import UserError
 from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.lit import Checkpoints, Curves, LitStage, Speed, WholeFiles, read_checkpoint
+from panollava.lit import LitStage
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.start import load_start
