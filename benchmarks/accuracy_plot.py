@@ -25,11 +25,12 @@ def main() -> None:
         curve = pd.read_csv(METRICS / stage / "plots/metrics/val/accuracy.tsv", sep="\t")
         axis.plot(curve["step"], curve["accuracy"], "o-")
         for step, value in zip(curve["step"], curve["accuracy"], strict=True):
-            axis.annotate(f"{value:.3f}", (step, value), (0, -14), textcoords="offset points")
+            axis.annotate(f"{value:.3f}", (step, value), (-10, 6), textcoords="offset points")
         axis.set_title(f"{stage}: {meaning}", fontsize=8)
+        axis.set_xlim(0, 1.15 * curve["step"].max())
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1.05)
+    axes[0].set_ylim(0, 1.1)
     figure.tight_layout()
     figure.savefig(sys.argv[1], dpi=110)
 
