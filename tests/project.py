@@ -60,7 +60,7 @@ class Project:
         path = self.folder / file
         text = path.read_text()
         for key, value in values.items():
-            text, count = re.subn(rf"\b{key}: \d+", f"{key}: {value}", text)
+            text, count = re.subn(rf"\b{key}: \d+(\.\d+)?", f"{key}: {value}", text)
             assert count, (file, key)
         path.write_text(text)
 
