@@ -38,13 +38,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
+    out = options.out.resolve()  # the folder changes
     with tempfile.TemporaryDirectory() as name:
         demo = Path(name) / "demo"
         make_demo(demo)
         lines = first_steps(demo, options.turns)
         lines.append(waiting(demo))
         lines.append(nothing_to_do(Path(name) / "project", options.turns))
-    write(options.out, lines)
+    write(out, lines)
 
 
 def make_demo(folder: Path, train: int | None = None) -> None:
