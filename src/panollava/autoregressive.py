@@ -97,7 +97,7 @@ class Objective(nn.Module):
         tokens = sum(len(part.packed.labels) for part in parts)
         loss = torch.zeros((), device=parts[0].vision.device)
         for part in parts:
-            share = self._loss_sum(part) / tokens
+            share = self.model.loss_sum(self._seen(part), part.packed, self.prefix) / tokens
             backward(share)
             loss += share.detach()
         return {"loss": loss}
@@ -107,15 +107,12 @@ class Objective(nn.Module):
         ones before them, and the tokens' number."""
         loss = right = torch.zeros((), device=parts[0].vision.device)
         for part in parts:
-            logits, labels = self._answer_logits(part), part.packed.labels
+            labels = part.packed.labels
+            logits = self.model.answer_logits(self._seen(part), part.packed, self.prefix)
             loss = loss + functional.cross_entropy(logits, labels, reduction="sum")
             right = right + (logits.argmax(dim=-1) == labels).sum()
         return {"loss": loss, "accuracy": right}, sum(len(part.packed.labels) for part in parts)
 
-    def _loss_sum(self, part: TextBatch) -> Tensor:
-        logits = self._answer_logits(part)
-        return functional.cross_entropy(logits, part.packed.labels, reduction="sum")
-
-    def _answer_logits(self, part: TextBatch) -> Tensor:
-        features = self.model.features(part.vision) if self.sees else part.vision
-        return self.model.answer_logits(features, part.packed, self.prefix)
+    def _seen(self, part: TextBatch) -> Tensor:
+        """The encoder's features of the part's panoramas."""
+        return self.model.features(part.vision) if self.sees else part.vision

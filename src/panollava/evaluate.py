@@ -70,9 +70,10 @@ def evaluate(settings: Settings) -> None:
     for turn, degrees in enumerate(own.rolls):
         shown[_turned(degrees)] = (rolled, index * len(own.rolls) + turn)
     answers: dict[str, dict[Key, str]] = {}
+    dialogue = Dialogue(tokenizer)
     with autocast(device, settings.trainer.precision):
         for name, seen in shown.items():
-            answers[name] = _ask(model, Dialogue(tokenizer), seen, list(references), settings, name)
+            answers[name] = _ask(model, dialogue, seen, list(references), settings, name)
     metrics = summarise(answers, references, own.rolls, reader)
     log.info("%s", json.dumps(metrics, indent=2))
     urls = dict(zip(rows["panorama"], rows["url"], strict=True))

@@ -65,6 +65,9 @@ class FactReader:
             for panorama, own in stated.items()
         }
 
+    def names_directions(self, stated: FactsOf) -> bool:
+        return any(kind in self.directed for own in stated.values() for kind in own)
+
 
 READERS = {"demo": FactReader(demo.read_facts, demo.DIRECTIONS, demo.DIRECTED)}
 
@@ -104,7 +107,7 @@ def rotation(
         own = results[f"{degrees:g}"] = {
             "stays": _summary(_counts(stated, expected, lambda k, _: k not in reader.directed))
         }
-        if any(kind in reader.directed for facts in expected.values() for kind in facts):
+        if reader.names_directions(expected):
             own["turns"] = _summary(_counts(stated, expected, lambda k, _: k in reader.directed))
     return results
 
@@ -124,7 +127,7 @@ def seam(
     counts = []
     for degrees, stated in said_of_turned.items():
         expected = reader.turn(true, degrees)
-        if not any(kind in reader.directed for own in expected.values() for kind in own):
+        if not reader.names_directions(expected):
             continue
         counts.append(
             [

@@ -32,20 +32,29 @@ def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:
 
     x, y: (groups, samples, features). Each sample of x is to be told from the others of its group
     by its counterpart in y, and the other way round, by cosine similarity."""
-    x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
-    logits = x @ y.transpose(1, 2) / temperature
+    similarity = _similarity(x, y)
+    logits = similarity / temperature
     counterpart = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     there = functional.cross_entropy(logits.transpose(1, 2), counterpart)
     back = functional.cross_entropy(logits, counterpart)
-    return {"loss": (there + back) / 2, "found": found(x, y).detach().mean()}
+    return {"loss": (there + back) / 2, "found": _found(similarity.detach()).mean()}
 
 
 def found(x: Tensor, y: Tensor) -> Tensor:
     """(groups,): the share of samples of x whose counterpart in y is the nearest of the group's,
     by cosine similarity. x, y: (groups, samples, features)."""
+    return _found(_similarity(x, y))
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines, (groups, samples of x, samples of y)."""
     x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
-    nearest = (x @ y.transpose(1, 2)).argmax(dim=2)
-    return (nearest == torch.arange(x.shape[1], device=x.device)).float().mean(dim=1)
+    return x @ y.transpose(1, 2)
+
+
+def _found(similarity: Tensor) -> Tensor:
+    own = torch.arange(similarity.shape[1], device=similarity.device)
+    return (similarity.argmax(dim=2) == own).float().mean(dim=1)
 
 
 def _variance(x: Tensor) -> Tensor:

@@ -34,10 +34,15 @@ Result = TypeVar("Result")
 
 def prepare_project(settings: config.Settings) -> None:
     """`prepare` in the project's folder, which is the current one."""
-    asked = settings.evaluate
-    threads = settings.machine.decode_threads
-    places = (paths.PREPARED, Path())
-    prepare(settings.data, settings.views, *places, asked.split, asked.rolls, threads)
+    prepare(
+        settings.data,
+        settings.views,
+        paths.PREPARED,
+        Path(),
+        rolled_split=settings.evaluate.split,
+        rolls=settings.evaluate.rolls,
+        threads=settings.machine.decode_threads,
+    )
 
 
 def prepare(
