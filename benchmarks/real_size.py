@@ -22,21 +22,24 @@ PREFIX = 14
 QUERY, ANSWERS = 10, (20, 28, 40)
 
 
+def language_config() -> Qwen2Config:
+    """Qwen2.5-0.5B's."""
+    return Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )
+
+
 def build(layout: views.Layout = LAYOUT) -> PanoLLaVA:
     torch.manual_seed(0)
     tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
-    language = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        )
-    )
+    language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
     rays = views.token_rays(layout, SIZE // encoder.patch // POOL)
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from conftest import ROOT, SHARED, save_encoder, save_language_model, save_tokenizer
+from real_size import language_config
 
 MINI = SHARED / "quic360_mini"
 pytestmark = [
@@ -41,17 +42,7 @@ def save_real_towers(folder: Path) -> tuple[int, int]:
         json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     )
     save_tokenizer(folder / "language_model")
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-    )
-    language = Qwen2ForCausalLM(config)
+    language = Qwen2ForCausalLM(language_config())
     language.save_pretrained(folder / "language_model")
     return encoder.num_parameters(), language.num_parameters()
 
