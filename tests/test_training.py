@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from panollava import curves, lit, paths
+from panollava.autoregressive import Objective
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.evaluate import evaluate
@@ -143,6 +144,25 @@ def test_features_are_what_the_encoder_gives(settings: Settings) -> None:
         assert torch.allclose(
             torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy")), expected, atol=1e-5
         )
+
+
+def test_rows_of_a_share_of_the_panoramas_are_trained_on(settings: Settings) -> None:
+    kept = []
+    for share in (1.0, 0.5, 0.01):
+        objective = Objective(
+            find_stage("resampler"), change(settings, stage__resampler__labelled=share)
+        )
+        objective.open_readers()
+        train, valid = objective.readers["train"], objective.readers["valid"]
+        kept.append({panorama: len(rows) for panorama, rows in train.by_panorama.items()})
+        assert len(valid.rows) == 3
+        planned = {panorama for step in train.plan(0) for panorama, _ in step}
+        assert planned == kept[-1].keys()
+    every, half, one = kept
+    assert len(half) == round(len(every) / 2) and len(one) == 1  # of each panorama all rows
+    assert one.items() <= half.items() <= every.items()
+    with pytest.raises(UserError, match=r"stage\.resampler\.labelled: .* found 0"):
+        run("resampler", change(settings, stage__resampler__labelled=0.0))
 
 
 @pytest.mark.parametrize("stage", ["vision", "resampler"])

@@ -13,6 +13,7 @@ from panollava.config import Settings, TextStage
 from panollava.data import TextBatch, TextReader
 from panollava.dialogue import Dialogue, Row, pack
 from panollava.encoder import encoder_grid
+from panollava.errors import UserError
 from panollava.model import build_model
 from panollava.stage import Stage
 from panollava.views import layout
@@ -30,6 +31,11 @@ class Objective(nn.Module):
         super().__init__()
         own: TextStage = getattr(settings.stage, stage.name)
         self.settings, self.seed = own, settings.seed
+        if not 0 < own.labelled <= 1:
+            raise UserError(
+                f"stage.{stage.name}.labelled: expected a share above 0 and up to 1, "
+                f"found {own.labelled:g}"
+            )
         self.model, tokenizer = build_model(
             settings.model, settings.views, settings.seed, weights=weights
         )
@@ -57,6 +63,7 @@ class Objective(nn.Module):
                 self.vision_tokens,
                 own.batch_size,
                 self.seed,
+                own.labelled if split == "train" else 1.0,
             )
             self.readers[split] = reader
             if reader.cut:

@@ -84,6 +84,7 @@ class TextStage:
     lr: float
     encoder_lr: float | None  # learning rate of the encoder where it trains; null: lr
     max_text_length: int  # tokens of a query and its answer
+    labelled: float  # share of train's panoramas whose rows are used (above 0, up to 1)
 
 
 @dataclass(frozen=True)

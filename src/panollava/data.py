@@ -56,6 +56,14 @@ def read_prepared_rows(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
 
 
+def labelled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The rows of a random share of the panoramas, at least of one; those of a smaller share are
+    among those of a larger one."""
+    panoramas = np.random.default_rng(0).permutation(rows["panorama"].unique())
+    kept = panoramas[: max(1, round(share * len(panoramas)))]
+    return rows[rows["panorama"].isin(kept)]
+
+
 class ViewReader:
     """Views alone; a step's batch size counts panoramas."""
 
@@ -90,13 +98,15 @@ class TextReader:
         vision_tokens: int,
         batch_size: int,
         seed: int,
+        labelled: float = 1.0,
     ) -> None:
-        """Tokenizes all rows. Raises UserError for a row that leaves no answer."""
+        """Tokenizes the rows of the share `labelled` of the panoramas. Raises UserError for one
+        that leaves no answer."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
         self.batch_size, self.seed = batch_size, seed
-        table = read_prepared_rows(rows)
+        table = labelled_rows(read_prepared_rows(rows), labelled)
         self.rows: list[Row] = [
             dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
             for row in table.itertuples()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data import read_prepared_rows
+from panollava.data import labelled_rows, read_prepared_rows
 from panollava.dialogue import Row
 from panollava.rows import NOT_DOWNLOADED, read_rows
 from panollava.stage import Stage
@@ -54,6 +54,7 @@ def find_workload(objective: Any, settings: Settings, stage: Stage, accumulate: 
         panoramas = {int(index): [Row([], [])] for index in train["panorama"].unique()}
     else:
         panoramas = {}
+        train = labelled_rows(train, own.labelled)
         for row in train.itertuples():
             tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
             panoramas.setdefault(int(row.panorama), []).append(tokens)
