@@ -28,14 +28,20 @@ from scipy import stats
 
 log = logging.getLogger(__name__)
 
+FEW = {  # the rows of two hundred panoramas; the vision stage sees all eight hundred
+    "stage.resampler.labelled": 0.25,
+    "stage.finetune.labelled": 0.25,
+    "stage.resampler.epochs": 10,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "few": FEW,
+    "few-overlap-none": {**FEW, "stage.vision.epochs": 0},
     "overlap-naive": {"stage.vision.overlap": "naive"},
     "overlap-none": {"stage.vision.epochs": 0},
     # The time of stage 1 given to stage 2.
     "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 5},
     "loss-infonce": {"stage.vision.objective": "infonce"},
-    "loss-vicreg-expander": {"stage.vision.expander": 512},
     "position-view": {"model.resampler.position": "view"},
     "position-none": {"model.resampler.position": "none"},
     "views-global": {"views.global_view": "true"},
@@ -43,6 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "views-cubemap": {"views.strategy": "cubemap", "views.fov": 100},
     "views-sliding-window": {"views.strategy": "sliding_window"},
     "views-resize": {"views.strategy": "resize", "stage.vision.epochs": 0},
+    "few-overlap-naive": {**FEW, "stage.vision.overlap": "naive"},
+    "few-loss-infonce": {**FEW, "stage.vision.objective": "infonce"},
+    "loss-vicreg-expander": {"stage.vision.expander": 512},
 }
 SCORES = {  # what is shown: a place in metrics/evaluate/metrics.json
     "colour by direction": "facts.color_by_direction.f1",
@@ -134,8 +143,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def compared(results: dict[str, dict[int, dict[str, float]]], variant: str, score: str) -> str:
-    """Mean over seeds; for others than the default also the difference to it, seed by seed."""
-    own, base = results[variant], results.get("default", {})
+    """Mean over seeds; for variants of another also the difference to that, seed by seed."""
+    base_name = "few" if variant.startswith("few") else "default"
+    own, base = results[variant], results.get(base_name, {})
     values = [run[score] for run in own.values() if score in run]
     if not values:
         return "–"
@@ -145,7 +155,7 @@ def compared(results: dict[str, dict[int, dict[str, float]]], variant: str, scor
         for seed in own
         if seed in base and score in own[seed] and score in base[seed]
     ]
-    if variant == "default" or len(pairs) < 2:
+    if variant == base_name or len(pairs) < 2:
         _, half = interval(values)
         return text if np.isnan(half) else f"{text} ± {half:.3f}"
     mean, half = interval(pairs)
