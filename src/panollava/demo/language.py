@@ -22,6 +22,7 @@ from transformers import (
 
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
 from panollava.demo.scenes import (
+    CLEAR,
     COLORS,
     DIRECTIONS,
     KINDS,
@@ -40,17 +41,9 @@ from panollava.model import PanoLLaVA
 
 log = logging.getLogger(__name__)
 
-# Words for the sectors of 45 degrees between those of the directions. No two objects of a scene lie
-# in the same sector, so that they can be counted by words.
-BETWEEN = {
-    one + other: (one, other)
-    for one, other in zip(DIRECTIONS, DIRECTIONS[1:] + DIRECTIONS[:1], strict=True)
-}
 CONTEXT = 128  # tokens of a panorama: eight views of 4 x 4
 _WIDTH = 128
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_SECTOR = 45  # degrees
-_TURNED = 0.6  # share of scenes whose objects may lie between two directions
 _SENTENCES = 300  # scenes whose rows the tokenizer learns from: they hold every word
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -80,8 +73,9 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
         scenes = [
             make_scene(settings.stream("language_model"), first + i) for i in range(own.batch_size)
         ]
-        turned = round(_TURNED * own.batch_size)
-        scenes[:turned] = [turn(scene, random.uniform(0, 360)) for scene in scenes[:turned]]
+        # Half of them turned, with objects between two directions: they are to be counted as well.
+        half = own.batch_size // 2
+        scenes[:half] = [turn(scene, random.uniform(0, 360)) for scene in scenes[:half]]
         loss = _loss(model, dialogue, scenes, own.noise, random)
         optimizer.zero_grad()
         loss.backward()
@@ -108,9 +102,9 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         for _, query, answer in rows(make_scene(0, index), "", TEMPLATES, index)
         for text in (f"user\n{query}", f"assistant\n{answer}")
     ]
-    facts = [f" {w}" for w in (*KINDS, *COLORS, *SHAPES, *DIRECTIONS, *BETWEEN, "largest")]
+    facts = [f" {word}" for word in (*KINDS, *COLORS, *SHAPES, *DIRECTIONS, "largest")]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        [*said, *facts, *facts], vocab_size=2000, new_special_tokens=_SPECIAL
+        [*said, *facts], vocab_size=2000, new_special_tokens=_SPECIAL
     )
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = _TEMPLATE
@@ -148,19 +142,11 @@ def _loss(
 ) -> Tensor:
     context = context_tokens(model, dialogue, scenes, noise, random)
     asked = [
-        [dialogue.row(query, text) for query, text in _asked(scene, random)] for scene in scenes
+        [dialogue.row(query, text) for _, query, text in rows(scene, "", 1, int(seed))]
+        for scene, seed in zip(scenes, random.integers(1 << 31, size=len(scenes)), strict=True)
     ]
     packed = pack(dialogue.prefix, CONTEXT, asked, dialogue.pad)
     return model.loss_sum(context, packed, len(dialogue.prefix)) / len(packed.labels)
-
-
-def _asked(scene: Scene, random: np.random.Generator) -> list[tuple[str, str]]:
-    """Queries and answers. Counting is the hardest to learn: each scene's number is told in all
-    ways, its other answers in one."""
-    seed = int(random.integers(1 << 31))
-    every = [(query, text) for _, query, text in rows(scene, "", TEMPLATES, seed)]
-    number = spell(QUERIES["count"])
-    return [row for i, row in enumerate(every) if row[0] == number or i % TEMPLATES == 0]
 
 
 def context_tokens(
@@ -212,13 +198,11 @@ def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
 
 
 def _directions(item: Object) -> list[str]:
-    """The word for its sector, and that for the direction that it is in, if any."""
+    """The direction that it is in, or the two that it is between."""
     off = {name: apart(item.yaw, name) for name in DIRECTIONS}
-    nearest, second = sorted(off, key=off.__getitem__)[:2]
-    between = next(word for word, pair in BETWEEN.items() if {nearest, second} == set(pair))
-    if off[nearest] <= _SECTOR / 2:
-        return [nearest]
-    return [nearest, between] if off[nearest] <= WITHIN else [between]
+    return [name for name in DIRECTIONS if off[name] <= WITHIN] or [
+        name for name in DIRECTIONS if off[name] < CLEAR
+    ]
 
 
 def _right(model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, count: int = 50) -> float:
