@@ -80,8 +80,6 @@ class Checkpoints(pl.Callback):
             self._stop_if_asked(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
-        if trainer.sanity_checking:  # before the first step: no epoch has ended
-            return
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: max(1, self.keep)]
         module.epoch, module.epoch_step = module.epoch + 1, 0

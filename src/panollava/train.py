@@ -158,8 +158,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             logger=False,
             enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
-            # The curves begin with what the stage starts from.
-            num_sanity_val_steps=0 if module.step else -1,
+            num_sanity_val_steps=0,
             enable_model_summary=False,
             use_distributed_sampler=False,
             # Some GPU kernels have no deterministic form; Lightning says which.
