@@ -98,7 +98,7 @@ class TextReader:
         vision_tokens: int,
         batch_size: int,
         seed: int,
-        labelled: float = 1.0,
+        labelled: float,
     ) -> None:
         """Tokenizes the rows of the share `labelled` of the panoramas. Raises UserError for one
         that leaves no answer."""
