@@ -76,8 +76,8 @@ class Project:
 
 
 def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
-    """What git knows of the project, with small towers in its params.yaml, and other data; None:
-    a small form of the demo's, which the pipeline makes itself."""
+    """What git knows of the project but for results, with small towers in its params.yaml, and
+    other data; None: a small form of the demo's, which the pipeline makes itself."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -87,7 +87,8 @@ def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
     )
     for name in listed.stdout.splitlines():
         own = not name.startswith("data/demo/") or (data is None and "/towers/" not in name)
-        if (ROOT / name).is_file() and own:
+        result = name == "dvc.lock" or name.startswith("metrics/")
+        if (ROOT / name).is_file() and own and not result:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
     shutil.copytree(towers, target / "small/towers")
