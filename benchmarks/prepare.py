@@ -135,7 +135,7 @@ def of_photo(path: Path, turns: int) -> list[Line]:
     }
 
     def ours() -> NDArray[np.uint8]:
-        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width))
+        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.until))
 
     def whole(way: Way) -> NDArray:
         return way(decode(path))

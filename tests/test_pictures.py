@@ -157,3 +157,42 @@ def test_large_panoramas_are_no_attack(tmp_path: Path, recwarn: pytest.WarningsR
     Image.new("L", (16384, 8192), 77).save(tmp_path / "a.jpg", quality=30)
     assert read_panorama(tmp_path / "a.jpg", 1000).shape == (512, 1024, 3)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}]
+)
+@pytest.mark.parametrize("width", [3000, 1400, 700, 350, 130])
+def test_rows_that_nobody_looks_at_change_nothing_above_them(
+    tmp_path: Path, width: int, options: dict[str, Any]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (703, 1409, 3), dtype=np.uint8)
+    for mode in ("RGB", "L"):
+        path = tmp_path / f"{mode}.jpg"
+        Image.fromarray(noise).convert(mode).save(path, quality=90, **options)
+        whole = read_panorama(path, width)
+        for until in (0.0, 0.3, 0.75, 0.9, 1.0):
+            part = read_panorama(path, width, until)
+            assert part.shape == whole.shape
+            rows = min(len(whole), int(until * len(whole)) + 2)  # with those beside, to interpolate
+            assert np.array_equal(part[:rows], whole[:rows])
+            assert part.any(axis=(1, 2)).mean() < until + 0.3
+
+
+@pytest.mark.parametrize("name", ["a.png", "upside down.jpg"])
+def test_where_rows_cannot_be_left_out_they_are_read(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    path = save(tmp_path / name, smooth(400, 800), exif=exif)
+    assert np.array_equal(read_panorama(path, 800, 0.5), read_panorama(path, 800))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.9, 0.99, 0.9999])
+def test_a_picture_cut_off_where_nobody_looks_is_refused(tmp_path: Path, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 800, 3), dtype=np.uint8)
+    for progressive in (False, True):
+        path = save(tmp_path / "a.jpg", noise, progressive=progressive)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match=r"a\.jpg: (broken picture|not a picture)"):
+            read_panorama(path, 400, 0.5)

@@ -239,10 +239,10 @@ def test_a_failed_run_leaves_nothing_of_an_earlier_one(root: Path) -> None:
 def test_an_interrupted_run_leaves_no_half_written_array(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(path: Path, width: int) -> np.ndarray:
+    def interrupted(path: Path, width: int, until: float) -> np.ndarray:
         if path.name == "b.png":
             raise KeyboardInterrupt
-        return read_panorama(path, width)
+        return read_panorama(path, width, until)
 
     monkeypatch.setattr(module, "read_panorama", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -256,9 +256,9 @@ def test_a_picture_is_decoded_once_however_many_rows_it_has(
 ) -> None:
     opened = []
 
-    def counted(path: Path, width: int) -> np.ndarray:
+    def counted(path: Path, width: int, until: float) -> np.ndarray:
         opened.append(path.name)
-        return read_panorama(path, width)
+        return read_panorama(path, width, until)
 
     monkeypatch.setattr(module, "read_panorama", counted)
     # Under another name it is the same picture.
@@ -288,10 +288,10 @@ def test_memory_does_not_grow_with_the_number_of_panoramas(
 ) -> None:
     """Not even while one slow picture holds up the writing of all that come after it."""
 
-    def slow_at_first(path: Path, width: int) -> np.ndarray:
+    def slow_at_first(path: Path, width: int, until: float) -> np.ndarray:
         if path.name == "0.jpg":
             time.sleep(1)
-        return read_panorama(path, width)
+        return read_panorama(path, width, until)
 
     monkeypatch.setattr(module, "read_panorama", slow_at_first)
     images = root / "data" / "images"

@@ -1,5 +1,7 @@
 """Reading panoramas: the one place that opens an image file."""
 
+import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,17 @@ from panollava.errors import UserError
 Image.MAX_IMAGE_PIXELS = 1 << 29
 
 _RATIO_TOLERANCE = 0.01
+# Of JPEG (ITU-T T.81, table B.1): markers of a frame's header, without those of tables among them.
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_START_OF_SCAN = 0xDA
+_END_OF_IMAGE = b"\xff\xd9"
+_BLOCKS = 64  # rows
 
 
-def read_panorama(path: Path, width: int) -> NDArray[np.uint8]:
+def read_panorama(path: Path, width: int, until: float = 1.0) -> NDArray[np.uint8]:
     """Decode at the smallest scale whose width is at least `width` (or in full, if that is less):
-    uint8 (height, width, 3), upright as its EXIF data says.
+    uint8 (height, width, 3), upright as its EXIF data says. Rows below the share `until` of the
+    height may be left black.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size; what is left of the scale, and the whole of
     it in other formats, is averaged. A scale that doesn't divide the width stretches the panorama
@@ -29,11 +37,12 @@ def read_panorama(path: Path, width: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             _check(path, picture)
-            picture.draft("RGB", (width, width // 2))
-            ImageOps.exif_transpose(picture, in_place=True)
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            factor = rgb.width // width
-            return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
+            if until < 1 and picture.format in ("JPEG", "MPO") and _orientation(picture) <= 2:
+                jpeg = path.read_bytes()
+                # What seems to be cut off is for the decoder to find out.
+                if jpeg.endswith(_END_OF_IMAGE):
+                    return _read_top(jpeg, picture, width, until)
+            return _read(picture, width)
     except FileNotFoundError:
         raise UserError(f"{path}: picture missing") from None
     except UnidentifiedImageError:
@@ -45,6 +54,41 @@ def read_panorama(path: Path, width: int) -> NDArray[np.uint8]:
         raise UserError(f"{path}: broken picture: {error}") from None
 
 
+def _read(picture: Image.Image, width: int) -> NDArray[np.uint8]:
+    picture.draft("RGB", (width, 1))
+    ImageOps.exif_transpose(picture, in_place=True)
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    factor = rgb.width // width
+    return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
+
+
+def _read_top(jpeg: bytes, whole: Image.Image, width: int, until: float) -> NDArray[np.uint8]:
+    """The pixels of `whole`, the rows below `until` black: they aren't decoded."""
+    # Each pixel of the result is of some rows, and a row's colours are of the next one too.
+    rows = math.ceil(whole.height * until + 4 * max(1, whole.width / width))
+    with Image.open(io.BytesIO(_with_height(jpeg, rows))) as picture:
+        top = _read(picture, width)
+    whole.draft("RGB", (width, 1))
+    height = -(-whole.height // max(1, whole.width // width))
+    panorama = np.zeros((height, *top.shape[1:]), np.uint8)
+    panorama[: len(top)] = top
+    return panorama
+
+
+def _with_height(jpeg: bytes, rows: int) -> bytes:
+    """A JPEG whose header claims `rows` of its rows, or some more: a decoder stops there."""
+    at = 2
+    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) != _START_OF_SCAN:
+        if marker in _START_OF_FRAME:
+            place = slice(at + 5, at + 7)
+            height = int.from_bytes(jpeg[place])
+            # Whole blocks of any subsampling.
+            claimed = min(height, -(-rows // _BLOCKS) * _BLOCKS)
+            return jpeg[: place.start] + claimed.to_bytes(2) + jpeg[place.stop :]
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg
+
+
 def roll(panorama: NDArray, degrees: float) -> NDArray:
     """The panorama turned to the right, by whole pixels: what was in front is then at `degrees`."""
     columns = round(degrees / 360 * panorama.shape[1])
@@ -53,7 +97,7 @@ def roll(panorama: NDArray, degrees: float) -> NDArray:
 
 def _check(path: Path, picture: Image.Image) -> None:
     width, height = picture.size
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side
+    if _orientation(picture) >= 5:  # stored on its side
         width, height = height, width
     if abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
         raise UserError(
@@ -64,3 +108,8 @@ def _check(path: Path, picture: Image.Image) -> None:
         raise UserError(
             f"{path}: not 8 bits: pixels of mode {picture.mode}; save it with 8 bits a channel"
         )
+
+
+def _orientation(picture: Image.Image) -> int:
+    """1..8: 1 is upright, 2 mirrored."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)

@@ -130,7 +130,7 @@ def _write_views(
 
     def sample(path: Path) -> list[NDArray[np.uint8]] | str:
         try:
-            panorama = read_panorama(path, sampler.panorama_width)
+            panorama = read_panorama(path, sampler.panorama_width, sampler.until)
         except UserError as error:
             return str(error).removeprefix(f"{path}: ")
         return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *rolls)]

@@ -123,6 +123,7 @@ class Sampler:
         rays = token_rays(layout, size)
         self.panorama_width = _least_width(rays)
         self._position = panorama_position(rays)
+        self.until = float(self._position[..., 1].max())  # share of the height that is looked at
         # Photos come in many sizes: a limit keeps the maps of all of them from filling the memory.
         self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
 
