@@ -8,9 +8,10 @@ import torch
 
 from conftest import ROOT
 from panollava.config import Model, Settings, load_settings
+from panollava.demo.questions import QUERIES, spell
 from panollava.dialogue import Dialogue, pack
 from panollava.errors import UserError
-from panollava.generate import answer
+from panollava.generate import _RoomyLayer, answer
 from panollava.model import PanoLLaVA, build_model
 
 ROWS = [
@@ -134,26 +135,52 @@ def test_other_positions_are_there_to_be_compared_with(towers: Path, position: s
     assert learned == (["directions"] if position == "view" else [])
 
 
-def test_batched_answers_are_those_of_generate_row_by_row(built) -> None:
-    model, dialogue = built
-    features = model.features(random_views(2)).detach()
-    queries = [["what", "where is the red box", "a"], ["where"]]
-    together = answer(model, dialogue, features, queries, max_new_tokens=8)
+@pytest.mark.parametrize("room", [1, 5, 64])
+def test_batched_answers_are_those_of_generate_row_by_row(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Also where some end early, and the others go on without them."""
+    monkeypatch.setattr(_RoomyLayer, "ROOM", room)
+    monkeypatch.chdir(ROOT)
+    settings = load_settings(ROOT / "params.yaml")
+    model, tokenizer = build_model(settings.model, settings.views)
+    dialogue = Dialogue(tokenizer)
+    monkeypatch.setattr(dialogue, "decode", list)
+    torch.manual_seed(0)
+    features = model.eval().features(torch.randint(256, (3, 8, 64, 64, 3)).to(torch.uint8))
+    asked = [spell(query) for query in QUERIES.values()]
+    queries = [asked, asked[:1], asked[4:]]
     embed = model.language_model.get_input_embeddings()
-    for panorama, own in enumerate(queries):
-        vision = model.vision_tokens(features[panorama : panorama + 1])
-        for query, said in zip(own, together[panorama], strict=True):
-            before = embed(torch.tensor([dialogue.prefix]))
-            after = embed(torch.tensor([dialogue.query(query)]))
-            produced = model.language_model.generate(
-                inputs_embeds=torch.cat([before, vision, after], dim=1),
-                attention_mask=torch.ones(1, before.shape[1] + vision.shape[1] + after.shape[1]),
-                max_new_tokens=8,
+    before = embed(torch.tensor([dialogue.prefix]))
+    model.language_model.generation_config.eos_token_id = None
+    endless = []
+    for vision, own in zip(model.vision_tokens(features), queries, strict=True):
+        after = [embed(torch.tensor([dialogue.query(query)])) for query in own]
+        produced = [
+            model.language_model.generate(
+                inputs_embeds=torch.cat([before, vision[None], query], dim=1),
+                max_new_tokens=20,
                 do_sample=False,
-                eos_token_id=dialogue.stop,
                 pad_token_id=dialogue.pad,
             )
-            assert said == dialogue.decode(produced[0].tolist())
+            for query in after
+        ]
+        endless.append([row.tolist() for (row,) in produced])
+
+    def until(stop: int) -> list[list[list[int]]]:
+        return [
+            [row[: row.index(stop)] if stop in row else row for row in own] for own in endless
+        ]
+
+    def lengths(stop: int) -> set[int]:
+        return {len(row) for own in until(stop) for row in own}
+
+    words = {word for own in endless for row in own for word in row}
+    *_, one, other = sorted(words, key=lambda word: (len(lengths(word)), word))
+    assert min(len(lengths(one)), len(lengths(other))) > 4, "answers of many lengths"
+    for stop in (dialogue.stop, one, other):
+        monkeypatch.setattr(dialogue, "stop", stop)
+        assert answer(model, dialogue, features, queries, max_new_tokens=20) == until(stop)
 
 
 def test_the_start_is_a_function_of_the_seed(towers: Path) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from panollava.dialogue import Dialogue
 from panollava.model import PanoLLaVA
@@ -20,14 +21,39 @@ def answer(
 
     `features`: (panoramas, views, grid, grid, features); `queries[i]` are those of panorama i.
     The result has the same nesting."""
-    device = features.device
     cache, prefix = _read_prefix(model, dialogue, features)
     owners = [panorama for panorama, own in enumerate(queries) for _ in own]
-    cache.batch_select_indices(torch.tensor(owners, device=device))
+    cache.batch_select_indices(torch.tensor(owners, device=features.device))
     asked = [dialogue.query(text) for own in queries for text in own]
-    produced = _decode(model, dialogue, cache, prefix, asked, max_new_tokens, device)
+    produced = _decode(model, dialogue, cache, prefix, asked, max_new_tokens)
     texts = iter([dialogue.decode(tokens) for tokens in produced])
     return [[next(texts) for _ in own] for own in queries]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer of a cache with room for what comes: a new token doesn't copy all that came before."""
+
+    ROOM = 64  # tokens
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        """What stands in `name`, (batch, heads, tokens, size), and `new` after it."""
+        old = getattr(self, name) if self.is_initialized else new[:, :, :0]
+        room = getattr(self, f"_{name}", old)
+        start, end = old.shape[2], old.shape[2] + new.shape[2]
+        if len(room) != len(old) or room.shape[2] < end:
+            room = new.new_empty(*new.shape[:2], end + self.ROOM, new.shape[3])
+            room[:, :, :start] = old
+            setattr(self, f"_{name}", room)
+        room[:, :, start:end] = new
+        return room[:, :, :end]
 
 
 def _read_prefix(
@@ -41,6 +67,9 @@ def _read_prefix(
     length = embedded.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool, device=features.device).tril()
     cache = DynamicCache(config=model.language_model.config)
+    cache.layers = [
+        _RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     positions = torch.arange(length, device=features.device)[None]
     mask = mask.expand(len(features), 1, -1, -1)
     model.hidden_states(embedded, mask, positions, cache=cache, use_cache=True)
@@ -54,10 +83,10 @@ def _decode(
     prefix: int,
     asked: list[list[int]],
     max_new_tokens: int,
-    device: torch.device,
 ) -> list[list[int]]:
-    """Tokens of each answer, up to and without what follows its stop token."""
+    """Tokens of each answer, up to and without its stop token."""
     head = model.language_model.get_output_embeddings()
+    device = head.weight.device
     lengths = torch.tensor([len(query) for query in asked], device=device)
     longest = int(lengths.max())
     tokens = torch.full((len(asked), longest), dialogue.pad, device=device)
@@ -76,23 +105,32 @@ def _decode(
         model.embed(tokens), mask, (prefix + index)[None], cache=cache, use_cache=True
     )
     last = hidden[torch.arange(len(asked), device=device), lengths - 1]
-    produced: list[Tensor] = []
-    done = torch.zeros(len(asked), dtype=torch.bool, device=device)
+    positions = prefix + lengths
+    answers: list[list[int]] = [[] for _ in asked]
+    rows = list(range(len(asked)))  # the answers that are in the batch
     for step in range(max_new_tokens):
         chosen = head(last).argmax(dim=-1)
-        produced.append(chosen)
-        done |= chosen == dialogue.stop
-        if done.all() or step + 1 == max_new_tokens:
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            answers[row].append(token)
+        speaking = [at for at, row in enumerate(rows) if dialogue.stop not in answers[row]]
+        if not speaking or step + 1 == max_new_tokens:
             break
+        if 2 * len(speaking) <= len(rows):  # most have ended: go on without them
+            rows = [rows[at] for at in speaking]
+            kept = torch.tensor(speaking, device=device)
+            cache.batch_select_indices(kept)
+            seen, positions, chosen = seen[kept], positions[kept], chosen[kept]
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-        positions = (prefix + lengths + step)[:, None]
         hidden = model.hidden_states(
             model.embed(chosen[:, None]),
             seen[:, None, None],
-            positions,
+            positions[:, None],
             cache=cache,
             use_cache=True,
         )
-        last = hidden[:, -1]
-    rows = torch.stack(produced, dim=1).tolist()
-    return [row[: row.index(dialogue.stop)] if dialogue.stop in row else row for row in rows]
+        last, positions = hidden[:, -1], positions + 1
+    return [_until(dialogue.stop, tokens) for tokens in answers]
+
+
+def _until(stop: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
