@@ -29,14 +29,14 @@ class Line(NamedTuple):
     at_most: float | None = None  # that ours should be; with a limit: through the limit
 
 
-def in_turns(*functions: Callable[[], object], turns: int) -> list[float]:
-    """Median seconds of each; the first turn warms up and isn't counted."""
+def in_turns(*functions: Callable[[], object], turns: int, warm: bool = False) -> list[float]:
+    """Median seconds of each; if they aren't `warm`, a first turn isn't counted."""
     times: list[list[float]] = [[] for _ in functions]
-    for turn in range(turns + 1):
+    for turn in range(turns if warm else turns + 1):
         for function, own in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
-            if turn:
+            if warm or turn:
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
 

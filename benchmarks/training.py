@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
 
 import real_size
 from measure import Line, in_turns, write
+from panollava.allocator import keep_freed_memory
 from panollava.views import Layout
 from real_size import Example
 
@@ -49,6 +50,7 @@ class Steps:
         self, stage: str, example: Example | None = None, layout: Layout = real_size.LAYOUT
     ) -> None:
         torch.set_num_threads(THREADS)
+        keep_freed_memory()
         self.model = real_size.build(layout)
         self.example = example or real_size.make_example()
         self.rows = sum(map(len, self.example.rows))
@@ -59,7 +61,7 @@ class Steps:
         parts = [self.model.resampler, self.model.projector]
         parts += [self.model.encoder] if self.trains_encoder else []
         self.trained = [parameter for part in parts for parameter in part.parameters()]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-9, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-9, betas=(0.9, 0.98), fused=True)
 
     def _see(self, views: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.trains_encoder):

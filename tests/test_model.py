@@ -157,7 +157,7 @@ def test_batched_answers_are_those_of_generate_row_by_row(
     for vision, own in zip(model.vision_tokens(features), queries, strict=True):
         after = [embed(torch.tensor([dialogue.query(query)])) for query in own]
         produced = [
-            model.language_model.generate(
+            model.language_model.generate(  # type: ignore[operator]
                 inputs_embeds=torch.cat([before, vision[None], query], dim=1),
                 max_new_tokens=20,
                 do_sample=False,
@@ -168,9 +168,7 @@ def test_batched_answers_are_those_of_generate_row_by_row(
         endless.append([row.tolist() for (row,) in produced])
 
     def until(stop: int) -> list[list[list[int]]]:
-        return [
-            [row[: row.index(stop)] if stop in row else row for row in own] for own in endless
-        ]
+        return [[row[: row.index(stop)] if stop in row else row for row in own] for own in endless]
 
     def lengths(stop: int) -> set[int]:
         return {len(row) for own in until(stop) for row in own}

@@ -166,8 +166,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from panollava.allocator import keep_freed_memory
     from panollava.pipeline import run_all, run_stage
 
+    keep_freed_memory()
     changes = train_options.changes(options)
     if not _is_all(options):
         run_stage(options.stage, changes, options.start, options.resume, options.name)
@@ -191,14 +193,18 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
+    from panollava.allocator import keep_freed_memory
     from panollava.features import READS, write_features
 
+    keep_freed_memory()
     write_features(_settings(READS))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from panollava.allocator import keep_freed_memory
     from panollava.evaluate import READS, evaluate
 
+    keep_freed_memory()
     evaluate(_settings(READS))
 
 

@@ -31,7 +31,7 @@ def answer(
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer of a cache with room for what comes: a new token doesn't copy all that came before."""
+    """A layer of a cache that has room: a new token doesn't copy all that came before."""
 
     ROOM = 64  # tokens
 

@@ -93,7 +93,7 @@ class LitStage(pl.LightningModule):
             if chosen
         ]
         betas = (self.settings.beta1, self.settings.beta2)
-        fused = self.device.type == "cuda"
+        fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
         warmup = max(1, round(self.settings.warmup * self.total_steps))
         decay = SCHEDULES.get(self.settings.schedule)
