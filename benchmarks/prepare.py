@@ -165,7 +165,7 @@ def of_photo(path: Path, turns: int) -> list[Line]:
 def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
     """The command `prepare`, with one thread and with two, and with more panoramas."""
     smaller = [photo for photo in photos if photo.stat().st_size < 1e6] or photos
-    few = project(folder / "few", photos, 48)
+    few = project(folder / "few", photos, 192)
     many, most = (project(folder / str(n), smaller, n) for n in (16, 64))
     command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
 
@@ -177,7 +177,7 @@ def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
     two, one = in_turns(partial(prepare, 2), partial(prepare, 1), turns=max(1, turns // 2))
     memory = [run(command, each)[1] for each in (many, most)]
     return [
-        Line("prepare, 48 photos, two threads against one", "s", two, one, at_least=1.8),
+        Line("prepare, 192 photos, two threads against one", "s", two, one, at_least=1.8),
         Line(
             "prepare, peak memory: 64 panoramas against 16",
             *("GB", memory[1], memory[0]),
