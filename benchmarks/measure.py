@@ -32,11 +32,11 @@ class Line(NamedTuple):
 def in_turns(*functions: Callable[[], object], turns: int, warm: bool = False) -> list[float]:
     """Median seconds of each; if they aren't `warm`, a first turn isn't counted."""
     times: list[list[float]] = [[] for _ in functions]
-    for turn in range(turns if warm else turns + 1):
+    for turn in range(int(warm), turns + 1):
         for function, own in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
-            if warm or turn:
+            if turn:
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
 

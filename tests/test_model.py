@@ -179,6 +179,9 @@ def test_batched_answers_are_those_of_generate_row_by_row(
     for stop in (dialogue.stop, one, other):
         monkeypatch.setattr(dialogue, "stop", stop)
         assert answer(model, dialogue, features, queries, max_new_tokens=20) == until(stop)
+    # As many queries as panoramas, and yet not one of each.
+    odd = answer(model, dialogue, features, [[], asked[:1], asked[4:6]], max_new_tokens=20)
+    assert odd == [[], until(other)[1], until(other)[2][:2]]
 
 
 def test_the_start_is_a_function_of_the_seed(towers: Path) -> None:

@@ -179,6 +179,16 @@ def test_rows_that_nobody_looks_at_change_nothing_above_them(
             assert part.any(axis=(1, 2)).mean() < until + 0.3
 
 
+def test_markers_may_be_filled_up(tmp_path: Path) -> None:
+    """As the standard lets them be, with bytes that look like a marker of their own."""
+    jpeg = save(tmp_path / "a.jpg", smooth(800, 1600), quality=90, comment=b"x" * 500).read_bytes()
+    at = jpeg.index(b"\xff\xfe")
+    (tmp_path / "filled.jpg").write_bytes(jpeg[:at] + b"\xff" * 3 + jpeg[at:])
+    part = read_panorama(tmp_path / "filled.jpg", 1600, 0.5)
+    assert np.array_equal(part, read_panorama(tmp_path / "a.jpg", 1600, 0.5))
+    assert not part[600:].any()
+
+
 @pytest.mark.parametrize("name", ["a.png", "upside down.jpg"])
 def test_where_rows_cannot_be_left_out_they_are_read(tmp_path: Path, name: str) -> None:
     exif = Image.Exif()

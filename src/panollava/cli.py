@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths, resume, train_options
+from panollava.allocator import keep_freed_memory
 from panollava.config import Settings, load_settings
 from panollava.errors import UserError
 from panollava.files import faults_told
@@ -166,7 +167,6 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from panollava.allocator import keep_freed_memory
     from panollava.pipeline import run_all, run_stage
 
     keep_freed_memory()
@@ -193,7 +193,6 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
-    from panollava.allocator import keep_freed_memory
     from panollava.features import READS, write_features
 
     keep_freed_memory()
@@ -201,7 +200,6 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from panollava.allocator import keep_freed_memory
     from panollava.evaluate import READS, evaluate
 
     keep_freed_memory()

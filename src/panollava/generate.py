@@ -48,7 +48,8 @@ class _RoomyLayer(DynamicLayer):
         old = getattr(self, name) if self.is_initialized else new[:, :, :0]
         room = getattr(self, f"_{name}", old)
         start, end = old.shape[2], old.shape[2] + new.shape[2]
-        if len(room) != len(old) or room.shape[2] < end:
+        # Other rows may have been selected since: then what stands isn't in the room.
+        if room.data_ptr() != old.data_ptr() or room.shape[2] < end:
             room = new.new_empty(*new.shape[:2], end + self.ROOM, new.shape[3])
             room[:, :, :start] = old
             setattr(self, f"_{name}", room)
@@ -107,12 +108,16 @@ def _decode(
     last = hidden[torch.arange(len(asked), device=device), lengths - 1]
     positions = prefix + lengths
     answers: list[list[int]] = [[] for _ in asked]
+    ended: set[int] = set()
     rows = list(range(len(asked)))  # the answers that are in the batch
     for step in range(max_new_tokens):
         chosen = head(last).argmax(dim=-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            answers[row].append(token)
-        speaking = [at for at, row in enumerate(rows) if dialogue.stop not in answers[row]]
+            if token == dialogue.stop:
+                ended.add(row)
+            elif row not in ended:
+                answers[row].append(token)
+        speaking = [at for at, row in enumerate(rows) if row not in ended]
         if not speaking or step + 1 == max_new_tokens:
             break
         if 2 * len(speaking) <= len(rows):  # most have ended: go on without them
@@ -129,8 +134,4 @@ def _decode(
             use_cache=True,
         )
         last, positions = hidden[:, -1], positions + 1
-    return [_until(dialogue.stop, tokens) for tokens in answers]
-
-
-def _until(stop: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+    return answers

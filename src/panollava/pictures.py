@@ -16,7 +16,7 @@ Image.MAX_IMAGE_PIXELS = 1 << 29
 _RATIO_TOLERANCE = 0.01
 # Of JPEG (ITU-T T.81, table B.1): markers of a frame's header, without those of tables among them.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_START_OF_SCAN = 0xDA
+_WITHOUT_LENGTH = frozenset(range(0xC0)) | frozenset(range(0xD0, 0xDB))  # or a scan's start
 _END_OF_IMAGE = b"\xff\xd9"
 _BLOCKS = 64  # rows
 
@@ -78,7 +78,10 @@ def _read_top(jpeg: bytes, whole: Image.Image, width: int, until: float) -> NDAr
 def _with_height(jpeg: bytes, rows: int) -> bytes:
     """A JPEG whose header claims `rows` of its rows, or some more: a decoder stops there."""
     at = 2
-    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) != _START_OF_SCAN:
+    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) not in _WITHOUT_LENGTH:
+        if marker == 0xFF:  # filled up
+            at += 1
+            continue
         if marker in _START_OF_FRAME:
             place = slice(at + 5, at + 7)
             height = int.from_bytes(jpeg[place])
