@@ -206,3 +206,58 @@ def test_a_picture_cut_off_where_nobody_looks_is_refused(tmp_path: Path, share: 
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(UserError, match=r"a\.jpg: (broken picture|not a picture)"):
             read_panorama(path, 400, 0.5)
+
+
+def as_pillow_has_it(path: Path, width: int) -> np.ndarray:
+    """Empty if it finds it broken."""
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (width, 1))
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return np.zeros(0)
+
+
+@pytest.mark.parametrize("size", [(200, 400), (201, 403), (333, 667), (751, 1502), (17, 34)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(
+    tmp_path: Path, size: tuple[int, int], subsampling: int
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.jpg", noise, subsampling=subsampling)
+    for width in (size[1], size[1] // 2, size[1] // 2 + 1, size[1] // 3, size[1] // 8):
+        if width > 8:
+            assert np.array_equal(read_panorama(path, width), as_pillow_has_it(path, width))
+
+
+def test_a_jpeg_for_print_becomes_rgb(tmp_path: Path) -> None:
+    Image.fromarray(smooth(200, 400)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    picture = read_panorama(tmp_path / "a.jpg", 100, 0.5)
+    assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_jpeg_is_what_pillow_takes_it_for(tmp_path: Path, progressive: bool) -> None:
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    path = tmp_path / "a.jpg"
+    noise.resize((400, 200)).save(path, progressive=progressive)
+    whole = path.read_bytes()
+    refused = 0
+    for turn in range(300):
+        damaged, at = bytearray(whole), int(random.integers(2, len(whole) - 4))
+        if turn % 3 == 0:
+            damaged[at] = random.integers(256)
+        elif turn % 3 == 1:
+            del damaged[at : random.integers(at, len(whole) - 2)]
+        else:
+            damaged[at : at + 2] = b"\xff\xd9"  # the end, too early
+        path.write_bytes(damaged)
+        wanted = as_pillow_has_it(path, 200)
+        if wanted.shape != (100, 200, 3):
+            refused += 1
+            with pytest.raises(UserError):
+                read_panorama(path, 200)
+        else:
+            assert np.array_equal(read_panorama(path, 200), wanted)
+    assert 3 < refused < 100

@@ -1,10 +1,10 @@
 """Reading panoramas: the one place that opens an image file."""
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -37,11 +37,13 @@ def read_panorama(path: Path, width: int, until: float = 1.0) -> NDArray[np.uint
     try:
         with Image.open(path) as picture:
             _check(path, picture)
-            if until < 1 and picture.format in ("JPEG", "MPO") and _orientation(picture) <= 2:
-                jpeg = path.read_bytes()
-                # What seems to be cut off is for the decoder to find out.
-                if jpeg.endswith(_END_OF_IMAGE):
-                    return _read_top(jpeg, picture, width, until)
+            ordinary = _is_ordinary(picture)
+            full = picture.height
+            picture.draft("RGB", (width, 1))
+            if ordinary and picture.width < 2 * width:
+                panorama = _decode(path.read_bytes(), full, picture.size, until)
+                if panorama is not None:
+                    return panorama
             return _read(picture, width)
     except FileNotFoundError:
         raise UserError(f"{path}: picture missing") from None
@@ -55,23 +57,41 @@ def read_panorama(path: Path, width: int, until: float = 1.0) -> NDArray[np.uint
 
 
 def _read(picture: Image.Image, width: int) -> NDArray[np.uint8]:
-    picture.draft("RGB", (width, 1))
     ImageOps.exif_transpose(picture, in_place=True)
     rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
     factor = rgb.width // width
     return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
 
 
-def _read_top(jpeg: bytes, whole: Image.Image, width: int, until: float) -> NDArray[np.uint8]:
-    """The pixels of `whole`, the rows below `until` black: they aren't decoded."""
-    # Each pixel of the result is of some rows, and a row's colours are of the next one too.
-    rows = math.ceil(whole.height * until + 4 * max(1, whole.width / width))
-    with Image.open(io.BytesIO(_with_height(jpeg, rows))) as picture:
-        top = _read(picture, width)
-    whole.draft("RGB", (width, 1))
-    height = -(-whole.height // max(1, whole.width // width))
-    panorama = np.zeros((height, *top.shape[1:]), np.uint8)
-    panorama[: len(top)] = top
+def _is_ordinary(picture: Image.Image) -> bool:
+    """A JPEG, in colour or grey, that is stored upright."""
+    jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
+    return jpeg and _orientation(picture) == 1
+
+
+def _decode(
+    jpeg: bytes, full: int, size: tuple[int, int], until: float
+) -> NDArray[np.uint8] | None:
+    """What `_read` gives of an ordinary JPEG of `full` rows, rows below `until` left black, sooner:
+    libjpeg-turbo without Pillow's copies, and without those rows. `size`: width and height to
+    decode at. None where something is wrong, which is for Pillow to say."""
+    if not jpeg.endswith(_END_OF_IMAGE):
+        return None
+    width, height = size
+    panorama = np.zeros((height, width, 3), np.uint8)
+    # A row's colours are of the next one too.
+    rows = math.ceil(full * until + 4 * full / height)
+    shortened = _with_height(jpeg, rows)
+    try:
+        simplejpeg.decode_jpeg_header(shortened)
+    except ValueError:
+        return None
+    try:
+        simplejpeg.decode_jpeg(shortened, "RGB", min_width=width, buffer=panorama)
+    except ValueError as error:
+        # The rows that the header doesn't claim are such data, found when all others are decoded.
+        if not str(error).startswith("Corrupt JPEG data: "):
+            return None
     return panorama
 
 
