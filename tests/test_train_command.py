@@ -175,14 +175,18 @@ def test_a_run_must_go_on_if_told_so(
     settings = cli.load_settings(paths.PARAMS)
     prepare_project(settings)
     assert "no unfinished work to go on from" in fails("vision", "--resume")
-    with monkeypatch.context() as patch:
+    for moment in ("on_train_start", "on_validation_start"):
+        with monkeypatch.context() as patch:
 
-        def die(*_: object) -> None:
-            raise Killed
+            def die(*_: object) -> None:
+                raise Killed
 
-        patch.setattr(curves.Speed, "on_validation_start", die, raising=False)
-        with pytest.raises((Killed, SystemExit)):
-            train("vision", "--epochs", "2")
+            patch.setattr(curves.Speed, moment, die, raising=False)
+            with pytest.raises((Killed, SystemExit)):
+                train("vision", "--epochs", "2")
+        if moment == "on_train_start":
+            said = fails("vision", "--epochs", "2", "--resume")
+            assert "stopped before a step was saved" in said
     (work,) = paths.RESUME.glob("vision-*")
     assert f"{work} is of other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there

@@ -52,8 +52,14 @@ def work_folder(stage: str, key: str) -> Path:
 
 def check_unfinished(stage: str, key: str) -> None:
     """Raises UserError if this run of the stage has no work to go on from."""
-    if any((paths.RESUME / f"{stage}-{key}").glob("*.ckpt")):
+    own = paths.RESUME / f"{stage}-{key}"
+    if any(own.glob("*.ckpt")):
         return
+    if own.is_dir():
+        raise UserError(
+            f"--resume: stage '{stage}' was stopped before a step was saved (every "
+            "machine.save_every steps, and at Ctrl-C); leave out --resume to start anew"
+        )
     others = ", ".join(str(path) for path in sorted(paths.RESUME.glob(f"{stage}-*")))
     raise UserError(
         f"--resume: stage '{stage}' has no unfinished work to go on from"
