@@ -261,3 +261,13 @@ def test_a_damaged_jpeg_is_what_pillow_takes_it_for(tmp_path: Path, progressive:
         else:
             assert np.array_equal(read_panorama(path, 200), wanted)
     assert 3 < refused < 100
+
+
+def test_a_fault_of_the_header_hides_no_pixel(tmp_path: Path) -> None:
+    """Bytes between two segments: Pillow, like libjpeg, passes over them."""
+    path = save(tmp_path / "a.jpg", smooth(200, 400))
+    jpeg = path.read_bytes()
+    at = jpeg.index(b"\xff\xdb")  # the first table
+    path.write_bytes(jpeg[:at] + b"\x00\x01\x02" + jpeg[at:])
+    assert np.array_equal(read_panorama(path, 200), as_pillow_has_it(path, 200))
+    assert read_panorama(path, 200).any()

@@ -175,18 +175,20 @@ def test_a_run_must_go_on_if_told_so(
     settings = cli.load_settings(paths.PARAMS)
     prepare_project(settings)
     assert "no unfinished work to go on from" in fails("vision", "--resume")
-    for moment in ("on_train_start", "on_validation_start"):
+
+    def stop_at(moment: str) -> None:
+        def die(*_: object) -> None:
+            raise Killed
+
         with monkeypatch.context() as patch:
-
-            def die(*_: object) -> None:
-                raise Killed
-
             patch.setattr(curves.Speed, moment, die, raising=False)
             with pytest.raises((Killed, SystemExit)):
                 train("vision", "--epochs", "2")
-        if moment == "on_train_start":
-            said = fails("vision", "--epochs", "2", "--resume")
-            assert "stopped before a step was saved" in said
+
+    stop_at("on_train_start")
+    said = fails("vision", "--epochs", "2", "--resume")
+    assert "stopped before a step was saved" in said
+    stop_at("on_validation_start")
     (work,) = paths.RESUME.glob("vision-*")
     assert f"{work} is of other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there

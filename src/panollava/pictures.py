@@ -84,7 +84,7 @@ def _decode(
     shortened = _with_height(jpeg, rows)
     try:
         simplejpeg.decode_jpeg_header(shortened)
-    except ValueError:
+    except ValueError:  # of the same words, but before a pixel is decoded
         return None
     try:
         simplejpeg.decode_jpeg(shortened, "RGB", min_width=width, buffer=panorama)
