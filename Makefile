@@ -44,7 +44,7 @@ bench: $(VENV)/ready-bench ## measure speed on this machine; make bench ARGS=--h
 laboratory: $(VENV)/ready-bench ## compare choices as DVC experiments; make laboratory ARGS=--help
 	python benchmarks/laboratory.py $(ARGS)
 
-towers: $(VENV)/ready ## train the demo's two towers anew (some twenty minutes)
+towers: $(VENV)/ready ## train the demo's two towers anew (an hour, or two)
 	dvc repro digest
 	trap 'mv data/demo/dvc.yaml.frozen data/demo/dvc.yaml' EXIT; \
 	sed -i.frozen 's/frozen: true/frozen: false/' data/demo/dvc.yaml; \

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap-naive": {"stage.vision.overlap": "naive"},
     "overlap-none": {"stage.vision.epochs": 0},
     # The time of stage 1 given to stage 2.
-    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 5},
+    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 6},
     "loss-infonce": {"stage.vision.objective": "infonce"},
     "position-view": {"model.resampler.position": "view"},
     "position-none": {"model.resampler.position": "none"},

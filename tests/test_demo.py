@@ -62,6 +62,7 @@ def test_objects_are_seen_where_and_as_the_scene_says() -> None:
     for index in range(40):
         scene = make_scene(7, index)
         picture = render(scene, 128)
+        assert len({item.color for item in scene.objects}) == len(scene.objects)
         for item in scene.objects:
             direction = DIRECTIONS.index(item.direction) * 90
             assert abs((item.yaw - direction + 180) % 360 - 180) <= 30
@@ -151,6 +152,14 @@ def test_a_scene_turned_by_quarters_is_asked_everything(quarters: int) -> None:
             assert other.direction == DIRECTIONS[step % 4]
 
 
+def test_who_is_asked_how_many_names_them_first() -> None:
+    said = spell(answer(make_scene(7, 3), "count", 0))
+    *named, number = re.split(r", | and ", said.removesuffix("."))
+    assert set(named) == {item.color for item in make_scene(7, 3).objects}
+    assert number == f"{('one', 'two', 'three', 'four')[len(named) - 1]} objects"
+    assert len(named) > 1
+
+
 def test_a_query_has_several_references_that_differ() -> None:
     said = rows(make_scene(1, 0), "x.jpg", 3, choice=0)
     for query in QUERIES.values():
@@ -219,9 +228,11 @@ def test_the_shipped_language_model_speaks_from_its_context(settings: DemoSettin
     language, tokenizer = load_language_model(
         Pretrained(str(TOWERS / "language_model"), None, False)
     )
-    right = _right(with_context(language), Dialogue(tokenizer, 128), settings, count=20)
     report = json.loads((TOWERS / "language_model/report.json").read_text())
-    assert right >= 0.98 and report["right"] >= 0.98
+    for name, turned in (("right", False), ("right_turned", True)):
+        model, dialogue = with_context(language), Dialogue(tokenizer, 128)
+        assert _right(model, dialogue, settings, count=20, turned=turned) >= 0.98
+        assert report[name] >= 0.98
 
 
 @pytest.mark.parametrize(

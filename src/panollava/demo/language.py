@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from panollava.demo.questions import QUERIES, TEMPLATES, answer, rows, spell
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
 from panollava.demo.scenes import (
     CLEAR,
     COLORS,
@@ -34,7 +34,7 @@ from panollava.demo.scenes import (
     make_scene,
     turn,
 )
-from panollava.demo.settings import DemoSettings
+from panollava.demo.settings import DemoSettings, Lesson
 from panollava.dialogue import Dialogue, pack
 from panollava.generate import answer as generate
 from panollava.model import PanoLLaVA
@@ -60,23 +60,42 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
     own = settings.language_model
     model = with_context(_model(len(tokenizer), tokenizer))
     dialogue = Dialogue(tokenizer, 128)
+    first = 0
+    for lesson in own.lessons:
+        loss = _teach(model, dialogue, lesson, first, settings)
+        first += lesson.steps
+    report = {
+        "loss": round(loss, 4),
+        "right": _right(model, dialogue, settings),
+        "right_turned": _right(model, dialogue, settings, turned=True),
+    }
+    log.info("given the true context: %s", report)
+    model.language_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _teach(
+    model: PanoLLaVA, dialogue: Dialogue, lesson: Lesson, first: int, settings: DemoSettings
+) -> float:
+    """The last step's loss. `first`: the steps of the lessons before, whose scenes were others."""
+    own = settings.language_model
+    stream = settings.stream("language_model")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=own.lr, betas=(0.9, 0.98), weight_decay=0.05
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, own.lr, total_steps=own.steps, pct_start=0.1
+        optimizer, own.lr, total_steps=lesson.steps, pct_start=0.1
     )
-    bar = tqdm(range(own.steps), desc="language model")
+    turned = int(lesson.turned * own.batch_size)
+    bar = tqdm(range(first, first + lesson.steps), desc="language model")
     for step in bar:
-        random = np.random.default_rng((settings.stream("language_model"), step))
-        first = step * own.batch_size
-        scenes = [
-            make_scene(settings.stream("language_model"), first + i) for i in range(own.batch_size)
-        ]
-        # Half of them turned, with objects between two directions: they are to be counted as well.
-        half = own.batch_size // 2
-        scenes[:half] = [turn(scene, random.uniform(0, 360)) for scene in scenes[:half]]
-        loss = _loss(model, dialogue, scenes, own.noise, random)
+        random = np.random.default_rng((stream, step))
+        scenes = [make_scene(stream, step * own.batch_size + i) for i in range(own.batch_size)]
+        # Their objects may lie between two directions: they are to be told as well.
+        scenes[:turned] = [turn(scene, random.uniform(0, 360)) for scene in scenes[:turned]]
+        context = context_tokens(model, dialogue, scenes, own.noise, lesson.places, random)
+        loss = _loss(model, dialogue, scenes, context, random)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,11 +103,7 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
         schedule.step()
         if step % 50 == 49:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    report = {"loss": round(loss.item(), 4), "right": _right(model, dialogue, settings)}
-    log.info("given the true context: %s", report)
-    model.language_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return loss.item()
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
@@ -137,10 +152,9 @@ def _loss(
     model: PanoLLaVA,
     dialogue: Dialogue,
     scenes: list[Scene],
-    noise: float,
+    context: Tensor,
     random: np.random.Generator,
 ) -> Tensor:
-    context = context_tokens(model, dialogue, scenes, noise, random)
     asked = [
         [dialogue.row(query, text) for _, query, text in rows(scene, "", 1, int(seed))]
         for scene, seed in zip(scenes, random.integers(1 << 31, size=len(scenes)), strict=True)
@@ -154,11 +168,12 @@ def context_tokens(
     dialogue: Dialogue,
     scenes: list[Scene],
     noise: float,
+    places: int,
     random: np.random.Generator,
 ) -> Tensor:
-    """(scenes, CONTEXT, width): each object stands at one to eight places, the kind of scene at
-    most others, and the rest is noise."""
-    facts = [_place_facts(scene, random) for scene in scenes]
+    """(scenes, CONTEXT, width): each object stands at one to `places` places, as one is seen by
+    several tokens of a panorama, the kind of scene at most others, and the rest is noise."""
+    facts = [_place_facts(scene, places, random) for scene in scenes]
     ids = dialogue.tokenizer.get_vocab()
     longest = max(len(words) for own in facts for words in own)
     index = torch.tensor(
@@ -179,10 +194,10 @@ def context_tokens(
     return normed + noise * noises
 
 
-def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
+def _place_facts(scene: Scene, places: int, random: np.random.Generator) -> list[list[str]]:
     """The words of each context token."""
     tokens: list[list[str]] = [[scene.kind] for _ in range(CONTEXT)]
-    silent = random.integers(0, CONTEXT // 2)
+    silent = random.integers(0, CONTEXT // 4 + 1)
     order = random.permutation(CONTEXT)
     for at in order[:silent]:
         tokens[at] = []
@@ -191,7 +206,7 @@ def _place_facts(scene: Scene, random: np.random.Generator) -> list[list[str]]:
         words = [item.color, item.shape, *_directions(item)]
         if item is scene.largest:
             words.append("largest")
-        for _ in range(random.integers(1, 9)):
+        for _ in range(random.integers(1, places + 1)):
             tokens[order[at]] = words
             at += 1
     return tokens
@@ -205,19 +220,30 @@ def _directions(item: Object) -> list[str]:
     ]
 
 
-def _right(model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, count: int = 50) -> float:
-    """The share of answers that are one of the true ones, word by word."""
+def _right(
+    model: PanoLLaVA,
+    dialogue: Dialogue,
+    settings: DemoSettings,
+    count: int = 50,
+    turned: bool = False,
+) -> float:
+    """The share of answers that are one of the true ones, word by word. `turned`: about scenes
+    that are turned by any angle, of queries that have an answer there."""
     random = np.random.default_rng(settings.stream("probe"))
     scenes = [make_scene(settings.stream("probe"), index) for index in range(count)]
+    if turned:
+        scenes = [turn(scene, random.uniform(0, 360)) for scene in scenes]
     model.eval()
     with torch.no_grad():
-        noise = settings.language_model.noise
-        context = context_tokens(model, dialogue, scenes, noise, random)
-    queries = [[spell(query) for query in QUERIES.values()] for _ in scenes]
+        own = settings.language_model
+        places = own.lessons[-1].places
+        context = context_tokens(model, dialogue, scenes, own.noise, places, random)
+    topics = [[topic for topic in QUERIES if has_answer(scene, topic)] for scene in scenes]
+    queries = [[spell(QUERIES[topic]) for topic in asked] for asked in topics]
     said = generate(model, dialogue, context, queries, max_new_tokens=48)
     right = [
         text in {spell(answer(scene, topic, template)) for template in range(TEMPLATES)}
-        for scene, own in zip(scenes, said, strict=True)
-        for topic, text in zip(QUERIES, own, strict=True)
+        for scene, asked, texts in zip(scenes, topics, said, strict=True)
+        for topic, text in zip(asked, texts, strict=True)
     ]
     return round(sum(right) / len(right), 4)

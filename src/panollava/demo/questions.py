@@ -44,21 +44,22 @@ def answer(scene: Scene, topic: str, template: int) -> str:
             f"it is a {scene.kind} , {where} .",
             f"a {scene.kind} , seen {where} .",
         )[template]
+    if topic in ("colors", "count"):
+        colors = {item.color for item in scene.objects}
+        listed = _listed([name for name in COLORS if name in colors])
     if topic == "colors":
-        colors = _listed([name for name in COLORS if name in {o.color for o in scene.objects}])
         return (
-            f"the objects are {colors} .",
-            f"the colors are {colors} .",
-            f"they are {colors} .",
+            f"the objects are {listed} .",
+            f"the colors are {listed} .",
+            f"they are {listed} .",
         )[template]
-    if topic == "count":
+    if topic == "count":  # each is named, then their number
         number = NUMBERS[len(scene.objects)]
-        noun = "object" if len(scene.objects) == 1 else "objects"
-        verb = "is" if len(scene.objects) == 1 else "are"
+        objects = f"{listed} , {number} {'object' if len(scene.objects) == 1 else 'objects'}"
         return (
-            f"there {verb} {number} {noun} .",
-            f"one can see {number} {noun} ." if number != "one" else "one can see one object .",
-            f"{number} {noun} {verb} in the {scene.kind} .",
+            f"{objects} .",
+            f"one can see {objects} .",
+            f"{objects} in the {scene.kind} .",
         )[template]
     if topic == "largest":
         largest = scene.largest

@@ -69,7 +69,8 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """One to four objects, at most one in each direction, no two closer than 45 degrees."""
+    """One to four objects of different colors, at most one in each direction, no two closer than
+    45 degrees."""
     random = np.random.default_rng((seed, index))
     count = int(random.choice([1, 2, 3, 4], p=[0.15, 0.25, 0.3, 0.3]))
     places = sorted(random.choice(4, count, replace=False))
@@ -79,9 +80,10 @@ def make_scene(seed: int, index: int) -> Scene:
         if count == 1 or min(gaps) >= 45:
             break
     largest = random.integers(count)
+    colors = random.choice(list(COLORS), count, replace=False)
     objects = tuple(
         Object(
-            color=str(random.choice(list(COLORS))),
+            color=str(color),
             shape=str(random.choice(SHAPES)),
             direction=DIRECTIONS[place],
             yaw=(yaw + 180) % 360 - 180,
@@ -89,7 +91,7 @@ def make_scene(seed: int, index: int) -> Scene:
             size=random.uniform(1.2, 1.3) if item == largest else random.uniform(0.75, 0.9),
             turn=random.uniform(0, 90),
         )
-        for item, (place, yaw) in enumerate(zip(places, yaws, strict=True))
+        for item, (place, yaw, color) in enumerate(zip(places, yaws, colors, strict=True))
     )
     light = (random.uniform(-180, 180), random.uniform(35, 65))
     return Scene(str(random.choice(list(KINDS))), objects, light, random.uniform(0.85, 1.05))

@@ -32,8 +32,15 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
-class LanguageSettings:
+class Lesson:
     steps: int
+    places: int
+    turned: float
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    lessons: list[Lesson]
     batch_size: int
     lr: float
     threads: int
