@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap-none": {"stage.vision.epochs": 0},
     # The time of stage 1 given to stage 2.
     "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 6},
+    "finetune-none": {"stage.finetune.epochs": 0},
+    # The time of stage 3 given to stage 2.
+    "finetune-none-longer": {"stage.finetune.epochs": 0, "stage.resampler.epochs": 6},
     "loss-infonce": {"stage.vision.objective": "infonce"},
     "position-view": {"model.resampler.position": "view"},
     "position-none": {"model.resampler.position": "none"},
