@@ -228,9 +228,9 @@ def test_the_shipped_language_model_speaks_from_its_context(settings: DemoSettin
     language, tokenizer = load_language_model(
         Pretrained(str(TOWERS / "language_model"), None, False)
     )
+    model, dialogue = with_context(language), Dialogue(tokenizer, 128)
     report = json.loads((TOWERS / "language_model/report.json").read_text())
     for name, turned in (("right", False), ("right_turned", True)):
-        model, dialogue = with_context(language), Dialogue(tokenizer, 128)
         assert _right(model, dialogue, settings, count=20, turned=turned) >= 0.98
         assert report[name] >= 0.98
 

@@ -34,8 +34,8 @@ class EncoderSettings:
 @dataclass(frozen=True)
 class Lesson:
     steps: int
-    places: int
-    turned: float
+    places: int  # of the context that one object has at most, 24 or fewer: four objects fit in
+    turned: float  # share of the scenes that are turned by any angle
 
 
 @dataclass(frozen=True)
