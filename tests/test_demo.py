@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,19 @@ from panollava.config import Pretrained
 from panollava.demo.dataset import make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
-from panollava.demo.language import _right, make_tokenizer, with_context
+from panollava.demo.language import (
+    _place_facts,
+    _right,
+    make_language_model,
+    make_tokenizer,
+    with_context,
+)
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
 from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, render, turn
-from panollava.demo.settings import STREAMS, DemoSettings, load_demo_settings
+from panollava.demo.settings import STREAMS, DemoSettings, Lesson, load_demo_settings
 from panollava.dialogue import Dialogue
 from panollava.encoder import load_encoder
+from panollava.errors import UserError
 from panollava.model import load_language_model
 from panollava.pictures import roll
 
@@ -233,6 +241,21 @@ def test_the_shipped_language_model_speaks_from_its_context(settings: DemoSettin
     for name, turned in (("right", False), ("right_turned", True)):
         assert _right(model, dialogue, settings, count=20, turned=turned) >= 0.98
         assert report[name] >= 0.98
+
+
+def test_a_lesson_has_room_for_all_objects_of_a_scene(
+    settings: DemoSettings, tmp_path: Path
+) -> None:
+    most = 24  # of 128 tokens, a quarter of which may be silent, for four objects
+    drawn = SimpleNamespace(permutation=range, integers=lambda low, high: high - 1)
+    full = next(scene for i in range(50) if len((scene := make_scene(1, i)).objects) == 4)
+    assert len(_place_facts(full, most, drawn)) == 128  # type: ignore[arg-type]
+    for lessons, found in (([(12, 8), (12, most + 1)], "lesson 2 has places: 25"), ([], "none")):
+        taught = [Lesson(steps, places, 0.5) for steps, places in lessons]
+        wrong = change(settings, language_model=change(settings.language_model, lessons=taught))
+        with pytest.raises(UserError, match=found):
+            make_language_model(wrong, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Dialogue:
         tokenizer has no token that ends an answer."""
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
+        self._known: dict[str, list[int]] = {}  # texts come again, and a tokenizer takes its time
         before, between, opening, closing = self._render()
         self.prefix = self._tokens(before)
         self._between, self._opening = between, opening
@@ -96,7 +97,9 @@ class Dialogue:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._known[text])
 
     def _render(self) -> tuple[str, str, str, str]:
         """The template's text before the image, between image and query, between query and

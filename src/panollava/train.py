@@ -16,7 +16,7 @@ from panollava import paths
 from panollava.checkpoints import Checkpoints, WholeFiles, read_checkpoint
 from panollava.config import Settings, Trainer
 from panollava.curves import Curves, Speed
-from panollava.digest import digests
+from panollava.digest import STAGES, digests
 from panollava.errors import UserError
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import LitStage
@@ -123,7 +123,7 @@ def _fingerprint(stage: Stage, settings: Settings, module: LitStage) -> str:
     described = {
         "stage": repr(stage),
         "settings": {key: repr(_read(settings, key)) for key in stage.reads},
-        "code": digests(Path(__file__).parent)[stage.name],
+        "code": digests(Path(__file__).parent, {stage.name: STAGES[stage.name]}),
         "torch": torch.__version__,
     }
     files = [file for reader in module.objective.readers.values() for file in reader.files]

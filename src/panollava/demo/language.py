@@ -36,12 +36,15 @@ from panollava.demo.scenes import (
 )
 from panollava.demo.settings import DemoSettings, Lesson
 from panollava.dialogue import Dialogue, pack
+from panollava.errors import UserError
 from panollava.generate import answer as generate
 from panollava.model import PanoLLaVA
 
 log = logging.getLogger(__name__)
 
 CONTEXT = 128  # tokens of a panorama: eight views of 4 x 4
+_SILENT = CONTEXT // 4  # of them at most tell nothing
+PLACES = (CONTEXT - _SILENT) // len(DIRECTIONS)  # that an object of a full scene can have
 _WIDTH = 128
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SENTENCES = 300  # scenes whose rows the tokenizer learns from: they hold every word
@@ -53,7 +56,9 @@ _TEMPLATE = (
 
 def make_language_model(settings: DemoSettings, folder: Path) -> None:
     """Pretrain the language model, and save it and its tokenizer as `from_pretrained` reads
-    them, with how often it is right given the true context."""
+    them, with how often it is right given the true context. Raises UserError for lessons that
+    can't be given."""
+    _check_lessons(settings.language_model.lessons)
     torch.set_num_threads(settings.language_model.threads)
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer()
@@ -73,6 +78,17 @@ def make_language_model(settings: DemoSettings, folder: Path) -> None:
     model.language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _check_lessons(lessons: list[Lesson]) -> None:
+    if not lessons:
+        raise UserError("language_model.lessons: expected at least one lesson, found none")
+    for number, lesson in enumerate(lessons):
+        if not 1 <= lesson.places <= PLACES:
+            raise UserError(
+                f"language_model.lessons: lesson {number + 1} has places: {lesson.places}; "
+                f"expected 1 to {PLACES}, so that {len(DIRECTIONS)} objects fit in the context"
+            )
 
 
 def _teach(
@@ -197,7 +213,7 @@ def context_tokens(
 def _place_facts(scene: Scene, places: int, random: np.random.Generator) -> list[list[str]]:
     """The words of each context token."""
     tokens: list[list[str]] = [[scene.kind] for _ in range(CONTEXT)]
-    silent = random.integers(0, CONTEXT // 4 + 1)
+    silent = random.integers(0, _SILENT + 1)
     order = random.permutation(CONTEXT)
     for at in order[:silent]:
         tokens[at] = []

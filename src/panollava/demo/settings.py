@@ -34,7 +34,7 @@ class EncoderSettings:
 @dataclass(frozen=True)
 class Lesson:
     steps: int
-    places: int  # of the context that one object has at most, 24 or fewer: four objects fit in
+    places: int  # of the context that one object has at most
     turned: float  # share of the scenes that are turned by any angle
 
 
