@@ -71,6 +71,19 @@ def test_a_file_that_gets_too_large_is_named(project: Project, command: str) -> 
     assert not list(project.folder.rglob("*.part"))
 
 
+def test_what_other_code_has_done_is_not_gone_on_from(project: Project) -> None:
+    command = ("python", "src/run.py", "train", "vision")
+    own, other = ("src/panollava/vicreg.py", "len(batch)"), ("src/panollava/evaluate.py", "len(")
+    project.run(*command)
+    for file, old in (other, own):
+        project.replace(file, old, f"+{old}")
+        output = project.run(*command)
+        project.replace(file, f"+{old}", old)
+        gone_on = file == other[0]
+        assert ("goes on from step" in output) == gone_on, file
+        assert ("the work of another run" in output) != gone_on, file
+
+
 def mounted(folder: Path, *options: str) -> bool:
     done = subprocess.run(["mount", *options, str(folder)], capture_output=True)
     return done.returncode == 0
