@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, Sigl
 
 from panollava import config, sphere, views
 from panollava.dialogue import Packed, Row, pack
-from panollava.encoder import Encoder
+from panollava.encoder import Encoder, token_centres
 from panollava.model import PanoLLaVA
 from panollava.resampler import MLPResampler
 
@@ -41,7 +41,7 @@ def build(layout: views.Layout = LAYOUT) -> PanoLLaVA:
     tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
     language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
-    rays = views.token_rays(layout, SIZE // encoder.patch // POOL)
+    rays = views.token_rays(layout, token_centres(encoder, SIZE, POOL))
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))
     resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")
     model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)

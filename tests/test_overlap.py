@@ -1,5 +1,6 @@
 """What two neighbouring views have in common is found exactly, all the way round."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from panollava import config
+from panollava.encoder import pool_tokens, token_centres
 from panollava.errors import UserError
 from panollava.overlap import correspondences, matched_tokens
-from panollava.sphere import panorama_rays
+from panollava.sphere import cell_centres, panorama_rays
 from panollava.views import Sampler, layout, token_rays
 
 
@@ -36,6 +38,7 @@ def what_tokens_see(values: config.Views, grid: int, panorama: np.ndarray) -> Te
     """Views of the panorama, averaged over patches: (1, views, grid, grid, 3)."""
     views = Sampler(layout(values), values.size).sample(panorama).astype(np.float64)
     patch = values.size // grid
+    views = views[:, : grid * patch, : grid * patch]  # as a tower leaves out what is over
     tokens = views.reshape(-1, grid, patch, grid, patch, 3).mean(axis=(2, 4))
     return torch.from_numpy(tokens)[None]
 
@@ -62,15 +65,33 @@ def test_matched_tokens_see_the_same_directions_to_half_a_degree(
     tokens = what_tokens_see(settings(**values), 14, panorama)
     if bits == 8:
         tokens = tokens / 127.5 - 1
-    pairs = correspondences(layout(settings(**values)), 14, "exact")
+    pairs = correspondences(layout(settings(**values)), cell_centres(14), "exact")
     apart = degrees_apart(*matched_tokens(tokens, pairs))
     assert len(apart) == pairs.mask.sum() > 0
     assert apart.mean() < 0.5
     assert apart.max() < 0.5
 
 
+@pytest.mark.parametrize(("size", "patch", "pool"), [(384, 14, 1), (384, 14, 2), (224, 32, 2)])
+def test_tokens_that_do_not_fill_a_view_know_where_they_look(
+    size: int, patch: int, pool: int
+) -> None:
+    """A margin of the view is in no patch, and the last token has fewer patches."""
+    values = settings(size=size)
+    panorama = panorama_rays(751, 1502).astype(np.float32)
+    encoder: Any = SimpleNamespace(patch=patch)
+    tokens = what_tokens_see(values, size // patch, panorama)
+    seen = pool_tokens(tokens, pool)
+    rays = torch.from_numpy(token_rays(layout(values), token_centres(encoder, size, pool)))
+    assert seen.shape[1:] == rays.shape
+    # What is averaged over a square that is seen askew is a little nearer to the view's middle.
+    assert degrees_apart(seen, rays[None]).max() < 0.03 * (patch * pool / size * 90)
+    pairs = correspondences(layout(values), token_centres(encoder, size), "exact")
+    assert degrees_apart(*matched_tokens(tokens, pairs)).max() < 0.5
+
+
 def test_every_pair_all_the_way_round_matches_alike() -> None:
-    pairs = correspondences(layout(settings()), 14, "exact")
+    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
     assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [
         *((i, i + 1) for i in range(7)),
         (7, 0),
@@ -87,7 +108,7 @@ def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
     """With random features rather than directions, the seam's pair behaves as any other."""
     torch.manual_seed(0)
     grids = torch.randn(1, 8, 14, 14, 5)
-    pairs = correspondences(layout(settings()), 14, "exact")
+    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
     source, read = (x.view(8, -1, 5) for x in matched_tokens(grids, pairs))
     for turn in range(1, 8):
         rolled = matched_tokens(grids.roll(turn, dims=1), pairs)
@@ -98,8 +119,8 @@ def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
 @pytest.mark.parametrize("grid", [14, 16])
 def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
     found = layout(settings())
-    rays = torch.from_numpy(token_rays(found, grid))[None]
-    pairs = correspondences(found, grid, "naive")
+    rays = torch.from_numpy(token_rays(found, cell_centres(grid)))[None]
+    pairs = correspondences(found, cell_centres(grid), "naive")
     apart = degrees_apart(*matched_tokens(rays, pairs))
     assert apart.mean() == pytest.approx(6.6, abs=0.1)
     assert apart.max() == pytest.approx(8.8, abs=0.25)
@@ -108,7 +129,9 @@ def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
 @pytest.mark.parametrize("grid", [14, 7])
 def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> None:
     grids = torch.randn(2, 8, grid, grid, 3)
-    source, read = matched_tokens(grids, correspondences(layout(settings()), grid, "naive"))
+    source, read = matched_tokens(
+        grids, correspondences(layout(settings()), cell_centres(grid), "naive")
+    )
     half = grid // 2
     assert torch.equal(source, grids[:, :, :, grid - half :].flatten(0, 3))
     assert torch.allclose(read, grids.roll(-1, dims=1)[:, :, :, :half].flatten(0, 3), atol=1e-5)
@@ -116,17 +139,23 @@ def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> N
 
 def test_only_tokens_with_four_neighbours_in_the_target_count() -> None:
     """An outlier in the target changes what is read by bilinear weights only, never by padding."""
-    found = layout(settings())
-    pairs = correspondences(found, 14, "exact")
+    found, centres = layout(settings()), cell_centres(14)
+    pairs = correspondences(found, centres, "exact")
     _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
     assert torch.allclose(read, torch.ones_like(read))
     token = (pairs.position[pairs.mask] + 1) / 2 * 14 - 0.5
     assert token.min() >= -1e-5 and token.max() <= 13 + 1e-5
     # Nor is one left out that has them: the target's own view says which those are.
     for pair, (source, target) in enumerate(found.neighbours):
-        position, _ = found.projections[target].position(found.projections[source].rays(14, 14))
+        position, _ = found.projections[target].position(
+            found.projections[source].rays(centres, centres)
+        )
         seen = position * 14 - 0.5
-        front = token_rays(found, 14)[source] @ token_rays(found, 1)[target, 0, 0] > 0
+        front = (
+            token_rays(found, cell_centres(14))[source]
+            @ token_rays(found, cell_centres(1))[target, 0, 0]
+            > 0
+        )
         expected = ((seen >= -1e-6) & (seen <= 13 + 1e-6)).all(axis=-1) & front
         assert np.array_equal(pairs.mask[pair].numpy(), expected)
 
@@ -136,8 +165,8 @@ def test_sliding_windows_match_column_by_column() -> None:
     torch.manual_seed(0)
     grids = torch.randn(2, 8, 14, 14, 4)
     found = layout(settings(strategy="sliding_window"))
-    exact = matched_tokens(grids, correspondences(found, 14, "exact"))
-    naive = matched_tokens(grids, correspondences(found, 14, "naive"))
+    exact = matched_tokens(grids, correspondences(found, cell_centres(14), "exact"))
+    naive = matched_tokens(grids, correspondences(found, cell_centres(14), "naive"))
     for one, other in zip(exact, naive, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -145,7 +174,7 @@ def test_sliding_windows_match_column_by_column() -> None:
 def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
     torch.manual_seed(0)
     grids = torch.randn(3, 8, 14, 14, 4)
-    pairs = correspondences(layout(settings()), 14, "exact")
+    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
     together = matched_tokens(grids, pairs)
     alone = [matched_tokens(grid[None], pairs) for grid in grids]
     for one, others in zip(together, zip(*alone, strict=True), strict=True):
@@ -154,7 +183,7 @@ def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
 
 def test_both_sides_carry_gradients() -> None:
     grids = torch.randn(1, 12, 3, 3, 2, dtype=torch.float64, requires_grad=True)
-    pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), 3, "exact")
+    pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), cell_centres(3), "exact")
     assert torch.autograd.gradcheck(lambda x: matched_tokens(x, pairs), (grids,))
 
 
@@ -162,7 +191,7 @@ def test_both_sides_carry_gradients() -> None:
 def test_half_precision_reads_at_exact_places(dtype: torch.dtype) -> None:
     """Features whose rounding can't be seen: small whole numbers that grow with the column."""
     grids = (torch.arange(14) % 14).view(1, 1, 1, 14, 1).expand(1, 8, 14, 14, 1).to(dtype)
-    pairs = correspondences(layout(settings()), 14, "exact")
+    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
     _, read = matched_tokens(grids, pairs)
     assert read.dtype == dtype
     exact = matched_tokens(grids.double(), pairs)[1]
@@ -188,4 +217,4 @@ def test_views_with_nothing_to_compare_are_an_error(
     values: dict[str, Any], mode: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        correspondences(layout(settings(**values)), 14, mode)
+        correspondences(layout(settings(**values)), cell_centres(14), mode)

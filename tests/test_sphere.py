@@ -9,12 +9,14 @@ from panollava.sphere import (
     Projection,
     Window,
     angles_from_rays,
+    cell_centres,
     encode_direction,
     panorama_position,
     panorama_rays,
     rays_from_angles,
 )
 
+MIDDLE = cell_centres(1)
 PROJECTIONS = [
     Gnomonic(0, 0, 90),
     Gnomonic(315, 30, 75),
@@ -70,7 +72,7 @@ def test_positions_on_the_seam_stay_below_one() -> None:
 def test_a_view_sees_its_own_rays_where_they_came_from(
     view: Projection, rows: int, columns: int
 ) -> None:
-    rays = view.rays(rows, columns)
+    rays = view.rays(cell_centres(columns), cell_centres(rows))
     position, inside = view.position(rays)
     x, y = np.meshgrid((np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows)
     assert rays.shape == (rows, columns, 3)
@@ -82,12 +84,12 @@ def test_a_view_sees_its_own_rays_where_they_came_from(
 def test_a_view_looks_the_way_it_says() -> None:
     for yaw, pitch in [(0, 0), (45, 0), (180, 20), (270, -60), (0, 90), (0, -90)]:
         expected = rays_from_angles(*np.radians(np.array([yaw, pitch])))
-        assert Gnomonic(yaw, pitch, 90).rays(1, 1)[0, 0] == pytest.approx(expected)
-        assert Window(yaw, pitch, 30, 30).rays(1, 1)[0, 0] == pytest.approx(expected)
+        assert Gnomonic(yaw, pitch, 90).rays(MIDDLE, MIDDLE)[0, 0] == pytest.approx(expected)
+        assert Window(yaw, pitch, 30, 30).rays(MIDDLE, MIDDLE)[0, 0] == pytest.approx(expected)
 
 
 def test_a_perspective_view_keeps_its_field_of_view_and_is_upright() -> None:
-    rays = Gnomonic(0, 0, 90).rays(1001, 1001)
+    rays = Gnomonic(0, 0, 90).rays(cell_centres(1001), cell_centres(1001))
     yaw, pitch = np.degrees(angles_from_rays(rays))
     assert yaw[500, [0, -1]] == pytest.approx([-45, 45], abs=0.1)
     assert pitch[[0, -1], 500] == pytest.approx([45, -45], abs=0.1)
@@ -100,7 +102,7 @@ def test_a_perspective_view_sees_neither_behind_itself_nor_past_its_edges(fov: i
     rays = random_rays(5000)
     view = Gnomonic(70, 35, fov)
     _, inside = view.position(rays)
-    axis, limit = view.rays(1, 1)[0, 0], np.radians(fov / 2)
+    axis, limit = view.rays(MIDDLE, MIDDLE)[0, 0], np.radians(fov / 2)
     angle = np.arccos(np.clip(rays @ axis, -1, 1))
     assert not inside[angle > np.arctan(np.sqrt(2) * np.tan(limit))].any()
     assert inside[angle < limit].all()

@@ -1,7 +1,6 @@
 """The vision encoder: a pretrained tower that turns views into grids of patch tokens."""
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,6 +9,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from panollava.config import Pretrained
 from panollava.errors import UserError
+from panollava.sphere import Array
 
 
 class Encoder(nn.Module):
@@ -119,4 +119,14 @@ def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
 
 def encoder_grid(encoder: Encoder, view_size: int, pool: int = 1) -> int:
     """Tokens along a view's side, after pooling."""
-    return math.ceil(view_size // encoder.patch / pool)
+    return len(token_centres(encoder, view_size, pool))
+
+
+def token_centres(encoder: Encoder, view_size: int, pool: int = 1) -> Array:
+    """Where the tokens lie along a view's side, after pooling, as fractions of it from its left or
+    upper end. Patches that don't fill the view leave a margin at the other end, and the last token
+    may have fewer of them."""
+    patches = view_size // encoder.patch
+    first = np.arange(0, patches, pool)
+    last = np.minimum(first + pool, patches)
+    return (first + last) / 2 / (view_size / encoder.patch)

@@ -13,12 +13,12 @@ from transformers import (
 from panollava import config, sphere, views
 from panollava.dialogue import Packed, attention_mask
 from panollava.encoder import (
-    encoder_grid,
     from_pretrained_arguments,
     load_encoder,
     load_from,
     load_model,
     pool_tokens,
+    token_centres,
 )
 from panollava.resampler import build_resampler
 
@@ -93,8 +93,8 @@ def build_model(
     resampler that don't fit."""
     encoder = load_encoder(settings.encoder, layout_settings.size, weights)
     language, tokenizer = load_language_model(settings.language_model, weights)
-    grid = encoder_grid(encoder, layout_settings.size, settings.resampler.pool)
-    rays = views.token_rays(views.layout(layout_settings), grid)
+    centres = token_centres(encoder, layout_settings.size, settings.resampler.pool)
+    rays = views.token_rays(views.layout(layout_settings), centres)
     encoding = sphere.encode_direction(rays, settings.resampler.direction_degree)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

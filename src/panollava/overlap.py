@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from panollava.errors import UserError
-from panollava.sphere import Array, angles_from_rays
+from panollava.sphere import Array, angles_from_rays, cell_centres
 from panollava.views import Layout
 
 Match = tuple[Array, NDArray[np.bool_]]  # position and mask of one pair of neighbours
@@ -21,13 +21,14 @@ class Correspondences(NamedTuple):
 
     source: Tensor  # (pairs,) int64: index of a view
     target: Tensor  # (pairs,) int64
-    position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target, -1..1 edge to edge
+    position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target's grid, -1..1 its edges
     mask: Tensor  # (pairs, grid, grid) bool: the target sees the token
     seen: Tensor  # (matches,) int64: where the flat mask is true
 
 
-def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
-    """Match the tokens of neighbours in grids of grid x grid tokens a view.
+def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondences:
+    """Match the tokens of neighbours. `centres`: of a view's grid of equal tokens, which begins at
+    its upper left corner, as fractions of its side (`encoder.token_centres`).
 
     `exact`: the ray of each source token is projected into the target. `naive`: the right half
     of a view's columns against the left half of the next one's, index by index, as if overlapping
@@ -40,12 +41,12 @@ def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
     if mode not in ("exact", "naive"):
         raise UserError(f"stage.vision.overlap: expected exact or naive, found '{mode}'")
     match = _exact if mode == "exact" else _naive
-    found = [match(layout, pair, grid) for pair in layout.neighbours]
+    found = [match(layout, pair, centres) for pair in layout.neighbours]
     if not any(mask.any() for _, mask in found):
         raise UserError(
-            f"the views share no token of their {grid} x {grid}, so that the vision stage has "
-            "nothing to compare: use a strategy of several views, widen views.fov or raise "
-            "views.overlap; or set stage.vision.epochs to 0"
+            f"the views share no token of their {len(centres)} x {len(centres)}, so that the "
+            "vision stage has nothing to compare: use a strategy of several views, widen views.fov "
+            "or raise views.overlap; or set stage.vision.epochs to 0"
         )
     source, target = torch.tensor(layout.neighbours).unbind(dim=1)
     position = np.stack([position for position, _ in found]).astype(np.float32)
@@ -55,27 +56,31 @@ def correspondences(layout: Layout, grid: int, mode: str) -> Correspondences:
     return Correspondences(source, target, position_, mask_, seen)
 
 
-def _exact(layout: Layout, pair: tuple[int, int], grid: int) -> Match:
+def _exact(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
     source, target = (layout.projections[view] for view in pair)
-    position, inside = target.position(source.rays(grid, grid))
+    position, inside = target.position(source.rays(centres, centres))
+    grid = len(centres)
+    position /= 2 * grid * centres[0]  # of the view -> of its tokens, which may leave a margin
     # Bilinear reading needs four tokens around it: stay within the centres of the outer ones.
     edge = 0.5 / grid - 1e-9
     inside &= ((position >= edge) & (position <= 1 - edge)).all(axis=-1)
     return 2 * position - 1, inside
 
 
-def _naive(layout: Layout, pair: tuple[int, int], grid: int) -> Match:
+def _naive(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
+    middle = cell_centres(1)
     _, (one, other) = angles_from_rays(
-        np.concatenate([layout.projections[view].rays(1, 1) for view in pair])
+        np.concatenate([layout.projections[view].rays(middle, middle) for view in pair])
     )
     if not np.isclose(one, other).all():
         raise UserError(
             "stage.vision.overlap: naive needs views that stand side by side (strategies e2p and "
             "sliding_window), but these have neighbours above and below; set it to exact"
         )
+    grid = len(centres)
     half = grid // 2
-    centres = (2 * np.arange(grid) + 1) / grid - 1
-    position = np.stack(np.meshgrid(np.roll(centres, grid - half), centres), axis=-1)
+    own = (2 * np.arange(grid) + 1) / grid - 1
+    position = np.stack(np.meshgrid(np.roll(own, grid - half), own), axis=-1)
     mask = np.zeros((grid, grid), dtype=bool)
     mask[:, grid - half :] = True
     return position, mask

@@ -13,10 +13,11 @@ Array = NDArray[np.float64]
 
 
 class Projection(Protocol):
-    """A view: which way each of its cells looks, and where in it a ray is seen."""
+    """A view: which way each of its points looks, and where in it a ray is seen."""
 
-    def rays(self, rows: int, columns: int) -> Array:
-        """Unit rays of the centres of equal cells: (rows, columns, 3)."""
+    def rays(self, x: Array, y: Array) -> Array:
+        """Unit rays of the points at the fractions x of its width and y of its height, from its
+        upper left corner: (len(y), len(x), 3)."""
 
     def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
         """(..., 3) -> fractions (x, y) of the view from its upper left corner, (..., 2), and
@@ -44,7 +45,7 @@ def cell_centres(count: int) -> Array:
 
 def panorama_rays(height: int, width: int) -> Array:
     """Rays of an equirectangular panorama's pixels: (height, width, 3)."""
-    return Window(0, 0, 360, 180).rays(height, width)
+    return Window(0, 0, 360, 180).rays(cell_centres(width), cell_centres(height))
 
 
 def panorama_position(rays: Array) -> Array:
@@ -61,11 +62,9 @@ class Gnomonic:
     pitch: float
     fov: float
 
-    def rays(self, rows: int, columns: int) -> Array:
+    def rays(self, x: Array, y: Array) -> Array:
         half = np.tan(np.radians(self.fov) / 2)
-        x = (2 * cell_centres(columns) - 1) * half
-        y = (1 - 2 * cell_centres(rows)) * half
-        x, y = np.meshgrid(x, y)
+        x, y = np.meshgrid((2 * x - 1) * half, (1 - 2 * y) * half)
         rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ self._rotation().T
         return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
 
@@ -95,9 +94,9 @@ class Window:
     width: float
     height: float
 
-    def rays(self, rows: int, columns: int) -> Array:
-        yaw = self.yaw + (cell_centres(columns) - 0.5) * self.width
-        pitch = self.pitch + (0.5 - cell_centres(rows)) * self.height
+    def rays(self, x: Array, y: Array) -> Array:
+        yaw = self.yaw + (x - 0.5) * self.width
+        pitch = self.pitch + (0.5 - y) * self.height
         return rays_from_angles(np.radians(yaw)[None, :], np.radians(pitch)[:, None])
 
     def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:

@@ -10,7 +10,7 @@ from panollava import losses, paths, views
 from panollava.config import Settings
 from panollava.data import ViewReader
 from panollava.dialogue import Row
-from panollava.encoder import encoder_grid, load_encoder
+from panollava.encoder import load_encoder, token_centres
 from panollava.errors import UserError
 from panollava.overlap import correspondences, matched_tokens
 from panollava.stage import Stage
@@ -45,9 +45,7 @@ class Objective(nn.Module):
         self.model = VisionModel(encoder)
         if own.epochs:  # with none, views needn't overlap
             self.pairs = correspondences(
-                layout,
-                encoder_grid(encoder, settings.views.size),
-                own.overlap,
+                layout, token_centres(encoder, settings.views.size), own.overlap
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)

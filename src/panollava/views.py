@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.sphere import Array, Gnomonic, Projection, Window, panorama_position
+from panollava.sphere import (
+    Array,
+    Gnomonic,
+    Projection,
+    Window,
+    cell_centres,
+    panorama_position,
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,10 @@ def _all_round(count: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, (i + 1) % count) for i in range(count)) if count > 1 else ()
 
 
-def token_rays(layout: Layout, grid: int) -> Array:
-    """Rays of the centres of grid x grid cells (tokens or pixels): (views, grid, grid, 3)."""
-    return np.stack([projection.rays(grid, grid) for projection in layout.projections])
+def token_rays(layout: Layout, centres: Array) -> Array:
+    """Rays of tokens (or pixels) whose centres are at these fractions of a view's side, across and
+    down: (views, len(centres), len(centres), 3)."""
+    return np.stack([projection.rays(centres, centres) for projection in layout.projections])
 
 
 class Sampler:
@@ -120,7 +128,7 @@ class Sampler:
 
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
-        rays = token_rays(layout, size)
+        rays = token_rays(layout, cell_centres(size))
         self.panorama_width = _least_width(rays)
         self._position = panorama_position(rays)
         self.until = float(self._position[..., 1].max())  # share of the height that is looked at
