@@ -51,6 +51,17 @@ def test_long_answers_are_cut_and_answers_cut_to_nothing_are_errors(tokenizer) -
         Dialogue(tokenizer, query).row("what", "the red box", place="train.csv, row 7")
 
 
+def test_a_template_that_tells_the_date_tells_the_same_on_every_day(tokenizer) -> None:
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. " + tokenizer.chat_template
+    assert "Today is 26 Jul 2024. " in tokenizer.decode(Dialogue(tokenizer).prefix)
+
+
+def test_a_template_that_refuses_the_messages_is_an_error(tokenizer) -> None:
+    tokenizer.chat_template = "{{ raise_exception('a system message comes first') }}"
+    with pytest.raises(UserError, match="a system message comes first; use a tokenizer"):
+        Dialogue(tokenizer)
+
+
 def test_a_tokenizer_without_a_template_ends_answers_with_its_eos(tmp_path) -> None:
     tokenizer = save_tokenizer(tmp_path)
     tokenizer.chat_template = None

@@ -24,6 +24,7 @@ from panollava.resume import remove_finished
 from panollava.stage import find_stage
 from panollava.train import train
 from test_gradient_checkpointing import Kept
+from test_language_models import with_language_model
 from test_model import settings_for
 
 
@@ -269,6 +270,42 @@ def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog
         run("vision", change(settings, stage__vision__lr=1e-3))
     assert "goes on" not in caplog.text and "the work of another run" in caplog.text
     assert len(list(paths.RESUME.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("encoder/preprocessor_config.json", '"image_mean": [0.5', '"image_mean": [0.4'),
+        ("encoder/config.json", '"layer_norm_eps": 1e-06', '"layer_norm_eps": 1e-05'),
+        ("language_model/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+        ("language_model/chat_template.jinja", "<|im_start|>", "<|im_start|> the"),
+    ],
+)
+def test_unfinished_work_of_other_towers_is_not_used(
+    settings: Settings, towers: Path, caplog, file: str, old: str, new: str
+) -> None:
+    """Neither weights nor parameters say what these files say."""
+    shutil.copytree(towers, "towers")
+    copy = settings_for(Path("towers")).model
+    settings = dataclasses.replace(settings, model=copy)
+    run("vision", settings)
+    run("resampler", settings)
+    text = Path("towers", file).read_text()
+    assert old in text
+    Path("towers", file).write_text(text.replace(old, new, 1))
+    with caplog.at_level(logging.INFO):
+        run("resampler", settings)
+    assert "goes on" not in caplog.text
+
+
+def test_rows_that_are_too_long_for_the_language_model_are_an_error(
+    settings: Settings, towers: Path, tmp_path: Path
+) -> None:
+    other = with_language_model(tmp_path / "gpt2", towers, "gpt2", n_positions=40, n_head=4)
+    settings = dataclasses.replace(settings, model=other.model)
+    run("vision", settings)
+    with pytest.raises(UserError, match=r"attends to 40 tokens.*max_text_length \(99\)"):
+        run("resampler", settings)
 
 
 def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -> None:

@@ -12,7 +12,7 @@ from panollava import paths
 from panollava.config import Settings, TextStage
 from panollava.data import TextBatch, TextReader
 from panollava.dialogue import Dialogue, Row, pack
-from panollava.encoder import encoder_grid
+from panollava.encoder import describe_config, encoder_grid
 from panollava.errors import UserError
 from panollava.model import build_model
 from panollava.stage import Stage
@@ -74,6 +74,24 @@ class Objective(nn.Module):
                     len(reader.rows),
                     own.max_text_length,
                 )
+            longest = max(map(len, reader.rows), default=0)
+            self.model.check_length(
+                self.prefix + self.vision_tokens + longest,
+                f"lower the stage's max_text_length ({own.max_text_length})",
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the pretrained towers do to a step beside their weights."""
+        encoder: Any = self.model.encoder
+        return {
+            "encoder": encoder.describe(),
+            "language_model": describe_config(self.model.language_model),
+            "prefix": self.dialogue.prefix,
+            "rows": {
+                split: [(row.query, row.answer) for row in reader.rows]
+                for split, reader in self.readers.items()
+            },
+        }
 
     def blank(self, panoramas: list[list[Row]]) -> TextBatch:
         """A part of the shape that `panoramas` have, with nothing in its views or features."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,9 @@ from panollava.errors import UserError
 
 # Unlikely words that hold a place while the chat template is rendered.
 _IMAGE, _QUERY, _ANSWER = "⟦image⟧", "⟦query⟧", "⟦answer⟧"
+# Of templates that tell the date, as Llama's: a prompt that changed with the day would be another
+# one when answers are asked for than it was in training.
+_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _PLAIN_TEMPLATE = f"USER: {_IMAGE}\n{_QUERY}\nASSISTANT: {_ANSWER}"
 
 IGNORED = -1  # segment of padding
@@ -108,7 +112,18 @@ class Dialogue:
         if self.tokenizer.chat_template:
             user = {"role": "user", "content": f"{_IMAGE}\n{_QUERY}"}
             assistant = {"role": "assistant", "content": _ANSWER}
-            rendered = str(self.tokenizer.apply_chat_template([user, assistant], tokenize=False))
+            template = _DATE + self.tokenizer.get_chat_template()
+            try:
+                rendered = str(
+                    self.tokenizer.apply_chat_template(
+                        [user, assistant], chat_template=template, tokenize=False
+                    )
+                )
+            except TemplateError as error:
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} doesn't take a user's "
+                    f"text and an answer: {error}; use a tokenizer whose template does"
+                ) from None
         pieces = [rendered]
         for mark in (_IMAGE, _QUERY, _ANSWER):
             head, found, tail = pieces.pop().partition(mark)

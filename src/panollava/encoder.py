@@ -1,7 +1,11 @@
 """The vision encoder: a pretrained tower that turns views into grids of patch tokens."""
 
+import json
+from typing import Any
+
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
@@ -22,6 +26,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.tower = tower
         self.patch: int = tower.config.patch_size  # type: ignore[assignment, union-attr]
+        self.kind: str = tower.config.model_type  # type: ignore[assignment, union-attr]
         self.width: int = tower.config.hidden_size  # type: ignore[assignment, union-attr]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -32,9 +37,27 @@ class Encoder(nn.Module):
         pixels = views.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
         tokens = self.tower(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         grid = views.shape[2] // self.patch
+        if tokens.ndim != 3 or tokens.shape[1] < grid * grid or tokens.shape[2] != self.width:
+            raise UserError(
+                f"model.encoder.path: a '{self.kind}' model gives features of "
+                f"shape {tuple(tokens.shape[1:])}, where a view's {grid} x {grid} patches of "
+                f"{self.width} features were expected; name an encoder that keeps a token a patch, "
+                "such as google/siglip-base-patch16-224"
+            )
         # Class and register tokens, where a tower has them, come before the patches.
         tokens = tokens[:, -grid * grid :]
         return tokens.reshape(batch, count, grid, grid, -1)
+
+    def describe(self) -> dict[str, Any]:
+        """What it computes, beside its weights."""
+        scale = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return {"config": describe_config(self.tower), **scale}
+
+
+def describe_config(model: nn.Module) -> dict[str, Any]:
+    """A pretrained model's configuration, wherever it was loaded from."""
+    described = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
+    return {name: value for name, value in described.items() if name != "_name_or_path"}
 
 
 def pool_tokens(grids: Tensor, side: int) -> Tensor:
@@ -108,7 +131,7 @@ def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
     load = getattr(loader, "from_pretrained", loader)
     try:
         return load(**source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"can't load '{source['pretrained_model_name_or_path']}' (revision "
             f"{source['revision']}): give a folder written by save_pretrained (the demo's are "

@@ -25,6 +25,8 @@ def answer(
     owners = [panorama for panorama, own in enumerate(queries) for _ in own]
     cache.batch_select_indices(torch.tensor(owners, device=features.device))
     asked = [dialogue.query(text) for own in queries for text in own]
+    longest = prefix + max(map(len, asked), default=0) + max_new_tokens
+    model.check_length(longest, "lower evaluate.max_new_tokens")
     produced = _decode(model, dialogue, cache, prefix, asked, max_new_tokens)
     texts = iter([dialogue.decode(tokens) for tokens in produced])
     return [[next(texts) for _ in own] for own in queries]

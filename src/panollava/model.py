@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from panollava import config, sphere, views
-from panollava.dialogue import Packed, attention_mask
+from panollava.dialogue import Packed, Row, attention_mask, pack
 from panollava.encoder import (
     from_pretrained_arguments,
     load_encoder,
@@ -20,6 +20,7 @@ from panollava.encoder import (
     pool_tokens,
     token_centres,
 )
+from panollava.errors import UserError
 from panollava.resampler import build_resampler
 
 
@@ -60,6 +61,9 @@ class PanoLLaVA(nn.Module):
 
         `mask`: bool (batch, 1, queries, keys); `positions`: (batch, queries)."""
         decoder = self.language_model.get_decoder()
+        if decoder.config._attn_implementation != "sdpa":  # the others add their mask to the scores
+            least = torch.finfo(embedded.dtype).min
+            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, least)
         output = decoder(
             inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **cache
         )
@@ -81,8 +85,34 @@ class PanoLLaVA(nn.Module):
         hidden = self.hidden_states(
             embedded, attention_mask(packed.segments), packed.positions, use_cache=False
         )
-        answers = hidden.flatten(0, 1)[packed.predicts]
-        return self.language_model.get_output_embeddings()(answers).float()
+        return self.logits(hidden.flatten(0, 1)[packed.predicts])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> float32 (..., vocabulary), in the language model's own scale."""
+        logits = self.language_model.get_output_embeddings()(hidden).float()
+        config = self.language_model.config.get_text_config()
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * factor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def check_length(self, tokens: int, remedy: str) -> None:
+        """Raises UserError if a sequence of so many tokens is longer than what the language model
+        attends to: packed rows and the cache of a panorama know no sliding window."""
+        config = self.language_model.config.get_text_config()
+        limits = (
+            getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")
+        )
+        most = min((limit for limit in limits if limit), default=tokens)
+        if tokens > most:
+            raise UserError(
+                f"model.language_model.path: a '{config.model_type}' model attends to {most} "
+                f"tokens at once, but a panorama with its text takes {tokens}; {remedy}, use fewer "
+                "views, raise model.resampler.pool, or name another language model"
+            )
 
 
 def build_model(
@@ -99,9 +129,46 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         resampler = build_resampler(settings.resampler, encoder.width, torch.from_numpy(encoding))
-        projector = nn.Linear(settings.resampler.width, language.config.hidden_size)
+        projector = nn.Linear(
+            settings.resampler.width, language.get_input_embeddings().weight.shape[1]
+        )
     model = PanoLLaVA(encoder, resampler, projector, language, settings.resampler.pool)
+    if weights:
+        _check_rows_apart(model, settings.language_model.path)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
+    """Raises UserError if the language model gives packed rows other logits than each by itself."""
+    prefix, rows = [1, 2, 3], [Row([4, 5], [6, 7]), Row([8], [9, 10, 11])]
+    packed = pack(prefix, 0, [rows], pad=0)
+    own = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
+    other = "name another, such as Qwen/Qwen2.5-0.5B-Instruct"
+    try:
+        hidden = model.hidden_states(
+            model.embed(packed.tokens),
+            attention_mask(packed.segments),
+            packed.positions,
+            use_cache=False,
+        )
+        together = model.logits(hidden.flatten(0, 1)[packed.predicts])
+        alone = torch.cat(
+            [
+                model.language_model(
+                    input_ids=torch.tensor([prefix + row.query + row.answer]), use_cache=False
+                ).logits[0, -len(row.answer) - 1 : -1]
+                for row in rows
+            ]
+        )
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{own} can't read packed rows: {error}; {other}") from error
+    apart = (together - alone).abs().max() / alone.std()
+    if not apart < 0.01:
+        raise UserError(
+            f"{own} gives packed rows other logits than each by itself (by {apart:.2g} of their "
+            f"spread), so that it wouldn't learn what it is asked; {other}"
+        )
 
 
 def load_language_model(pretrained: config.Pretrained, weights: bool = True):  # type: ignore[no-untyped-def]

@@ -124,6 +124,7 @@ def _fingerprint(stage: Stage, settings: Settings, module: LitStage) -> str:
         "stage": repr(stage),
         "settings": {key: repr(_read(settings, key)) for key in stage.reads},
         "code": digests(Path(__file__).parent, {stage.name: STAGES[stage.name]}),
+        "towers": module.objective.describe(),
         "torch": torch.__version__,
     }
     files = [file for reader in module.objective.readers.values() for file in reader.files]

@@ -2,6 +2,7 @@
 InfoNCE on the same correspondences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,11 @@ class Objective(nn.Module):
             )
             for split in ("train", "valid")
         }
+
+    def describe(self) -> dict[str, Any]:
+        """What the pretrained encoder does to a step beside its weights."""
+        encoder: Any = self.model.encoder
+        return {"encoder": encoder.describe()}
 
     def blank(self, panoramas: list[list[Row]]) -> Tensor:
         """A part of the shape that `panoramas` have, with nothing in it."""
