@@ -73,6 +73,7 @@ def prepare(
         _clear(out / split)
         splits[split] = read_rows(folder / f"{split}.csv", root)
         _check_rejects(folder / f"{split}.csv", *splits[split], out / split, data.max_rejected)
+    _warn_of_unwatched({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
     cv2.setNumThreads(1)  # the threads are those that decode
     pictures = {}
     for split, (rows, rejects) in splits.items():
@@ -111,6 +112,17 @@ def _clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("views.npy", "rows.csv", "rejects.csv"):
         (out / name).unlink(missing_ok=True)
+
+
+def _warn_of_unwatched(pictures: set[Path], folder: Path) -> None:
+    """Of pictures that aren't in `folder`/images, which is all that dvc.yaml names of them."""
+    images = folder / "images"
+    if outside := pictures - {file.resolve() for file in images.rglob("*")}:
+        log.warning(
+            "%d pictures are not in %s, such as %s; DVC watches that folder alone, and runs "
+            "nothing again when they change: put them there",
+            *(len(outside), images, min(outside)),
+        )
 
 
 def _write_views(
