@@ -317,3 +317,10 @@ def test_an_edit_of_the_project_reruns_exactly_these_stages(
         path.write_text(ast.unparse(tree))
 
     assert changed(project, change, PIPELINE) == set(stages.split())
+
+
+def test_what_prepare_makes_of_the_settings_is_code_that_it_runs(project: Path) -> None:
+    def change() -> None:
+        edit(project / "prepare.py", "rolled_split=settings.evaluate.split", 'rolled_split="valid"')
+
+    assert changed(project, change, PIPELINE) == {"prepare"}

@@ -140,6 +140,12 @@ class Handler(BaseHTTPRequestHandler):
     def _moved(self, first: bool) -> None:
         self._send(b"", 302, Location=self.path.replace("/moved/", "/to/"))
 
+    def _astray(self, first: bool) -> None:
+        self._send(b"", 302, Location="http://a..b/c.jpg")
+
+    def _garbled(self, first: bool) -> None:
+        self._send(b"", 302, Location="/caf\xe9.jpg")  # in Latin-1
+
     def _round(self, first: bool) -> None:
         self._send(b"", 302, Location=self.path)
 
@@ -229,14 +235,18 @@ def test_each_link_is_fetched_once_through_all_that_servers_do(
         "narrow": "not 2:1: 60 x 45 pixels",
         "spoilt": "broken picture",
         "round": "too many redirects",
+        "astray": "not an address",
+        "garbled": "not an address",
     }
-    links = [*good, *(f"{server.address}/{kind}/d.jpg" for kind in dead), "http://[/e.jpg"]
+    hosts = ("[", "a..b", "a" * 64)
+    links = [*good, *(f"{server.address}/{kind}/d.jpg" for kind in dead)]
+    links += [f"http://{host}/e.jpg" for host in hosts]
     links = sorted(links, key=number)
     write_links(tmp_path, links, rows=3)
     get(tmp_path)
     check_pictures(tmp_path, server, good)
     found = {link.split("/")[-2]: reason for link, reason in rejects(tmp_path).items()}
-    assert found == dead | {"[": "not an address"}
+    assert found == dead | dict.fromkeys(hosts, "not an address")
     assert set(server.served.values()) == {1}
     assert max(server.asked[f"/{kind}/a.jpg"] for kind in kinds) == 2
     assert server.asked["/gone/d.jpg"] == server.asked["/narrow/d.jpg"] == 1
@@ -294,6 +304,44 @@ def test_a_picture_that_was_there_before_is_used_and_kept(server: Server, tmp_pa
     get(tmp_path)
     assert own.read_bytes() == b"collected by hand"
     assert server.asked.keys() == {f"/at/{name}.jpg" for name in range(1, 6)}
+
+
+def test_a_picture_that_any_row_names_is_kept_whatever_its_name_and_the_row_s_faults(
+    server: Server, tmp_path: Path
+) -> None:
+    """Under names as the download gives them."""
+    link, images = f"{server.address}/at/fetched.jpg", tmp_path / "images"
+    own = [f"pano-{number:016x}.jpg" for number in range(4)]
+    rows = [(f"images/{own[0]}", "q", "a"), (f"images/{own[1]}", "q", ""), (link, "q", "")]
+    rows += [(f"{images}/{own[2]}", "q", "a"), ("images/linked.jpg", "q", "a")]
+    for split in SPLITS:
+        write_rows(tmp_path / f"{split}.csv", rows)
+    images.mkdir()
+    kept = [*(images / name for name in own), picture_file(link, tmp_path)]
+    for picture in kept:
+        picture.write_bytes(jpeg(1))
+    (images / "linked.jpg").symlink_to(own[3])
+    unnamed = images / f"pano-{4:016x}.jpg"
+    unnamed.touch()
+    get(tmp_path)
+    assert set(images.iterdir()) == {*kept, images / "linked.jpg"}
+    assert not server.asked
+
+
+def test_a_second_run_keeps_pictures_that_are_links_into_a_cache(
+    server: Server, tmp_path: Path
+) -> None:
+    """As DVC leaves them where cache.type is symlink."""
+    links = [f"{server.address}/at/{name}.jpg" for name in range(3)]
+    write_links(tmp_path, links)
+    get(tmp_path)
+    for link in links:
+        picture = picture_file(link, tmp_path)
+        picture.rename(tmp_path / str(number(link)))
+        picture.symlink_to(tmp_path / str(number(link)))
+    get(tmp_path)
+    check_pictures(tmp_path, server, links)
+    assert set(server.asked.values()) == {1}
 
 
 def test_a_server_that_asks_to_wait_is_left_alone(server: Server, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from panollava.errors import UserError
 from panollava.pictures import read_panorama
@@ -271,3 +271,12 @@ def test_a_fault_of_the_header_hides_no_pixel(tmp_path: Path) -> None:
     path.write_bytes(jpeg[:at] + b"\x00\x01\x02" + jpeg[at:])
     assert np.array_equal(read_panorama(path, 200), as_pillow_has_it(path, 200))
     assert read_panorama(path, 200).any()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_a_broken_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.avif", smooth(100, 200))
+    whole, media = path.read_bytes(), path.read_bytes().index(b"mdat") + 4
+    path.write_bytes(whole[:media] + bytes(len(whole) - media))
+    with pytest.raises(UserError, match=r"a\.avif: broken picture: Failed to decode"):
+        read_panorama(path, 100)

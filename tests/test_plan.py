@@ -1,5 +1,6 @@
 """What the plan says is what a training then takes."""
 
+import csv
 import importlib
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import write_rows
 from panollava import cli, paths
 from panollava.config import load_settings
 from panollava.gradient_checkpointing import checkpoint_layers
@@ -23,6 +25,11 @@ from test_training import change
 def plan(*arguments: str) -> dict[str, Any]:
     cli.main(["plan", "--json", "plan.json", *arguments])
     return json.loads(Path("plan.json").read_text())
+
+
+def add_rows(file: Path, rows: list[tuple[str, str, str]]) -> None:
+    with file.open("a", newline="", encoding="utf-8") as lines:
+        csv.writer(lines).writerows(rows)
 
 
 def objective_of(stage: Stage, settings: Any, weights: bool, checkpointed: bool) -> Any:
@@ -94,6 +101,37 @@ def test_without_rows_the_plan_is_an_upper_bound(project: Path, small_data: Path
     for name in STAGES:
         assert unknown[name]["steps"] is None and known[name]["steps"] > 0
         assert unknown[name]["memory"]["activations"] >= known[name]["memory"]["activations"]
+
+
+def test_rows_are_those_of_the_data_whatever_has_been_prepared(
+    project: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What prepare wrote counts if it is of these rows: it has found the broken pictures."""
+    shutil.copytree(small_data, "own")
+    Path("own/images/broken.jpg").write_text("gone")
+    add_rows(Path("own/train.csv"), [("images/broken.jpg", "what\ris it", "a box")])
+    text = paths.PARAMS.read_text().replace("max_rejected: 0.0", "max_rejected: 0.5")
+    for folder in ("own", "other", "nowhere"):
+        Path(f"{folder}.yaml").write_text(text.replace(str(small_data), folder))
+    shutil.copytree("own", "other")
+    write_rows(Path("other/train.csv"), [("images/train_0.jpg", "what", "a box")])
+    shutil.copy("own.yaml", paths.PARAMS)
+
+    def planned(folder: str) -> tuple[int | None, str | None, int | None]:
+        found = plan("resampler", "--params", f"{folder}.yaml")
+        train = found["rows"].get("train"), found["files"].get("train")
+        return *train, found["stages"]["resampler"]["steps"]
+
+    before = planned("own")
+    assert before[:2] == (14, "own/train.csv") and planned("other")[0] == 1
+    cli.main(["prepare"])
+    assert planned("own")[:2] == (13, "runs/prepared/train/rows.csv")
+    assert planned("other") == (1, "other/train.csv", 1)
+    assert planned("nowhere") == (None, None, None)
+    capsys.readouterr()
+    add_rows(Path("own/train.csv"), [("images/train_0.jpg", "where", "a box")])
+    assert planned("own")[:2] == (15, "own/train.csv")
+    assert "read from: own/train.csv, runs/prepared/valid/rows.csv" in capsys.readouterr().err
 
 
 def test_half_precision_and_parts_take_less(project: Path) -> None:

@@ -326,6 +326,29 @@ def test_a_picture_in_two_splits_is_warned_of(root: Path, caplog: pytest.LogCapt
     assert warning.getMessage() == "2 pictures are both in train and in test, such as a.jpg"
 
 
+def test_pictures_that_dvc_does_not_watch_are_warned_of_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links inside `images`, as DVC may leave them, are watched."""
+    images = root / "data" / "images"
+    (images / "more").mkdir()
+    (images / "a.jpg").rename(root / "cached")
+    (images / "a.jpg").symlink_to(root / "cached")
+    save_picture(images / "more" / "d.jpg", 9)
+    add_rows(root, [("data/images/more/../more/d.jpg", "q", "a")])
+    prepare(data(), VIEWS, root / "out", root)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for seed, name in enumerate(("data/beside.jpg", "elsewhere/e.jpg"), start=10):
+        save_picture(root / name, seed)
+    add_rows(root, [("beside.jpg", "q", "a"), ("data/beside.jpg", "q", "a")])
+    add_rows(root, [(f"{root}/elsewhere/e.jpg", "q", "a")], split="test")
+    prepare(data(), VIEWS, root / "out", root)
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.getMessage().startswith(
+        f"2 pictures are not in {images}, such as {root}/data/beside.jpg; DVC watches that folder"
+    )
+
+
 def test_each_split_is_summed_up_in_a_line(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_rows(root, [("images/a.jpg", "q", "")])
     with caplog.at_level(logging.INFO):

@@ -18,7 +18,7 @@ from panollava.errors import UserError
 # Entry points, as `module` or `module:definition`. The training stages share one, and import
 # their objectives by a string.
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "prepare": ("panollava.prepare:prepare",),
+    "prepare": ("panollava.prepare:prepare_project",),
     "vision": ("panollava.train:train", "panollava.vicreg:Objective"),
     "resampler": ("panollava.train:train", "panollava.autoregressive:Objective"),
     "features": ("panollava.features:write_features",),

@@ -24,7 +24,7 @@ from urllib3.util import Retry
 
 from panollava.errors import UserError
 from panollava.pictures import read_panorama
-from panollava.rows import NOT_DOWNLOADED, is_link, picture_file, read_rows
+from panollava.rows import NOT_DOWNLOADED, find_picture, is_link, picture_file, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def download(
             "download: expected at least 1 connection, a rate above 0 and a pause of at least 0, "
             f"found {connections}, {rate:g} and {pause:g}"
         )
-    links = _links(folder, splits, root)
-    _clear(folder, links)
+    links, wanted = _links(folder, splits, root)
+    _clear(folder, wanted)
     todo = [link for link, picture in links.items() if picture is None]
     log.info("%d links, %d of them fetched before", len(links), len(links) - len(todo))
     dead, unanswered = _fetch_all(todo, folder, connections, _Gate(rate), pause)
@@ -86,26 +86,30 @@ def download(
     )
 
 
-def _links(folder: Path, splits: tuple[str, ...], root: Path) -> dict[str, Path | None]:
+def _links(
+    folder: Path, splits: tuple[str, ...], root: Path
+) -> tuple[dict[str, Path | None], set[Path]]:
     """The links of all rows without another fault, in their order, with their pictures that are
-    there."""
+    there; and the pictures of all rows, whatever their faults, links or not."""
     links: dict[str, Path | None] = {}
+    wanted: set[Path] = set()
     for split in splits:
         rows, rejects = read_rows(folder / f"{split}.csv", root)
+        found = (find_picture(url, folder, root) for url in rejects["url"].unique())
+        wanted |= {*rows["picture"], *filter(None, found)}
         missing = rejects[rejects["reason"] == NOT_DOWNLOADED].assign(picture=None)
         both = pd.concat([rows, missing]).sort_values("row")
         links |= {row.url: row.picture for row in both.itertuples() if is_link(row.url)}
-    return links
+    return links, wanted
 
 
-def _clear(folder: Path, links: dict[str, Path | None]) -> None:
+def _clear(folder: Path, wanted: set[Path]) -> None:
     """Remove the list of dead links, halves of pictures, and pictures of links that no row names
     any more; a picture that was put there under another name isn't touched."""
     (folder / "rejects.csv").unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    wanted = {picture.name for picture in links.values() if picture is not None}
     for file in sorted((folder / "images").iterdir()):
-        if _OWN_NAME.fullmatch(file.name) and file.name not in wanted:
+        if _OWN_NAME.fullmatch(file.name) and file.resolve() not in wanted:
             file.unlink()
 
 
@@ -267,6 +271,8 @@ class _Fetcher:
             raise _DeadError("too many redirects") from None
         except requests.RequestException as error:
             raise _FailedError(f"{type(error).__name__}: {error}") from None
+        except ValueError:  # of a link, or of a redirect, whose address requests lets pass
+            raise _DeadError("not an address") from None
         except OSError as error:
             raise UserError(f"{path}: can't be written: {error.strerror}") from None
 

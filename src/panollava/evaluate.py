@@ -24,7 +24,7 @@ from panollava.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.facts import FactReader, Key, compare, find_reader, rotation, seam
 from panollava.features import autocast, choose_device
-from panollava.files import whole
+from panollava.files import whole, write_csv
 from panollava.generate import answer
 from panollava.model import PanoLLaVA, build_model
 from panollava.stage import find_stage
@@ -78,7 +78,8 @@ def evaluate(settings: Settings) -> None:
     log.info("%s", json.dumps(metrics, indent=2))
     urls = dict(zip(rows["panorama"], rows["url"], strict=True))
     _write_predictions(paths.PREDICTIONS, answers, references, urls)
-    _write(paths.EVALUATION, json.dumps(metrics, indent=2) + "\n")
+    with whole(paths.EVALUATION) as beside:
+        beside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def summarise(
@@ -170,9 +171,4 @@ def _write_predictions(
         }
         for (panorama, query), own in references.items()
     )
-    _write(path, table.to_csv(index=False))
-
-
-def _write(path: Path, text: str) -> None:
-    with whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_csv(path, table)

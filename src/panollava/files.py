@@ -2,13 +2,18 @@
 disk, a place that can't be written, too little memory."""
 
 import contextlib
+import csv
 import errno
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from panollava.errors import UserError
+
+if TYPE_CHECKING:  # pandas is slow to import, and every command imports this module
+    import pandas as pd
 
 _REMEDIES = {
     errno.ENOSPC: "free some space: `du -sh .dvc/cache .resume runs` shows what is large, "
@@ -49,6 +54,13 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the place itself may be what is wrong
             beside.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table, as a whole or not at all, so that pandas reads its texts back as they are."""
+    # All text is quoted: pandas leaves a lone carriage return bare, and reads it as the row's end.
+    with whole(path) as beside:
+        table.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 @contextlib.contextmanager

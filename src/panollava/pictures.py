@@ -52,7 +52,7 @@ def read_panorama(path: Path, width: int, until: float = 1.0) -> NDArray[np.uint
     except OSError as error:
         # Of an error of the system only what doesn't name the file once more.
         raise UserError(f"{path}: broken picture: {error.strerror or error}") from None
-    except (EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: broken picture: {error}") from None
 
 

@@ -52,7 +52,8 @@ class Plan:
     device: str
     precision: str
     program: int  # bytes of memory beside tensors; 0 on a GPU, which has its own memory
-    rows: dict[str, int]  # by split that has rows, as the next
+    files: dict[str, str]  # that the rows are read from, by split that has rows, as the next two
+    rows: dict[str, int]
     panoramas: dict[str, int]
     views: int  # bytes on disk of all splits and turned panoramas, as the next
     features: int
@@ -60,8 +61,8 @@ class Plan:
 
 def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     """Raises UserError for settings, towers or rows that a training would refuse as well."""
-    found = {split: read_split(settings, split) for split in SPLITS}
-    tables = {split: rows for split, rows in found.items() if rows is not None}
+    found = {split: own for split in SPLITS if (own := read_split(settings, split))}
+    tables = {split: rows for split, (rows, _) in found.items()}
     panoramas = {split: int(rows["panorama"].nunique()) for split, rows in tables.items()}
     planned = {stage.name: plan_stage(settings, stage) for stage in stages}
     size, count = settings.views.size, len(layout(settings.views).projections)
@@ -76,6 +77,7 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
         device=device.type,
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
+        files={split: str(file) for split, (_, file) in found.items()},
         rows={split: len(rows) for split, rows in tables.items()},
         panoramas=panoramas,
         views=seen * count * size * size * 3,
@@ -154,6 +156,7 @@ def show(planned: Plan, checkpointed: bool) -> None:
     rows = ", ".join(f"{split} {count:,}" for split, count in planned.rows.items())
     panoramas = ", ".join(f"{split} {count:,}" for split, count in planned.panoramas.items())
     log.info("\nrows: %s; panoramas: %s", rows or "none found", panoramas or "none found")
+    log.info("read from: %s", ", ".join(planned.files.values()) or "no file")
     if "train" in planned.rows:
         mean = planned.rows["train"] / planned.panoramas["train"]
         log.info("rows a panorama of train: %.1f", mean)

@@ -1,6 +1,5 @@
 """Rows and panoramas into views: each panorama is decoded once, and by no other stage."""
 
-import csv
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from panollava import config, paths
 from panollava.arrays import write_array
 from panollava.errors import UserError
-from panollava.files import whole
+from panollava.files import write_csv
 from panollava.pictures import read_panorama, roll
 from panollava.rows import COLUMNS, read_rows
 from panollava.views import Sampler, layout
@@ -74,13 +73,14 @@ def prepare(
         _clear(out / split)
         splits[split] = read_rows(folder / f"{split}.csv", root)
         _check_rejects(folder / f"{split}.csv", *splits[split], out / split, data.max_rejected)
+    _warn_of_unwatched({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
     cv2.setNumThreads(1)  # the threads are those that decode
     pictures = {}
     for split, (rows, rejects) in splits.items():
         turned = (rolled, rolls) if split == rolled_split else None
         rows, rejects = _write_views(out / split, rows, rejects, sampler, threads, turned)
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, data.max_rejected)
-        _write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
+        write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
         pictures[split] = set(rows["picture"])
         rejected = f"{len(rejects)} rejected" + (f" ({_count(rejects)})" if len(rejects) else "")
         log.info(
@@ -112,6 +112,17 @@ def _clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("views.npy", "rows.csv", "rejects.csv"):
         (out / name).unlink(missing_ok=True)
+
+
+def _warn_of_unwatched(pictures: set[Path], folder: Path) -> None:
+    """Of pictures that aren't in `folder`/images, which is all that dvc.yaml names of them."""
+    images = folder / "images"
+    if outside := pictures - {file.resolve() for file in images.rglob("*")}:
+        log.warning(
+            "%d pictures are not in %s, such as %s; DVC watches that folder alone, and runs "
+            "nothing again when they change: put them there",
+            *(len(outside), images, min(outside)),
+        )
 
 
 def _write_views(
@@ -181,7 +192,7 @@ def _check_rejects(
 ) -> None:
     """Write rejects.csv, and stop if there are too many, or if nothing is left."""
     file = out / "rejects.csv"
-    _write_csv(file, rejects)
+    write_csv(file, rejects)
     total = len(rows) + len(rejects)
     if len(rejects) <= allowed * total and len(rows):
         return
@@ -195,12 +206,6 @@ def _check_rejects(
         f"The first: {examples}. All are listed in {file}; mend them"
         + (", or raise data.max_rejected" if len(rows) else "")
     )
-
-
-def _write_csv(file: Path, table: pd.DataFrame) -> None:
-    # All text is quoted: pandas leaves a lone carriage return bare, and reads it as the row's end.
-    with whole(file) as beside:
-        table.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 def _count(rejects: pd.DataFrame) -> str:

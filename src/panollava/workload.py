@@ -10,7 +10,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data import labelled_rows, read_prepared_rows
 from panollava.dialogue import Row
-from panollava.rows import NOT_DOWNLOADED, read_rows
+from panollava.rows import COLUMNS, NOT_DOWNLOADED, read_rows
 from panollava.stage import Stage
 from panollava.steps import Step, divide, plan_epoch
 
@@ -45,7 +45,8 @@ def find_workload(objective: Any, settings: Settings, stage: Stage, accumulate: 
 
     Raises UserError for a row that leaves no answer."""
     own = getattr(settings.stage, stage.name)
-    train = read_split(settings, "train")
+    found = read_split(settings, "train")
+    train = None if found is None else found[0]
     dialogue = getattr(objective, "dialogue", None)  # None: it reads no text
     if train is None:
         length = dialogue.max_text_length if dialogue else 1
@@ -69,19 +70,28 @@ def find_workload(objective: Any, settings: Settings, stage: Stage, accumulate: 
     return Workload(None if train is None else len(steps), _heaviest(divided, prefix), prefix)
 
 
-def read_split(settings: Settings, split: str) -> pd.DataFrame | None:
-    """The rows that `prepare` wrote; else those of the CSV, with those whose pictures are still
-    to be fetched; else None."""
-    prepared = paths.PREPARED / split / "rows.csv"
-    if prepared.is_file():
-        return read_prepared_rows(prepared)
+def read_split(settings: Settings, split: str) -> tuple[pd.DataFrame, Path] | None:
+    """The rows of `data.dir`, and their file: what `prepare` wrote, if it is of these rows; else
+    the CSV, with the rows whose pictures are still to be fetched. None if there is no CSV."""
     file = Path(settings.data.dir) / f"{split}.csv"
     if not file.is_file():
         return None
     rows, rejects = read_rows(file, Path())
+    prepared = paths.PREPARED / split / "rows.csv"
+    rejected = prepared.with_name("rejects.csv")
+    if prepared.is_file() and rejected.is_file():
+        written = read_prepared_rows(prepared)
+        if _texts(written, read_prepared_rows(rejected)) == _texts(rows, rejects):
+            return written, prepared
     waiting = rejects[rejects["reason"] == NOT_DOWNLOADED]
     found = pd.concat([rows, waiting]).sort_values("row")
-    return found.assign(panorama=pd.factorize(found["url"])[0])
+    return found.assign(panorama=pd.factorize(found["url"])[0]), file
+
+
+def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
+    """The rows of all tables, with their numbers, as they stand in a CSV."""
+    columns = ["row", *COLUMNS]
+    return {row for table in tables for row in table[columns].itertuples(index=False, name=None)}
 
 
 def _divide(step: Step, panoramas: dict[int, list[Row]], accumulate: int) -> list[Part]:
