@@ -89,6 +89,8 @@ def test_each_option_overrides_its_parameter_for_this_run(
     rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
     assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
     assert "max_text_length" in fails("resampler", "--max-text-length", "1")
+    said = fails("vision", "--batch-size", "-1")
+    assert said.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
     assert paths.PARAMS.read_text() == before
 
 

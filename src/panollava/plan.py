@@ -17,7 +17,7 @@ from torch import nn
 
 from panollava.config import Settings
 from panollava.encoder import encoder_grid, load_encoder
-from panollava.features import checked_dtype, choose_device
+from panollava.features import choose_device
 from panollava.files import whole
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.logs import table
@@ -67,7 +67,7 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     size, count = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
-    feature = encoder.width * np.dtype(checked_dtype(settings.model.features)).itemsize
+    feature = encoder.width * np.dtype(settings.model.features).itemsize
     rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
     seen = sum(panoramas.values()) + rolled
     device = choose_device(settings.trainer.accelerator)
