@@ -43,11 +43,11 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
     and rolled.npy, the same of turned panoramas.
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
+    device = choose_device(settings.trainer.accelerator)
     torch.set_num_threads(settings.trainer.threads)
     model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
     source = source or paths.weights_file(_TRAINED_BY.name)
     load_start(source, model, ("encoder",), _TRAINED_BY)
-    device = choose_device(settings.trainer.accelerator)
     model.eval().requires_grad_(False).to(device)
     inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
     for name, file in {**inputs, "rolled": paths.ROLLED}.items():
@@ -58,10 +58,15 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """The device that Lightning would take for `trainer.accelerator`."""
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return torch.device("cuda")
+    """The device that Lightning would take for `trainer.accelerator`. Raises UserError for a GPU
+    that isn't there."""
+    there = torch.cuda.is_available()
+    if accelerator == "gpu" and not there:
+        raise UserError(
+            f"trainer.accelerator: found gpu, but torch {torch.__version__} finds no GPU that it "
+            "can use; set it to cpu, or to auto, which takes a GPU where there is one"
+        )
+    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -70,12 +70,12 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     feature = encoder.width * np.dtype(settings.model.features).itemsize
     rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
     seen = sum(panoramas.values()) + rolled
-    device = choose_device(settings.trainer.accelerator)
+    device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
         stages=planned,
-        device=device.type,
+        device=device,
         precision=settings.trainer.precision,
-        program=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
+        program=psutil.Process().memory_info().rss if device == "cpu" else 0,
         rows={split: len(rows) for split, rows in tables.items()},
         panoramas=panoramas,
         views=seen * count * size * size * 3,
@@ -128,8 +128,8 @@ def _objective(settings: Settings, stage: Stage) -> Any:
 
 def _device(settings: Settings) -> torch.device:
     """Whose kernels are planned with: a machine without a GPU plans for one with its own."""
-    device = choose_device(settings.trainer.accelerator)
-    return device if torch.cuda.is_available() else torch.device("cpu")
+    accelerator = settings.trainer.accelerator
+    return choose_device("auto" if accelerator == "gpu" else accelerator)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -17,6 +17,7 @@ from panollava.checkpoints import Checkpoints, WholeFiles, read_checkpoint
 from panollava.config import Settings, Trainer
 from panollava.curves import Curves, Speed
 from panollava.digest import STAGES, digests
+from panollava.features import choose_device
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import LitStage
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
@@ -43,6 +44,7 @@ def train(
 
     Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
+    choose_device(settings.trainer.accelerator)  # it must be there
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
