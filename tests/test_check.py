@@ -155,6 +155,22 @@ def test_a_missing_folder_is_named(folder: Path) -> None:
     assert "no/such/folder: no such folder" in log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--workers", "0", "expected at least 1, found 0"),
+        ("--max-rejected", "1.5", "expected from 0 to 1, found 1.5"),
+    ],
+)
+def test_an_impossible_option_is_named(
+    folder: Path, option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", str(folder), option, value])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {option}: {expected}"
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
 def test_the_published_data_passes_with_its_known_faults() -> None:
     report = check(SHARED / "quic360_full", Path(), 2, 0.15)

@@ -1,10 +1,17 @@
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from conftest import ROOT
+from panollava import config
 from panollava.config import load_settings
 from panollava.errors import UserError
+from panollava.facts import READERS
+from panollava.lit import SCHEDULES
+from panollava.resampler import RESAMPLERS
+from panollava.views import STRATEGIES
 
 PARAMS = (ROOT / "params.yaml").read_text()
 
@@ -45,6 +52,106 @@ def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
     path = edited(tmp_path, "  size: 64", "  size: big")
     with pytest.raises(UserError, match=r"views.size: expected int, found 'big' \(str\)"):
         load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed: 0", "seed: -1", "seed: expected from 0 to 4294967295, found -1"),
+        ("size: 64", "size: 0", "views.size: expected at least 1, found 0"),
+        ("overlap: 0.5", "overlap: 1", "views.overlap: expected from 0 to below 1, found 1.0"),
+        ("pool: 2", "pool: 0", "model.resampler.pool: expected at least 1, found 0"),
+        ("epochs: 1", "epochs: -1", "stage.vision.epochs: expected at least 0, found -1"),
+        ("batch_size: 8", "batch_size: 0", "stage.vision.batch_size: expected at least 1, found 0"),
+        ("accumulate: 1", "accumulate: 0", "stage.vision.accumulate: expected at least 1, found 0"),
+        ("lr: 2.0e-5", "lr: .nan", "stage.vision.lr: expected at least 0, found nan"),
+        (
+            "encoder_lr: 2.0e-4",
+            "encoder_lr: -1",
+            "stage.resampler.encoder_lr: expected at least 0, found -1.0",
+        ),
+        (
+            "labelled: 1.0",
+            "labelled: 0",
+            "stage.resampler.labelled: expected above 0 and up to 1, found 0.0",
+        ),
+        (
+            "accelerator: cpu",
+            "accelerator: GPU",
+            "trainer.accelerator: expected cpu, gpu or auto, found 'GPU'",
+        ),
+        (
+            "devices: 1",
+            "devices: 2",
+            "trainer.devices: expected 1, because a step.s mean .*accumulate.*, found 2",
+        ),
+        ("devices: 1", "devices: true", "trainer.devices: expected int, found True"),
+        ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
+        (
+            "precision: 32-true",
+            "precision: 16-mixed",
+            "trainer.precision: expected 32-true or bf16-mixed, found '16-mixed'",
+        ),
+        ("beta2: 0.98", "beta2: 1.0", "trainer.beta2: expected from 0 to below 1, found 1.0"),
+        ("clip: 0.5", "clip: 0", "trainer.clip: expected above 0, found 0.0"),
+        ("log_every: 10", "log_every: 0", "trainer.log_every: expected at least 1, found 0"),
+        (
+            "loader_workers: 0",
+            "loader_workers: -1",
+            "machine.loader_workers: expected at least 0, found -1",
+        ),
+        ("save_every: 50", "save_every: 0", "machine.save_every: expected at least 1, found 0"),
+        ("facts: demo", "facts: all", "evaluate.facts: expected demo or null, found 'all'"),
+        (
+            "[20, 45, 180]",
+            "[20, .inf]",
+            "evaluate.rolls[1]: expected from -360 to 360 degrees, found inf",
+        ),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named_with_those_that_are(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    path = edited(tmp_path, old, new)
+    with pytest.raises(UserError) as raised:
+        load_settings(path)
+    assert str(raised.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("epochs: 1", "epochs: 0"),  # the stage passes on what it starts from
+        ("overlap: 0.5", "overlap: 0"),
+        ("warmup: 0.1", "warmup: 1"),
+        ("encoder_lr: 2.0e-4", "encoder_lr: null"),
+        ("facts: demo", "facts: null"),
+        ("[20, 45, 180]", "[]"),
+    ],
+)
+def test_the_limits_are_allowed(tmp_path: Path, old: str, new: str) -> None:
+    load_settings(edited(tmp_path, old, new))
+
+
+def test_a_value_of_the_command_line_is_checked_as_well() -> None:
+    changes = {"stage.vision.epochs": -1}
+    with pytest.raises(UserError) as raised:
+        load_settings(ROOT / "params.yaml", ("machine",), changes)
+    message = "command line: stage.vision.epochs: expected at least 0, found -1"
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [
+        (config.Views, "strategy", STRATEGIES),
+        (config.Resampler, "type", RESAMPLERS),
+        (config.Trainer, "schedule", SCHEDULES),
+        (config.Evaluate, "facts", [*READERS, None]),
+    ],
+)
+def test_what_may_be_named_is_what_there_is(section: type, key: str, known: Iterable[Any]) -> None:
+    assert set(get_args(get_type_hints(section)[key])) == set(known)
 
 
 def test_numbers_as_dvc_writes_them_are_numbers(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_roll_by_one_stride_is_a_shift_of_the_directions(built) -> None:
 def test_other_positions_are_there_to_be_compared_with(towers: Path, position: str) -> None:
     """A learned vector tells the views apart, and without any position nothing does."""
     settings = settings_for(towers)
-    own = dataclasses.replace(settings.model.resampler, position=position)
+    own = dataclasses.replace(settings.model.resampler, position=position)  # type: ignore[arg-type]
     model, _ = build_model(replace_model(settings.model, resampler=own), settings.views, seed=0)
     features = model.features(random_views(1))
     plain, turned = model.resampler(features), model.resampler(features.roll(1, dims=1))
@@ -210,10 +210,10 @@ def test_views_of_another_size_than_the_encoder_takes_are_an_error(towers: Path)
 
 def test_an_unknown_resampler_or_tower_is_an_error(towers: Path) -> None:
     settings = settings_for(towers)
-    odd = dataclasses.replace(settings.model.resampler, type="perceiver")
+    odd = dataclasses.replace(settings.model.resampler, type="perceiver")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"unknown resampler 'perceiver'.*mlp"):
         build_model(replace_model(settings.model, resampler=odd), settings.views)
-    odd = dataclasses.replace(settings.model.resampler, position="yaw")
+    odd = dataclasses.replace(settings.model.resampler, position="yaw")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"resampler.position: expected ray, view or none.*'yaw'"):
         build_model(replace_model(settings.model, resampler=odd), settings.views)
     nowhere = dataclasses.replace(settings.model.encoder, path="data/nowhere/encoder")

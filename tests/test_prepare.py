@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_the_number_of_panoramas(
 
 def test_every_strategy_is_prepared(root: Path) -> None:
     for strategy, count in (("e2p", 9), ("cubemap", 6), ("sliding_window", 8), ("resize", 1)):
-        views = config.Views(strategy, 16, 90.0, 0.5, 0.0, strategy == "e2p")
+        views = config.Views(strategy, 16, 90.0, 0.5, 0.0, strategy == "e2p")  # type: ignore[arg-type]
         prepare(data(), views, root / "out", root)
         assert np.load(root / "out" / "train" / "views.npy").shape == (3, count, 16, 16, 3)
 

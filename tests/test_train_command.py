@@ -89,6 +89,8 @@ def test_each_option_overrides_its_parameter_for_this_run(
     rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
     assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
     assert "max_text_length" in fails("resampler", "--max-text-length", "1")
+    said = fails("vision", "--batch-size", "-1")
+    assert said.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
     assert paths.PARAMS.read_text() == before
 
 
@@ -194,6 +196,26 @@ def test_a_run_must_go_on_if_told_so(
     assert work.is_dir()  # and is still there
     train("vision", "--epochs", "2", "--resume")
     assert "goes on from step 1 of 4" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_before_any_work(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("all")
+    text = paths.PARAMS.read_text()
+    paths.PARAMS.write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
+    for command in ("train all", "train vision", "train finetune", "features", "evaluate"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command.split())
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and "rows over" not in said and "starts from" not in said
+        assert re.search("trainer.accelerator: found gpu, but .* set it to cpu, or to auto", said)
+    cli.main(["plan", "vision"])  # it needs none
+    assert "(cuda, " in capsys.readouterr().err
+    paths.PARAMS.write_text(text.replace("accelerator: cpu", "accelerator: auto"))
+    cli.main(["features"])
 
 
 def test_weights_and_biases_is_named_where_it_is_not_installed(

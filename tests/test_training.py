@@ -283,12 +283,6 @@ def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
     assert work.is_dir()
 
 
-@pytest.mark.parametrize("devices", [0, 2])
-def test_another_number_of_devices_than_one_is_an_error(settings: Settings, devices: int) -> None:
-    with pytest.raises(UserError, match=rf"trainer\.devices: expected 1, found {devices}"):
-        run("vision", change(settings, trainer__devices=devices))
-
-
 def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:
     run("vision", settings)
     with caplog.at_level(logging.INFO):

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from panollava.config import Count, Share, checked
 from panollava.errors import UserError
 from panollava.logs import table
 from panollava.pictures import read_panorama
@@ -67,12 +68,12 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
     """Read all rows and decode all pictures of `folder`.
 
     Raises:
-        UserError: no such folder, or an impossible `max_rejected`.
+        UserError: no such folder, or an impossible `workers` or `max_rejected`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one that holds {', '.join(SPLITS)}.csv")
-    if not 0 <= max_rejected <= 1:
-        raise UserError(f"--max-rejected: expected a share from 0 to 1, found {max_rejected:g}")
+    checked(Count, workers, "--workers")
+    checked(Share, max_rejected, "--max-rejected")
     report = Report(str(folder), max_rejected)
     good: dict[str, pd.DataFrame] = {}
     everything: dict[str, pd.DataFrame] = {}

@@ -81,7 +81,7 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
-        module.best = sorted([*module.best, entry])[: max(1, self.keep)]
+        module.best = sorted([*module.best, entry])[: self.keep]
         module.epoch, module.epoch_step = module.epoch + 1, 0
         files = self.files(module.best)
         if entry in module.best:  # and what `restore` finds when there is no later progress

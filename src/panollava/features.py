@@ -43,33 +43,30 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
     and rolled.npy, the same of turned panoramas.
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
+    device = choose_device(settings.trainer.accelerator)
     torch.set_num_threads(settings.trainer.threads)
-    dtype = checked_dtype(settings.model.features)
     model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
     source = source or paths.weights_file(_TRAINED_BY.name)
     load_start(source, model, ("encoder",), _TRAINED_BY)
-    device = choose_device(settings.trainer.accelerator)
     model.eval().requires_grad_(False).to(device)
     inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
     for name, file in {**inputs, "rolled": paths.ROLLED}.items():
         views = open_array(file)
         out = paths.FEATURES / f"{name}.npy"
-        _write(model.encoder, views, settings.model.resampler.pool, out, dtype, device, settings)
+        _write(model.encoder, views, out, device, settings)
         log.info("features of %d panoramas: %s", len(views), out)
 
 
-def checked_dtype(name: str) -> str:
-    """`model.features`. Raises UserError for a precision in which features aren't kept."""
-    if name not in ("float32", "float16"):
-        raise UserError(f"model.features: expected float32 or float16, found '{name}'")
-    return name
-
-
 def choose_device(accelerator: str) -> torch.device:
-    """The device that Lightning would take for `trainer.accelerator`."""
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return torch.device("cuda")
+    """The device that Lightning would take for `trainer.accelerator`. Raises UserError for a GPU
+    that isn't there."""
+    there = torch.cuda.is_available()
+    if accelerator == "gpu" and not there:
+        raise UserError(
+            f"trainer.accelerator: found gpu, but torch {torch.__version__} finds no GPU that it "
+            "can use; set it to cpu, or to auto, which takes a GPU where there is one"
+        )
+    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -81,12 +78,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def _write(
     encoder: nn.Module,
     views: np.ndarray,
-    pool: int,
     out: Path,
-    dtype: str,
     device: torch.device,
     settings: Settings,
 ) -> None:
+    pool, dtype = settings.model.resampler.pool, settings.model.features
     with write_array(out) as append:
         for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
             index = list(range(at, min(at + _BATCH, len(views))))

@@ -97,12 +97,7 @@ class LitStage(pl.LightningModule):
         fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
         warmup = max(1, round(self.settings.warmup * self.total_steps))
-        decay = SCHEDULES.get(self.settings.schedule)
-        if decay is None:
-            raise UserError(
-                f"trainer.schedule: unknown schedule '{self.settings.schedule}'; "
-                f"known are {', '.join(SCHEDULES)}"
-            )
+        decay = SCHEDULES[self.settings.schedule]
 
         def factor(step: int) -> float:
             if step < warmup:

@@ -61,8 +61,11 @@ def _reads_features(stage: Stage) -> bool:
 
 
 def _prepare(changes: Changes) -> None:
+    from panollava.features import choose_device
     from panollava.prepare import READS, prepare_project
 
+    # A training follows, which may be an hour away.
+    choose_device(load_settings(paths.PARAMS, changes=changes).trainer.accelerator)
     settings = load_settings(paths.PARAMS, READS, changes)
     with alone("prepare"):
         prepare_project(settings)

@@ -17,7 +17,7 @@ from torch import nn
 
 from panollava.config import Settings
 from panollava.encoder import encoder_grid, load_encoder
-from panollava.features import checked_dtype, choose_device
+from panollava.features import choose_device
 from panollava.files import whole
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.logs import table
@@ -68,15 +68,15 @@ def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     size, count = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
-    feature = encoder.width * np.dtype(checked_dtype(settings.model.features)).itemsize
+    feature = encoder.width * np.dtype(settings.model.features).itemsize
     rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
     seen = sum(panoramas.values()) + rolled
-    device = choose_device(settings.trainer.accelerator)
+    device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
         stages=planned,
-        device=device.type,
+        device=device,
         precision=settings.trainer.precision,
-        program=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
+        program=psutil.Process().memory_info().rss if device == "cpu" else 0,
         files={split: str(file) for split, (_, file) in found.items()},
         rows={split: len(rows) for split, rows in tables.items()},
         panoramas=panoramas,
@@ -130,8 +130,8 @@ def _objective(settings: Settings, stage: Stage) -> Any:
 
 def _device(settings: Settings) -> torch.device:
     """Whose kernels are planned with: a machine without a GPU plans for one with its own."""
-    device = choose_device(settings.trainer.accelerator)
-    return device if torch.cuda.is_available() else torch.device("cpu")
+    accelerator = settings.trainer.accelerator
+    return choose_device("auto" if accelerator == "gpu" else accelerator)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -17,7 +17,7 @@ from panollava.checkpoints import Checkpoints, WholeFiles, read_checkpoint
 from panollava.config import Settings, Trainer
 from panollava.curves import Curves, Speed
 from panollava.digest import STAGES, digests
-from panollava.errors import UserError
+from panollava.features import choose_device
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import LitStage
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
@@ -44,7 +44,7 @@ def train(
 
     Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
-    _check_devices(settings.trainer.devices)
+    choose_device(settings.trainer.accelerator)  # it must be there
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
@@ -81,16 +81,6 @@ def train(
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
     _publish(stage, settings, module, checkpoints, curves)
     mark_finished(work)
-
-
-def _check_devices(devices: int) -> None:
-    """A step's loss is one mean over all its tokens, which no code here shares out yet."""
-    if devices != 1:
-        raise UserError(
-            f"{paths.PARAMS}: trainer.devices: expected 1, found {devices}; a stage trains on one "
-            "device, because the mean over a step's tokens isn't computed across several. Set it "
-            "to 1, and raise the stage's accumulate where a step doesn't fit one device"
-        )
 
 
 def _publish(
@@ -152,7 +142,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
-            precision=settings.precision,  # type: ignore[arg-type]
+            precision=settings.precision,
             max_epochs=epochs,
             callbacks=[*callbacks, TQDMProgressBar(refresh_rate=5)],
             plugins=[WholeFiles()],

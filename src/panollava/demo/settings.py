@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from panollava.config import Views, read
+from panollava.config import Count, NotNegative, Positive, Seed, Share, Views, read
 
 # Streams of scenes that share nothing: scene i of a stream is made from (seed, stream, i).
 STREAMS = {"train": 0, "valid": 1, "test": 2, "encoder": 3, "language_model": 4, "probe": 5}
@@ -15,42 +15,42 @@ VIEWS = Views(
 
 @dataclass(frozen=True)
 class SceneSettings:
-    train: int
-    valid: int
-    test: int
-    references: int
-    turned: float
+    train: Count
+    valid: Count
+    test: Count
+    references: Count
+    turned: Share
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    scenes: int
-    steps: int
-    batch_size: int
-    lr: float
-    threads: int
+    scenes: Count
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    threads: Count
 
 
 @dataclass(frozen=True)
 class Lesson:
-    steps: int
+    steps: Count
     places: int  # of the context that one object has at most
-    turned: float  # share of the scenes that are turned by any angle
+    turned: Share  # of the scenes, that are turned by any angle
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
     lessons: list[Lesson]
-    batch_size: int
-    lr: float
-    threads: int
-    noise: float
+    batch_size: Count
+    lr: Positive
+    threads: Count
+    noise: NotNegative
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    seed: int
-    height: int
+    seed: Seed
+    height: Count
     scenes: SceneSettings
     encoder: EncoderSettings
     language_model: LanguageSettings
