@@ -83,9 +83,10 @@ def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
         (
             "devices: 1",
             "devices: 2",
-            "trainer.devices: expected 1, because a step.s mean .*accumulate.*, found 2",
+            "trainer.devices: expected 1, because a step's mean isn't computed across several "
+            "devices (raise the stage's accumulate where a step doesn't fit one), found 2",
         ),
-        ("devices: 1", "devices: true", "trainer.devices: expected int, found True"),
+        ("devices: 1", "devices: true", "trainer.devices: expected int, found True (bool)"),
         ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
         (
             "precision: 32-true",
