@@ -27,7 +27,7 @@ repro: $(VENV)/ready ## run what has changed of the pipeline
 test: export HF_HUB_OFFLINE := 1
 test: export TRANSFORMERS_OFFLINE := 1
 test: $(VENV)/ready-dev ## run the tests, offline; make test ARGS='-m "not slow"' leaves out long ones
-	python -m pytest $(ARGS)
+	python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/ready-dev ## format, lint and types, changing nothing
 	ruff format --check .
