@@ -19,22 +19,24 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path, towe
     assert set(report.kills) & set(TRAININGS), report.text()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_step_that_it_reached(
-    tmp_path: Path, towers: Path, small_data: Path, number: signal.Signals
+    tmp_path: Path, towers: Path, small_data: Path, number: signal.Signals, workers: int
 ) -> None:
     project = copy_project(tmp_path / "project", towers, small_data)
-    project.set("params.yaml", epochs=60, save_every=1000000, log_every=1)
+    project.set("params.yaml", epochs=20, save_every=1000000, log_every=1, loader_workers=workers)
     curve = project.folder / "metrics/vision/plots/metrics/train/loss.tsv"
     run = Repro(project)
     assert run.wait_until(lambda: curve.is_file() and curve.read_text().count("\n") > 4)
     run.signal(number)
     output = run.end()
-    saved = re.search(r"step (\d+) of 120 is saved", output)
+    saved = re.search(r"step (\d+) of 40 is saved", output)
     assert saved and run.process.returncode != 0, output
     assert "run the same command again" in output and "Traceback" not in output
+    assert output.count("stopping after this step") == 1 and "DataLoader worker" not in output
     output = project.run("dvc", "repro", "vision")
-    assert f"goes on from step {saved[1]} of 120" in output
+    assert f"goes on from step {saved[1]} of 40" in output
 
 
 def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(

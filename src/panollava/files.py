@@ -31,7 +31,7 @@ _REMEDIES = {
 }
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory"
-    r"|DataLoader worker .* (is killed by signal|exited unexpectedly)|insufficient shared memory",
+    r"|DataLoader worker .* is killed by signal: (Killed|Bus error)|insufficient shared memory",
     re.IGNORECASE,
 )
 
@@ -82,9 +82,11 @@ def faults_told(less_memory: str) -> Iterator[None]:
 
 def memory_fault(error: MemoryError | RuntimeError) -> str | None:
     """What the error says in one line, if it is one of too little memory."""
-    if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+    # The cause says by which signal a loader's worker was killed.
+    said = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if isinstance(error, RuntimeError) and not _NO_MEMORY.search(said):
         return None
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return said[:300] or type(error).__name__
 
 
 def told(error: OSError, path: Path | None = None) -> UserError:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from panollava.config import Machine, Trainer
 from panollava.data import Reader, StepDataset
 from panollava.errors import UserError
+from panollava.loader import StepLoader
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,7 @@ class LitStage(pl.LightningModule):
 
     def _loader(self, split: str, epoch: int | None, start: int) -> DataLoader:
         dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate, start)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self.loader_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        return StepLoader(dataset, self.loader_workers, pin_memory=self.device.type == "cuda")
 
     def configure_optimizers(self) -> Any:
         groups = [

@@ -1,0 +1,100 @@
+"""Real worker processes, and real signals."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from conftest import ROOT
+from panollava.errors import UserError
+from panollava.files import faults_told
+from panollava.loader import StepLoader
+
+MAIN = """
+from multiprocessing import active_children
+from panollava.loader import StepLoader
+batches = iter(StepLoader(range(1000), workers=2, pin_memory=False))
+next(batches)
+print(*(worker.pid for worker in active_children()), flush=True)
+if input() == "go on":
+    print(sum(batches))
+"""
+
+Main = tuple[subprocess.Popen[str], list[psutil.Process]]
+
+
+@pytest.fixture
+def main() -> Iterator[Main]:
+    """A process that has workers, and these."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    yield process, workers
+    for own in (process, *workers):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_go_on_when_a_signal_reaches_all(main: Main, number: signal.Signals) -> None:
+    process, workers = main
+    for worker in workers:
+        worker.send_signal(number)
+    output, errors = process.communicate("go on\n", timeout=30)
+    assert process.returncode == 0 and int(output) == sum(range(1000)) and not errors
+
+
+def test_workers_end_with_a_main_process_that_is_not_through(main: Main) -> None:
+    process, workers = main
+    _, errors = process.communicate("end\n", timeout=30)
+    assert process.returncode == 0 and not errors
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_workers_end_when_the_main_process_is_killed(main: Main) -> None:
+    process, workers = main
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+class Ends:
+    """A worker that loads from it is ended by a signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGKILL, True), (signal.SIGBUS, True), (signal.SIGSEGV, False)],
+)
+def test_a_worker_that_the_system_kills_is_told_as_too_little_memory(
+    number: signal.Signals, told: bool
+) -> None:
+    with (
+        pytest.raises(UserError if told else RuntimeError) as raised,
+        faults_told("lower machine.loader_workers"),
+    ):
+        list(StepLoader(Ends(number), workers=1, pin_memory=False))
+    assert ("out of memory: lower machine.loader_workers" in str(raised.value)) == told
