@@ -21,7 +21,6 @@ from panollava.captions import agreement, score
 from panollava.config import Settings
 from panollava.data import gather, read_prepared_rows
 from panollava.dialogue import Dialogue
-from panollava.errors import UserError
 from panollava.facts import FactReader, Key, compare, find_reader, rotation, seam
 from panollava.features import autocast, choose_device
 from panollava.files import whole, write_csv
@@ -45,15 +44,12 @@ _RESULT_OF = find_stage("finetune")
 
 def evaluate(settings: Settings) -> None:
     """Write metrics/evaluate/metrics.json and runs/evaluate/predictions.csv."""
-    own = settings.evaluate
-    if own.split not in ("valid", "test"):
-        raise UserError(f"evaluate.split: expected valid or test, found '{own.split}'")
+    own, device = settings.evaluate, choose_device(settings.trainer.accelerator)
     reader = None if own.facts is None else find_reader(own.facts)
     torch.set_num_threads(settings.trainer.threads)
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
     load_weights(source, model, _RESULT_OF.saves, _RESULT_OF.name)
-    device = choose_device(settings.trainer.accelerator)
     model.eval().requires_grad_(False).to(device)
     features = open_array(paths.FEATURES / f"{own.split}.npy")
     rows = read_prepared_rows(paths.PREPARED / own.split / "rows.csv")
