@@ -141,6 +141,7 @@ def build_model(
 @torch.no_grad()
 def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
     """Raises UserError if the language model gives packed rows other logits than each by itself."""
+    # Rows of one length, so that one batch without padding holds them.
     prefix, rows = [1, 2, 3], [Row([4, 5], [6, 7]), Row([8], [9, 10, 11])]
     packed = pack(prefix, 0, [rows], pad=0)
     own = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
@@ -153,13 +154,10 @@ def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
             use_cache=False,
         )
         together = model.logits(hidden.flatten(0, 1)[packed.predicts])
+        separate = torch.tensor([prefix + row.query + row.answer for row in rows])
+        logits = model.language_model(input_ids=separate, use_cache=False).logits
         alone = torch.cat(
-            [
-                model.language_model(
-                    input_ids=torch.tensor([prefix + row.query + row.answer]), use_cache=False
-                ).logits[0, -len(row.answer) - 1 : -1]
-                for row in rows
-            ]
+            [own[-len(row.answer) - 1 : -1] for own, row in zip(logits, rows, strict=True)]
         )
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{own} can't read packed rows: {error}; {other}") from error

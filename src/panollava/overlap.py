@@ -79,7 +79,7 @@ def _naive(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
         )
     grid = len(centres)
     half = grid // 2
-    own = (2 * np.arange(grid) + 1) / grid - 1
+    own = 2 * cell_centres(grid) - 1
     position = np.stack(np.meshgrid(np.roll(own, grid - half), own), axis=-1)
     mask = np.zeros((grid, grid), dtype=bool)
     mask[:, grid - half :] = True
