@@ -4,6 +4,7 @@ data, and a `dvc repro` that finds nothing to do."""
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import os
 import signal
 import statistics
@@ -21,12 +22,11 @@ import torch
 
 from conftest import save_encoder, save_language_model
 from measure import Line, write
-from panollava import autoregressive, config, paths, train
+from panollava import config, paths, train
 from panollava.demo.dataset import make_scenes
 from panollava.demo.settings import load_demo_settings
-from panollava.lit import LitStage
 from panollava.prepare import prepare
-from panollava.stage import find_stage, freeze_all_but
+from panollava.stage import find_stage
 from project import copy_project
 
 ROOT = Path(__file__).parents[1]
@@ -128,21 +128,22 @@ class Gaps(pl.Callback):
 
 def waiting(folder: Path) -> Line:
     os.chdir(folder)
-    settings = config.load_settings(folder / "params.yaml")
-    torch.set_num_threads(settings.trainer.threads)
-    own, stage = settings.stage.resampler, find_stage("resampler")
-    objective: Any = autoregressive.Objective(stage, settings)
-    objective.open_readers()
-    freeze_all_but(objective.model, stage.trains)
-    module = LitStage(
-        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
-    )
-    gaps = Gaps()
-    with contextlib.suppress(Enough):
-        train._fit(module, settings.trainer, own.epochs, [gaps])
-    between, inside = statistics.median(gaps.between), statistics.median(gaps.inside)
+    between, inside = gaps(config.load_settings(folder / "params.yaml"))
     what = "between two steps of resampler, demo, against the step"
     return Line(what, "ms", 1e3 * between, limit=1e3 * inside, at_most=0.02)
+
+
+def gaps(settings: config.Settings, name: str = "resampler") -> tuple[float, float]:
+    """Median seconds between two steps of a real training, and in them."""
+    torch.set_num_threads(settings.trainer.threads)
+    stage = find_stage(name)
+    objective: Any = importlib.import_module(stage.objective).Objective(stage, settings)
+    objective.open_readers()
+    module = train.make_module(stage, settings, objective)
+    found = Gaps()
+    with contextlib.suppress(Enough):
+        train._fit(module, settings.trainer, getattr(settings.stage, name).epochs, [found])
+    return statistics.median(found.between), statistics.median(found.inside)
 
 
 def nothing_to_do(folder: Path, turns: int) -> Line:

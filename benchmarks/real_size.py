@@ -36,17 +36,18 @@ def language_config() -> Qwen2Config:
     )
 
 
-def build(layout: views.Layout = LAYOUT) -> PanoLLaVA:
+def build(layout: views.Layout = LAYOUT, device: torch.device | None = None) -> PanoLLaVA:
     torch.manual_seed(0)
-    tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
-    language = Qwen2ForCausalLM(language_config())
+    with device or torch.device("cpu"):
+        tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
+        language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
     rays = views.token_rays(layout, token_centres(encoder, SIZE, POOL))
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))
     resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")
     model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)
     model.language_model.requires_grad_(False).eval()
-    return model
+    return model.to(device)
 
 
 @dataclass
@@ -61,6 +62,10 @@ class Example:
     @property
     def answers(self) -> int:
         return len(self.packed.labels)
+
+    def to(self, device: torch.device) -> "Example":
+        packed = Packed(*(tensor.to(device) for tensor in self.packed))
+        return Example(self.views.to(device), self.prefix, self.rows, packed)
 
 
 def make_example(
@@ -90,7 +95,7 @@ def usual_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
     """A sequence a row, with its own panorama's features (rows, ...), padded to the longest, and
     transformers' own loss over logits at every position."""
     rows = [row for own in example.rows for row in own]
-    vision = model.vision_tokens(features)
+    vision, device = model.vision_tokens(features), features.device
     start, longest = len(example.prefix) + vision.shape[1], max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     labels = torch.full((len(rows), start + longest), -100)
@@ -100,7 +105,8 @@ def usual_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
         at = start + len(row.query)
         labels[number, at : at + len(row.answer)] = torch.tensor(row.answer)
         mask[number, : start + len(row)] = 1
-    before = model.embed(torch.tensor(example.prefix)).expand(len(rows), -1, -1)
+    ids, labels, mask = ids.to(device), labels.to(device), mask.to(device)
+    before = model.embed(torch.tensor(example.prefix, device=device)).expand(len(rows), -1, -1)
     embedded = torch.cat([before, vision, model.embed(ids)], dim=1)
     output = model.language_model(inputs_embeds=embedded, attention_mask=mask, labels=labels)
     return output.loss

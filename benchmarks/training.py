@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
 import real_size
 from measure import Line, in_turns, write
 from panollava.allocator import keep_freed_memory
+from panollava.precision import autocast
 from panollava.views import Layout
 from real_size import Example
 
@@ -47,17 +48,25 @@ class Steps:
     """The ways to take the same step, on one model and with one optimizer."""
 
     def __init__(
-        self, stage: str, example: Example | None = None, layout: Layout = real_size.LAYOUT
+        self,
+        stage: str,
+        example: Example | None = None,
+        layout: Layout = real_size.LAYOUT,
+        device: torch.device | None = None,
+        precision: str = "32-true",
     ) -> None:
         torch.set_num_threads(THREADS)
         keep_freed_memory()
-        self.model = real_size.build(layout)
-        self.example = example or real_size.make_example()
+        self.device, self.precision = device or torch.device("cpu"), precision
+        self.model = real_size.build(layout, self.device)
+        self.example = (example or real_size.make_example()).to(self.device)
         self.rows = sum(map(len, self.example.rows))
+        # Of each panorama, as the usual way sees them: once for each of its rows.
+        self.times = torch.tensor([len(rows) for rows in self.example.rows], device=self.device)
         self.trains_encoder = stage == "resampler"
         self.model.encoder.requires_grad_(self.trains_encoder)
-        with torch.no_grad():
-            self.features = self.model.features(self.example.views)  # what `features` has kept
+        with torch.no_grad(), autocast(self.device, precision):  # what `features` has kept
+            self.features = self.model.features(self.example.views).float()
         parts = [self.model.resampler, self.model.projector]
         parts += [self.model.encoder] if self.trains_encoder else []
         self.trained = [parameter for part in parts for parameter in part.parameters()]
@@ -72,16 +81,17 @@ class Steps:
         return real_size.our_loss(self.model, features, self.example)
 
     def usual_loss(self) -> Tensor:
-        features = self._see(self.example.views.repeat_interleave(self.rows, dim=0))
+        features = self._see(self.example.views.repeat_interleave(self.times, dim=0))
         return real_size.usual_loss(self.model, features, self.example)
 
     def usual_loss_from_features(self) -> Tensor:
-        features = self.features.repeat_interleave(self.rows, dim=0)
+        features = self.features.repeat_interleave(self.times, dim=0)
         return real_size.usual_loss(self.model, features, self.example)
 
     def take(self, loss: Callable[[], Tensor]) -> float:
         self.optimizer.zero_grad()
-        value = loss()
+        with autocast(self.device, self.precision):
+            value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 0.5)
         self.optimizer.step()

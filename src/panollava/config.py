@@ -131,6 +131,8 @@ class Trainer:
     threads: Count  # of the processor; results depend on it in the last bits
     precision: Literal["32-true", "bf16-mixed"]
     gradient_checkpointing: bool  # compute activations twice instead of keeping them
+    compile: bool  # the towers' layers
+    deterministic: bool  # kernels that give the same bits each time
     weight_decay: NotNegative
     beta1: ShareBelow1
     beta2: ShareBelow1

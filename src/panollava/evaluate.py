@@ -21,11 +21,13 @@ from panollava.captions import agreement, score
 from panollava.config import Settings
 from panollava.data import gather, read_prepared_rows
 from panollava.dialogue import Dialogue
+from panollava.errors import UserError
 from panollava.facts import FactReader, Key, compare, find_reader, rotation, seam
-from panollava.features import autocast, choose_device
+from panollava.features import choose_device
 from panollava.files import whole, write_csv
 from panollava.generate import answer
 from panollava.model import PanoLLaVA, build_model
+from panollava.precision import autocast, hold_as_computed
 from panollava.stage import find_stage
 from panollava.weights import load_weights
 
@@ -50,7 +52,9 @@ def evaluate(settings: Settings) -> None:
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
     load_weights(source, model, _RESULT_OF.saves, _RESULT_OF.name)
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    hold_as_computed(model, settings.trainer.precision)
+    model.to(device)
     features = open_array(paths.FEATURES / f"{own.split}.npy")
     rows = read_prepared_rows(paths.PREPARED / own.split / "rows.csv")
     references: dict[Key, list[str]] = {}
@@ -62,7 +66,12 @@ def evaluate(settings: Settings) -> None:
         shown["swapped"] = (features, np.roll(index, len(features) // 2))
     else:
         log.warning("one panorama alone can't be swapped: no grounding gap")
-    rolled = open_array(paths.FEATURES / "rolled.npy")
+    rolled = open_array(file := paths.FEATURES / "rolled.npy")
+    if len(rolled) != len(index) * len(own.rolls):
+        raise UserError(
+            f"{file}: holds {len(rolled)} panoramas, expected {len(index)} of {own.split}, each "
+            f"turned by the {len(own.rolls)} angles of evaluate.rolls; run: dvc repro features"
+        )
     for turn, degrees in enumerate(own.rolls):
         shown[_turned(degrees)] = (rolled, index * len(own.rolls) + turn)
     answers: dict[str, dict[Key, str]] = {}

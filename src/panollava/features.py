@@ -14,6 +14,7 @@ from panollava.config import Settings
 from panollava.data import gather
 from panollava.encoder import load_encoder, pool_tokens
 from panollava.errors import UserError
+from panollava.precision import autocast
 from panollava.stage import find_stage
 from panollava.start import load_start
 
@@ -67,11 +68,6 @@ def choose_device(accelerator: str) -> torch.device:
             "can use; set it to cpu, or to auto, which takes a GPU where there is one"
         )
     return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of `trainer.precision`, outside Lightning."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
 
 
 @torch.inference_mode()

@@ -12,7 +12,8 @@ def vicreg(
 ) -> dict[str, Tensor]:
     """Loss and its parts for two sets of features that describe the same things.
 
-    x, y: (samples, features). Statistics are in fp32 and over all samples that are given."""
+    x, y: (samples, features). Statistics are over all samples that are given, and in fp32; under
+    autocast, the product that makes the covariances is in its precision, summed in fp32."""
     x, y = x.float(), y.float()
     parts = {
         "invariance": functional.mse_loss(x, y),
@@ -34,9 +35,10 @@ def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:
     by its counterpart in y, and the other way round, by cosine similarity."""
     similarity = _similarity(x, y)
     logits = similarity / temperature
-    counterpart = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-    there = functional.cross_entropy(logits.transpose(1, 2), counterpart)
-    back = functional.cross_entropy(logits, counterpart)
+    # Flat: of more dimensions the gradient differs from run to run on a GPU.
+    counterpart = torch.arange(x.shape[1], device=x.device).repeat(len(x))
+    there = functional.cross_entropy(logits.flatten(0, 1), counterpart)
+    back = functional.cross_entropy(logits.transpose(1, 2).flatten(0, 1), counterpart)
     return {"loss": (there + back) / 2, "found": _found(similarity.detach()).mean()}
 
 

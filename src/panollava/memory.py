@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from panollava.dialogue import Row
 from panollava.lit import StageObjective
+from panollava.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def step_memory(
         _make_fake(objective, device)
         held = alive.now
         batches = [_to(objective.blank(part), device) for part in parts]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
+        with autocast(device, precision):
             objective.step(batches, Tensor.backward)
         peak = alive.peak - held
     # Gradients grow while activations go, so that both are never there in full with one part.

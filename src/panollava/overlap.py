@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from panollava.errors import UserError
 from panollava.sphere import Array, angles_from_rays, cell_centres
@@ -21,9 +20,14 @@ class Correspondences(NamedTuple):
 
     source: Tensor  # (pairs,) int64: index of a view
     target: Tensor  # (pairs,) int64
-    position: Tensor  # (pairs, grid, grid, 2) float32: (x, y) in the target's grid, -1..1 its edges
+    # (pairs, tokens, tokens) float32: how much each of the target's tokens counts where one of
+    # the source's looks, which is bilinear; nothing where the target doesn't see it.
+    weights: Tensor
     mask: Tensor  # (pairs, grid, grid) bool: the target sees the token
     seen: Tensor  # (matches,) int64: where the flat mask is true
+
+    def to(self, device: torch.device) -> "Correspondences":
+        return Correspondences(*(tensor.to(device) for tensor in self))
 
 
 def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondences:
@@ -49,11 +53,21 @@ def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondence
             "or raise views.overlap; or set stage.vision.epochs to 0"
         )
     source, target = torch.tensor(layout.neighbours).unbind(dim=1)
-    position = np.stack([position for position, _ in found]).astype(np.float32)
     mask = np.stack([mask for _, mask in found])
-    arrays = (position, mask, np.flatnonzero(mask))
-    position_, mask_, seen = map(torch.from_numpy, arrays)
-    return Correspondences(source, target, position_, mask_, seen)
+    weights = np.stack([_bilinear(*own) for own in found]).astype(np.float32)
+    arrays = map(torch.from_numpy, (weights, mask, np.flatnonzero(mask)))
+    return Correspondences(source, target, *arrays)
+
+
+def _bilinear(position: Array, mask: NDArray[np.bool_]) -> Array:
+    """(tokens, tokens): a row for each position in a grid, (x, y) in tokens from the first one's
+    centre. Rows sum to 1, but for those that the mask leaves out."""
+    grid = len(mask)
+    along_x, along_y = (
+        np.maximum(0, 1 - np.abs(position[..., axis, None] - np.arange(grid))) for axis in (0, 1)
+    )
+    weights = along_y[..., :, None] * along_x[..., None, :] * mask[..., None, None]
+    return weights.reshape(grid * grid, grid * grid)
 
 
 def _exact(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
@@ -64,7 +78,7 @@ def _exact(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
     # Bilinear reading needs four tokens around it: stay within the centres of the outer ones.
     edge = 0.5 / grid - 1e-9
     inside &= ((position >= edge) & (position <= 1 - edge)).all(axis=-1)
-    return 2 * position - 1, inside
+    return grid * position - 0.5, inside
 
 
 def _naive(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
@@ -79,7 +93,7 @@ def _naive(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
         )
     grid = len(centres)
     half = grid // 2
-    own = 2 * cell_centres(grid) - 1
+    own = np.arange(grid, dtype=np.float64)
     position = np.stack(np.meshgrid(np.roll(own, grid - half), own), axis=-1)
     mask = np.zeros((grid, grid), dtype=bool)
     mask[:, grid - half :] = True
@@ -90,16 +104,14 @@ def matched_tokens(grids: Tensor, pairs: Correspondences) -> tuple[Tensor, Tenso
     """Features of the source's tokens, and what the target's grid reads there bilinearly.
 
     (batch, views, grid, grid, features) -> two of (matches, features), in order of panorama,
-    pair, row and column. Differentiable in `grids`."""
-    batch, width, device = grids.shape[0], grids.shape[-1], grids.device
-    # Half precision would displace the positions by up to a tenth of a token.
+    pair, row and column. Differentiable in `grids`, which lie where `pairs` do. Products and not
+    `grid_sample`, whose gradient differs from run to run on a GPU."""
+    batch, width = grids.shape[0], grids.shape[-1]
+    tokens = grids.flatten(2, 3)
+    # Half precision would read elsewhere, by up to a part in 256 of what lies between.
     dtype = torch.promote_types(grids.dtype, torch.float32)
-    target = grids[:, pairs.target.to(device)].flatten(0, 1).permute(0, 3, 1, 2).to(dtype)
-    position = pairs.position.to(device, dtype)
-    position = position.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    # Masked tokens may lie anywhere; border keeps them finite.
-    read = functional.grid_sample(target, position, padding_mode="border", align_corners=False)
-    read = read.permute(0, 2, 3, 1).reshape(batch, -1, width).to(grids.dtype)
-    source = grids[:, pairs.source.to(device)].reshape(batch, -1, width)
-    index = pairs.seen.to(device)
-    return source[:, index].flatten(0, 1), read[:, index].flatten(0, 1)
+    with torch.autocast(grids.device.type, enabled=False):
+        read = pairs.weights.to(dtype) @ tokens[:, pairs.target].to(dtype)
+    read = read.reshape(batch, -1, width).to(grids.dtype)
+    source = tokens[:, pairs.source].reshape(batch, -1, width)
+    return source[:, pairs.seen].flatten(0, 1), read[:, pairs.seen].flatten(0, 1)

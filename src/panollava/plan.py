@@ -22,6 +22,7 @@ from panollava.files import whole
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.logs import table
 from panollava.memory import StepMemory, step_memory
+from panollava.precision import hold_as_computed
 from panollava.prepare import SPLITS
 from panollava.stage import STAGES, Stage, freeze_all_but
 from panollava.views import layout
@@ -125,6 +126,7 @@ def _memory(settings: Settings, stage: Stage, work: Workload, checkpointed: bool
 def _objective(settings: Settings, stage: Stage) -> Any:
     objective = importlib.import_module(stage.objective).Objective(stage, settings, weights=False)
     freeze_all_but(objective.model, stage.trains)
+    hold_as_computed(objective.model, settings.trainer.precision, (*stage.trains, *stage.saves))
     return objective
 
 

@@ -29,13 +29,16 @@ _FINISHED = "finished"
 
 def fingerprint(described: Any, files: Iterable[Path], tensors: Mapping[str, "Tensor"]) -> str:
     """A short hash of anything that JSON can hold, of files' contents and of tensors."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().view("uint8").data)
+        own = tensor.detach().cpu().contiguous().flatten()
+        digest.update(own.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -14,12 +14,15 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 from panollava import paths
 from panollava.checkpoints import Checkpoints, WholeFiles, read_checkpoint
+from panollava.compilation import compile_layers
 from panollava.config import Settings, Trainer
 from panollava.curves import Curves, Speed
 from panollava.digest import STAGES, digests
+from panollava.errors import UserError
 from panollava.features import choose_device
 from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.lit import LitStage
+from panollava.lit import LitStage, StageObjective
+from panollava.precision import hold_as_computed
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.start import load_start
@@ -56,12 +59,7 @@ def train(
         log.info("stage %d, %s: starts from %s", stage.number, stage.name, source)
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
-    log.info("%s", freeze_all_but(objective.model, stage.trains))
-    if settings.trainer.gradient_checkpointing:
-        checkpoint_layers(objective.model)
-    module = LitStage(
-        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
-    )
+    module = make_module(stage, settings, objective)
     key = _fingerprint(stage, settings, module)
     if must_resume:
         check_unfinished(stage.name, key)
@@ -81,6 +79,20 @@ def train(
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
     _publish(stage, settings, module, checkpoints, curves)
     mark_finished(work)
+
+
+def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> LitStage:
+    """The objective, whose readers are open and whose model has its weights, ready to be fitted."""
+    own, model = getattr(settings.stage, stage.name), objective.model
+    log.info("%s", freeze_all_but(model, stage.trains))
+    hold_as_computed(model, settings.trainer.precision, keep=(*stage.trains, *stage.saves))
+    if settings.trainer.gradient_checkpointing:
+        checkpoint_layers(model)
+    if settings.trainer.compile:
+        compile_layers(model)
+    return LitStage(
+        objective, settings.trainer, settings.machine, own.epochs, own.accumulate, settings.seed
+    )
 
 
 def _publish(
@@ -152,13 +164,28 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             num_sanity_val_steps=0,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            # Some GPU kernels have no deterministic form; Lightning says which.
-            deterministic=True if settings.accelerator == "cpu" else "warn",
+            deterministic=settings.deterministic,
         )
+        # Nothing here reads what it hasn't written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             trainer.fit(module)
         except SystemExit:  # Lightning's answer to a KeyboardInterrupt
             raise KeyboardInterrupt from None
+        except RuntimeError as error:
+            if reason := _unable(error):
+                raise UserError(reason) from error
+            raise
+
+
+def _unable(error: RuntimeError) -> str | None:
+    """What to do where a tower can't be trained as `trainer` says."""
+    first = str(error).strip().splitlines()[0]
+    if "does not have a deterministic implementation" in first:
+        return f"trainer.deterministic: {first.split(', but')[0]}; set it to false"
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"trainer.compile: {first}; set it to false"
+    return None
 
 
 def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:

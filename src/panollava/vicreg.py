@@ -108,6 +108,7 @@ class Objective(nn.Module):
         return {"loss": self._losses(x, y)["loss"] * count, "accuracy": found.sum()}, count
 
     def _matched(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        self.pairs = self.pairs.to(batch.device)
         x, y = matched_tokens(self.model.encoder(batch), self.pairs)
         return self.expander(x), self.expander(y)
 
@@ -120,7 +121,7 @@ class Objective(nn.Module):
         return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
 
     def _by_panorama(self, x: Tensor) -> Tensor:
-        return x.view(-1, int(self.pairs.mask.sum()), x.shape[-1])
+        return x.view(-1, len(self.pairs.seen), x.shape[-1])
 
 
 def _expander(features: int, width: int) -> nn.Module:

@@ -1,0 +1,257 @@
+"""The real profile (`presets/quic360.yaml`) on one CUDA GPU, in bf16, with random weights: steps of
+the stages, a training as `panollava train` runs it, and answers.
+
+Ours are as that profile has them: compiled layers, deterministic kernels. The usual way is one
+padded sequence a row through `transformers`' model with logits everywhere, and one `generate` a
+row; under the same autocast, not compiled."""
+
+import argparse
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import evaluation
+import real_size
+from measure import Line, write
+from panollava import config, losses, paths
+from panollava.arrays import write_array
+from panollava.compilation import compile_layers
+from panollava.demo.questions import QUERIES, spell
+from panollava.dialogue import Dialogue
+from panollava.encoder import token_centres
+from panollava.files import write_csv
+from panollava.generate import answer
+from panollava.model import build_model
+from panollava.overlap import correspondences, matched_tokens
+from panollava.precision import autocast, hold_as_computed
+from pipeline import gaps
+from training import Steps
+
+ROOT = Path(__file__).parents[1]
+PROFILE = ROOT / "presets/quic360.yaml"
+ROWS = len(real_size.ANSWERS)  # of a panorama
+SIZES = {"resampler": (5, 16, 32), "finetune": (2, 16, 32), "vision": (32,)}  # panoramas a step
+GOALS = {"resampler": 0.5}  # of the matrix product's rate
+WORDS = ["red", "blue", "green"]  # a token each
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"no GPU that torch {torch.__version__} can use: nothing is measured")
+        return
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    settings = config.load_settings(PROFILE)
+    torch.use_deterministic_algorithms(settings.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Lightning sets it
+    lines: list[Line] = []
+    for stage in SIZES:
+        lines += of_stage(stage, device, settings.trainer, options.turns)
+        write(options.out, lines)
+    out = options.out.resolve()  # the folder changes
+    for part in (answers, training):
+        lines += part(device)
+        write(out, lines)
+
+
+def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: int) -> list[Line]:
+    """Steps without a loop around them: rows a second, the rate, and peak memory."""
+    lines = []
+    product = matrix_product(device)
+    for panoramas in SIZES[stage]:
+        example = real_size.make_example(panoramas=panoramas)
+        make = partial(Steps, example=example, device=device, precision=trainer.precision)
+        rows, unit = panoramas * ROWS, "rows/s"
+        what = f"GPU, step of {stage}, {panoramas} panoramas"
+        if stage == "vision":
+            rows, unit = panoramas, "panoramas/s"
+            usual, usual_seconds, usual_peak = None, None, None
+            ours: Steps = make("resampler")
+            way: Callable[[], Tensor] = vision_loss(ours)
+            flops = operations(ours, way)
+        else:
+            usual = make(stage)
+            flops = operations(usual, usual.our_loss)
+            usual_seconds, usual_peak = timed(usual, usual.usual_loss, turns)
+            theirs = value(usual, usual.usual_loss)
+            del usual
+            gc.collect()
+            ours = make(stage)
+            way = ours.our_loss
+        held = ("encoder", "resampler", "projector")
+        hold_as_computed(ours.model, trainer.precision, keep=held)
+        if trainer.compile:
+            compile_layers(ours.model)
+        seconds, peak = timed(ours, way, turns)
+        if stage != "vision":
+            own = value(ours, way)
+            assert abs(own - theirs) < 5e-3 * theirs, (own, theirs)
+        rate = flops / seconds / 1e12
+        lines += [
+            Line(what, unit, rows / seconds, usual_seconds and rows / usual_seconds,
+                 ratio=usual_seconds and usual_seconds / seconds),
+            Line(f"{what}, rate against a matrix product's", "TFLOP/s", rate, limit=product,
+                 ratio=rate / product, at_least=GOALS.get(stage)),
+            Line(f"{what}, peak memory", "GB", peak, usual_peak),
+        ]  # fmt: skip
+        del ours, way
+        gc.collect()
+        for line in lines[-3:]:
+            print(line, flush=True)
+    return lines
+
+
+def vision_loss(steps: Steps) -> Callable[[], Tensor]:
+    """VICReg on exact overlaps, of the encoder alone."""
+    model, own = steps.model, config.load_settings(PROFILE).stage.vision
+    centres = token_centres(model.encoder, real_size.SIZE)
+    pairs = correspondences(real_size.LAYOUT, centres, own.overlap).to(steps.device)
+    steps.trained = list(model.encoder.parameters())
+    steps.optimizer = torch.optim.AdamW(steps.trained, lr=1e-9, fused=True)
+
+    def loss() -> Tensor:
+        x, y = matched_tokens(model.encoder(steps.example.views), pairs)
+        return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)["loss"]
+
+    return loss
+
+
+def operations(steps: Steps, way: Callable[[], Tensor]) -> int:
+    """Floating-point operations of a step; before its layers are compiled."""
+    with FlopCounterMode(display=False) as counter:
+        steps.take(way)
+    return counter.get_total_flops()
+
+
+def value(steps: Steps, way: Callable[[], Tensor]) -> float:
+    with torch.no_grad(), autocast(steps.device, steps.precision):
+        return way().item()
+
+
+def timed(steps: Steps, way: Callable[[], Tensor], turns: int) -> tuple[float, float | None]:
+    """Median seconds of a step, and the peak memory in GB of all that is there."""
+    for _ in range(2):  # the second one has the optimizer's moments
+        steps.take(way)
+    if steps.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        steps.take(way)  # reads its loss, so that it has ended
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if steps.device.type == "cuda" else None
+    return statistics.median(seconds), peak
+
+
+def matrix_product(device: torch.device, side: int = 8192) -> float:
+    """TFLOP/s of a large product in bf16, of random numbers."""
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        for _ in range(4):
+            product = square @ square
+        product[0, 0].item()
+        seconds.append((time.perf_counter() - start) / 4)
+    return 2 * side**3 / statistics.median(seconds) / 1e12
+
+
+def answers(device: torch.device, panoramas: int = 4) -> list[Line]:
+    """Random weights never stop: all answers have the mean length of QuIC-360's. With them the
+    likeliest tokens are so close that half precision changes the order, so that this is in fp32."""
+    model = real_size.build(device=device)
+    demo = config.load_settings(ROOT / "params.yaml")
+    _, tokenizer = build_model(demo.model, demo.views)
+    features = evaluation.encode(model, real_size.make_example(panoramas).views.to(device))
+    asked = [[spell(query) for query in list(QUERIES.values())[:ROWS]]] * panoramas
+    length = round(statistics.mean(real_size.ANSWERS))
+    arguments = (model, evaluation.Numbered(tokenizer), features, asked, length)
+    ways = (answer, evaluation.one_by_one)
+    said, seconds = [], []
+    answer(*arguments[:-1], 2)
+    for way in ways:
+        start = time.perf_counter()
+        said.append(way(*arguments))
+        seconds.append(time.perf_counter() - start)
+    assert said[0] == said[1], "the two ways answer differently"
+    what = f"GPU, answers, {panoramas} panoramas, {ROWS} queries each, fp32"
+    print(what, seconds, flush=True)
+    return [Line(what, "s", *seconds, at_least=4.0)]
+
+
+def training(device: torch.device) -> list[Line]:
+    """Stage `resampler` by Lightning, with its loader's workers, in steps of the profile's size."""
+    where = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            make_project()
+            changes = {
+                "model.encoder.path": "encoder",
+                "model.language_model.path": "language_model",
+            }
+            settings = config.load_settings(PROFILE, changes=changes)
+            between, inside = gaps(settings)
+        finally:
+            os.chdir(where)
+    rows = settings.stage.resampler.batch_size // ROWS * ROWS
+    what = f"GPU, training of resampler by Lightning, {rows} rows a step"
+    lines = [
+        Line(what, "rows/s", rows / (between + inside)),
+        Line(f"{what}, between two steps", "ms", 1e3 * between, limit=1e3 * inside, at_most=0.02),
+    ]
+    print(*lines, sep="\n", flush=True)
+    return lines
+
+
+def make_project(panoramas: int = 160) -> None:
+    """Towers in the real size with random weights, and what `prepare` would have left."""
+    model: Any = real_size.build()
+    model.encoder.tower.save_pretrained("encoder")
+    model.language_model.save_pretrained("language_model")
+    demo = ROOT / "data/demo/towers"
+    shutil.copy(demo / "encoder/preprocessor_config.json", "encoder")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo / "language_model" / file, "language_model")
+    random = np.random.default_rng(0)
+    shape = (len(real_size.LAYOUT.projections), real_size.SIZE, real_size.SIZE, 3)
+    for split, count in (("train", panoramas), ("valid", 1)):
+        folder = paths.PREPARED / split
+        folder.mkdir(parents=True)
+        with write_array(folder / "views.npy") as append:
+            for _ in range(count):
+                append(random.integers(0, 256, (1, *shape), dtype=np.uint8))
+        rows = [
+            (panorama, ROWS * panorama + row, f"{panorama}.jpg", "red", _text(random, length - 1))
+            for panorama in range(count)
+            for row, length in enumerate(real_size.ANSWERS)
+        ]
+        table = pd.DataFrame(rows, columns=["panorama", "row", "url", "query", "annotation"])
+        write_csv(folder / "rows.csv", table)
+
+
+def _text(random: np.random.Generator, words: int) -> str:
+    return " ".join(random.choice(WORDS, words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What `trainer.precision`, `compile` and `deterministic` do, as far as a processor shows it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conftest import ROOT
+from panollava.compilation import compile_layers
+from panollava.config import Settings
+from panollava.dialogue import Dialogue, pack
+from panollava.errors import UserError
+from panollava.evaluate import evaluate
+from panollava.features import write_features
+from panollava.gradient_checkpointing import checkpoint_layers
+from panollava.model import PanoLLaVA, build_model
+from panollava.precision import autocast, hold_as_computed
+from panollava.stage import freeze_all_but
+from test_model import ROWS, random_views, settings_for
+from test_training import change, run, settings, weights  # noqa: F401
+
+TRAINS = ("encoder", "resampler", "projector")
+CPU = torch.device("cpu")
+
+
+def make(towers: Path) -> tuple[PanoLLaVA, Dialogue]:
+    own = settings_for(towers)
+    model, tokenizer = build_model(own.model, own.views, seed=0)
+    freeze_all_but(model, TRAINS)
+    return model, Dialogue(tokenizer, 64)
+
+
+def step(
+    model: PanoLLaVA, dialogue: Dialogue, panoramas: int = 2, precision: str = "32-true"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a step and its gradients."""
+    rows = [[dialogue.row(*row) for row in own] for own in ROWS][:panoramas]
+    views = random_views(panoramas)
+    model.zero_grad()
+    with autocast(CPU, precision):
+        features = model.features(views)
+        packed = pack(dialogue.prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
+        loss = model.loss_sum(features, packed, len(dialogue.prefix))
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def test_a_frozen_part_in_half_precision_computes_what_autocast_does(towers: Path) -> None:
+    model, dialogue = make(towers)
+    language = sum(p.nbytes for p in model.language_model.parameters())
+    loss, grads = step(model, dialogue, precision="bf16-mixed")
+    hold_as_computed(model, "32-true", keep=TRAINS)
+    assert language == sum(p.nbytes for p in model.language_model.parameters())
+    hold_as_computed(model, "bf16-mixed", keep=TRAINS)
+    held, held_grads = step(model, dialogue, precision="bf16-mixed")
+    assert torch.equal(loss, held) and grads.keys() == held_grads.keys() != set()
+    assert all(torch.equal(grads[name], held_grads[name]) for name in grads)
+    halved = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert halved and all(name.startswith("language_model.") for name in halved)
+    assert not any("embed" in name or "norm" in name for name in halved)
+    # A tied head is the embedding.
+    assert model.language_model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) -> None:  # noqa: F811
+    settings = change(settings, trainer__precision="bf16-mixed")
+    run("vision", settings)
+    run("resampler", settings)
+    write_features(settings)
+    run("finetune", settings)
+    evaluate(settings)
+    for stage in ("vision", "resampler", "finetune"):
+        assert {value.dtype for value in weights(stage).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_layers_give_the_same_gradients_for_any_shape(
+    towers: Path, checkpointed: bool
+) -> None:
+    torch._dynamo.reset()
+    model, dialogue = make(towers)
+    names = list(model.state_dict())
+    if checkpointed:
+        checkpoint_layers(model)
+    plain = [step(model, dialogue, panoramas) for panoramas in (2, 1)]
+    compile_layers(model)
+    torch._dynamo.utils.counters.clear()
+    for (loss, grads), panoramas in zip(plain, (2, 1), strict=True):
+        compiled, own = step(model, dialogue, panoramas)
+        assert torch.allclose(compiled, loss, rtol=1e-5)
+        assert own.keys() == grads.keys()
+        for name, grad in grads.items():
+            assert torch.allclose(own[name], grad, rtol=1e-3, atol=1e-6), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert list(model.state_dict()) == names
+
+
+def test_what_cannot_be_compiled_is_told(
+    settings: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(UserError, match="trainer.compile: .* set it to false"):
+        run("vision", change(settings, trainer__compile=True))
+    torch._dynamo.reset()
+
+
+class Nondeterministic(torch.autograd.Function):
+    """What a kernel without a deterministic form does on a GPU."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                "odd_backward_cuda does not have a deterministic implementation, but you set "
+                "'torch.use_deterministic_algorithms(True)'. You can turn off determinism"
+            )
+        return grad
+
+
+def test_a_tower_without_deterministic_kernels_is_told(
+    settings: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = functional.layer_norm
+    monkeypatch.setattr(
+        functional, "layer_norm", lambda *args, **kw: Nondeterministic.apply(plain(*args, **kw))
+    )
+    message = (
+        "trainer.deterministic: odd_backward_cuda does not have a deterministic "
+        "implementation; set it to false"
+    )
+    with pytest.raises(UserError, match=message):
+        run("vision", settings)
+    run("vision", change(settings, trainer__deterministic=False))
+    assert weights("vision")
