@@ -25,6 +25,7 @@ SECTIONS = {  # the script and its arguments
     "answers-real": ("evaluation.py", "real"),
     "pipeline": ("pipeline.py",),
     "scaling": ("scaling.py",),
+    "gpu": ("gpu.py",),  # where there is one
 }
 
 

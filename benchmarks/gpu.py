@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +31,6 @@ from panollava import config, losses, paths
 from panollava.arrays import write_array
 from panollava.compilation import compile_layers
 from panollava.demo.questions import QUERIES, spell
-from panollava.dialogue import Dialogue
 from panollava.encoder import token_centres
 from panollava.files import write_csv
 from panollava.generate import answer
@@ -43,7 +43,8 @@ from training import Steps
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "presets/quic360.yaml"
 ROWS = len(real_size.ANSWERS)  # of a panorama
-SIZES = {"resampler": (5, 16, 32), "finetune": (2, 16, 32), "vision": (32,)}  # panoramas a step
+SIZES = {"resampler": (5, 16), "finetune": (2, 16), "vision": (32,)}  # panoramas a step
+NEAR = 5e-3  # losses, relative: what half precision explains
 GOALS = {"resampler": 0.5}  # of the matrix product's rate
 WORDS = ["red", "blue", "green"]  # a token each
 
@@ -54,10 +55,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print(f"no GPU that torch {torch.__version__} can use: nothing is measured")
+        sys.stderr.write(f"no GPU that torch {torch.__version__} can use: nothing is measured\n")
         return
     device = torch.device("cuda")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    name, version = torch.cuda.get_device_name(), torch.version.cuda
+    sys.stderr.write(f"{name}, torch {torch.__version__}, CUDA {version}\n")
     settings = config.load_settings(PROFILE)
     torch.use_deterministic_algorithms(settings.trainer.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -74,24 +76,29 @@ def main() -> None:
 
 def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: int) -> list[Line]:
     """Steps without a loop around them: rows a second, the rate, and peak memory."""
-    lines = []
+    lines: list[Line] = []
     product = matrix_product(device)
     for panoramas in SIZES[stage]:
         example = real_size.make_example(panoramas=panoramas)
         make = partial(Steps, example=example, device=device, precision=trainer.precision)
         rows, unit = panoramas * ROWS, "rows/s"
+        way: Callable[[], Tensor]
         what = f"GPU, step of {stage}, {panoramas} panoramas"
         if stage == "vision":
             rows, unit = panoramas, "panoramas/s"
-            usual, usual_seconds, usual_peak = None, None, None
-            ours: Steps = make("resampler")
-            way: Callable[[], Tensor] = vision_loss(ours)
-            flops = operations(ours, way)
+            usual_seconds = usual_peak = None
+            ours = make("resampler")
+            way = vision_loss(ours)
+            flops, loss = operations(ours, way), value(ours, way)
         else:
             usual = make(stage)
             flops = operations(usual, usual.our_loss)
-            usual_seconds, usual_peak = timed(usual, usual.usual_loss, turns)
-            theirs = value(usual, usual.usual_loss)
+            loss = value(usual, usual.our_loss)
+            try:
+                usual_seconds, usual_peak = timed(usual, usual.usual_loss, turns)
+                assert abs(value(usual, usual.usual_loss) - loss) < NEAR * loss
+            except torch.OutOfMemoryError:  # 33 and 96 GB for 5 and 16 panoramas
+                usual_seconds = usual_peak = None
             del usual
             gc.collect()
             ours = make(stage)
@@ -101,34 +108,38 @@ def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: i
         if trainer.compile:
             compile_layers(ours.model)
         seconds, peak = timed(ours, way, turns)
-        if stage != "vision":
-            own = value(ours, way)
-            assert abs(own - theirs) < 5e-3 * theirs, (own, theirs)
+        assert abs(value(ours, way) - loss) < NEAR * loss
         rate = flops / seconds / 1e12
+        theirs = None if usual_seconds is None else rows / usual_seconds
+        own = rows / seconds
         lines += [
-            Line(what, unit, rows / seconds, usual_seconds and rows / usual_seconds,
-                 ratio=usual_seconds and usual_seconds / seconds),
-            Line(f"{what}, rate against a matrix product's", "TFLOP/s", rate, limit=product,
-                 ratio=rate / product, at_least=GOALS.get(stage)),
+            Line(what, unit, own, theirs, ratio=None if theirs is None else own / theirs),
+            Line(
+                f"{what}, rate against a matrix product's",
+                "TFLOP/s",
+                rate,
+                limit=product,
+                ratio=rate / product,
+                at_least=GOALS.get(stage),
+            ),
             Line(f"{what}, peak memory", "GB", peak, usual_peak),
-        ]  # fmt: skip
+        ]
         del ours, way
         gc.collect()
-        for line in lines[-3:]:
-            print(line, flush=True)
     return lines
 
 
 def vision_loss(steps: Steps) -> Callable[[], Tensor]:
     """VICReg on exact overlaps, of the encoder alone."""
-    model, own = steps.model, config.load_settings(PROFILE).stage.vision
-    centres = token_centres(model.encoder, real_size.SIZE)
+    encoder: Any = steps.model.encoder
+    own = config.load_settings(PROFILE).stage.vision
+    centres = token_centres(encoder, real_size.SIZE)
     pairs = correspondences(real_size.LAYOUT, centres, own.overlap).to(steps.device)
-    steps.trained = list(model.encoder.parameters())
+    steps.trained = list(encoder.parameters())
     steps.optimizer = torch.optim.AdamW(steps.trained, lr=1e-9, fused=True)
 
     def loss() -> Tensor:
-        x, y = matched_tokens(model.encoder(steps.example.views), pairs)
+        x, y = matched_tokens(encoder(steps.example.views), pairs)
         return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)["loss"]
 
     return loss
@@ -146,20 +157,18 @@ def value(steps: Steps, way: Callable[[], Tensor]) -> float:
         return way().item()
 
 
-def timed(steps: Steps, way: Callable[[], Tensor], turns: int) -> tuple[float, float | None]:
+def timed(steps: Steps, way: Callable[[], Tensor], turns: int) -> tuple[float, float]:
     """Median seconds of a step, and the peak memory in GB of all that is there."""
     for _ in range(2):  # the second one has the optimizer's moments
         steps.take(way)
-    if steps.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(turns):
         start = time.perf_counter()
         steps.take(way)  # reads its loss, so that it has ended
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if steps.device.type == "cuda" else None
-    return statistics.median(seconds), peak
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9
 
 
 def matrix_product(device: torch.device, side: int = 8192) -> float:
@@ -194,8 +203,7 @@ def answers(device: torch.device, panoramas: int = 4) -> list[Line]:
         seconds.append(time.perf_counter() - start)
     assert said[0] == said[1], "the two ways answer differently"
     what = f"GPU, answers, {panoramas} panoramas, {ROWS} queries each, fp32"
-    print(what, seconds, flush=True)
-    return [Line(what, "s", *seconds, at_least=4.0)]
+    return [Line(what, "s", seconds[0], seconds[1], at_least=4.0)]
 
 
 def training(device: torch.device) -> list[Line]:
@@ -215,12 +223,10 @@ def training(device: torch.device) -> list[Line]:
             os.chdir(where)
     rows = settings.stage.resampler.batch_size // ROWS * ROWS
     what = f"GPU, training of resampler by Lightning, {rows} rows a step"
-    lines = [
+    return [
         Line(what, "rows/s", rows / (between + inside)),
         Line(f"{what}, between two steps", "ms", 1e3 * between, limit=1e3 * inside, at_most=0.02),
     ]
-    print(*lines, sep="\n", flush=True)
-    return lines
 
 
 def make_project(panoramas: int = 160) -> None:

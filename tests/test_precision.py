@@ -1,16 +1,12 @@
 """What `trainer.precision`, `compile` and `deterministic` do, as far as a processor shows it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from conftest import ROOT
 from panollava.compilation import compile_layers
 from panollava.config import Settings
 from panollava.dialogue import Dialogue, pack

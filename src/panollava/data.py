@@ -112,6 +112,11 @@ class TextReader:
             for row in table.itertuples()
         ]
         self.cut = sum(row.answer[-1] != dialogue.stop for row in self.rows)
+        if table["panorama"].max() >= len(self.array):
+            raise UserError(
+                f"{vision}: holds {len(self.array)} panoramas, but {rows} has rows of panorama "
+                f"{table['panorama'].max()}; run: dvc repro"
+            )
         self.by_panorama: dict[int, list[int]] = {}
         for index, panorama in enumerate(table["panorama"]):
             self.by_panorama.setdefault(int(panorama), []).append(index)
