@@ -1,12 +1,15 @@
 """What `trainer.precision`, `compile` and `deterministic` do, as far as a processor shows it."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from panollava import paths
 from panollava.compilation import compile_layers
 from panollava.config import Settings
 from panollava.dialogue import Dialogue, pack
@@ -75,19 +78,20 @@ def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) 
         assert {value.dtype for value in weights(stage).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointed", "shapes"), [(False, (2, 1)), (True, (2,))])
 def test_compiled_layers_give_the_same_gradients_for_any_shape(
-    towers: Path, checkpointed: bool
+    towers: Path, checkpointed: bool, shapes: tuple[int, ...]
 ) -> None:
     torch._dynamo.reset()
     model, dialogue = make(towers)
     names = list(model.state_dict())
     if checkpointed:
         checkpoint_layers(model)
-    plain = [step(model, dialogue, panoramas) for panoramas in (2, 1)]
+    plain = [step(model, dialogue, panoramas) for panoramas in shapes]
     compile_layers(model)
     torch._dynamo.utils.counters.clear()
-    for (loss, grads), panoramas in zip(plain, (2, 1), strict=True):
+    for (loss, grads), panoramas in zip(plain, shapes, strict=True):
         compiled, own = step(model, dialogue, panoramas)
         assert torch.allclose(compiled, loss, rtol=1e-5)
         assert own.keys() == grads.keys()
@@ -142,3 +146,40 @@ def test_a_tower_without_deterministic_kernels_is_told(
         run("vision", settings)
     run("vision", change(settings, trainer__deterministic=False))
     assert weights("vision")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_trainings_on_a_gpu_leave_the_same_bytes(
+    settings: Settings,  # noqa: F811
+    compiled: bool,
+) -> None:
+    settings = change(
+        settings,
+        trainer__accelerator="gpu",
+        trainer__precision="bf16-mixed",
+        trainer__compile=compiled,
+    )
+    left = []
+    for _ in range(2):
+        run("vision", settings)
+        run("resampler", settings)
+        left.append([paths.weights_file(stage).read_bytes() for stage in ("vision", "resampler")])
+        shutil.rmtree(paths.RESUME)
+    assert left[0] == left[1]
+
+
+def test_features_of_other_panoramas_or_turns_are_told(settings: Settings) -> None:  # noqa: F811
+    for stage in ("vision", "resampler"):
+        run(stage, settings)
+    write_features(settings)
+    run("finetune", settings)
+    turns = len(settings.evaluate.rolls) + 1
+    more = change(settings, evaluate__rolls=[10.0] * turns)
+    with pytest.raises(UserError, match=rf"rolled.npy: holds .* by the {turns} angles.*dvc repro"):
+        evaluate(more)
+    train = paths.FEATURES / "train.npy"
+    np.save(train, np.load(train)[:1])
+    shutil.rmtree(paths.RESUME)
+    with pytest.raises(UserError, match=r"train.npy: holds 1 panoramas, but .*rows.csv has rows"):
+        run("finetune", settings)
