@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from panollava import paths
+from panollava.autoregressive import Objective
 from panollava.compilation import compile_layers
 from panollava.config import Settings
 from panollava.dialogue import Dialogue, pack
@@ -19,7 +20,8 @@ from panollava.features import write_features
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.model import PanoLLaVA, build_model
 from panollava.precision import autocast, hold_as_computed
-from panollava.stage import freeze_all_but
+from panollava.stage import find_stage, freeze_all_but
+from panollava.train import make_module
 from test_model import ROWS, random_views, settings_for
 from test_training import change, run, settings, weights  # noqa: F401
 
@@ -76,6 +78,18 @@ def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) 
     evaluate(settings)
     for stage in ("vision", "resampler", "finetune"):
         assert {value.dtype for value in weights(stage).values()} == {torch.float32}
+
+
+def test_a_stage_holds_what_it_neither_trains_nor_saves_in_half_precision(
+    settings: Settings,  # noqa: F811
+) -> None:
+    settings = change(settings, trainer__precision="bf16-mixed")
+    objective = Objective(find_stage("resampler"), settings)
+    objective.open_readers()
+    make_module(find_stage("resampler"), settings, objective)
+    parameters = dict(objective.model.named_parameters())
+    halved = {n.split(".")[0] for n, p in parameters.items() if p.dtype == torch.bfloat16}
+    assert halved == {"language_model"}
 
 
 @pytest.mark.slow
