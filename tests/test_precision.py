@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_stage_holds_what_it_neither_trains_nor_saves_in_half_precision(
     settings: Settings,  # noqa: F811
 ) -> None:
     settings = change(settings, trainer__precision="bf16-mixed")
-    objective = Objective(find_stage("resampler"), settings)
+    objective: Any = Objective(find_stage("resampler"), settings)
     objective.open_readers()
     make_module(find_stage("resampler"), settings, objective)
     parameters = dict(objective.model.named_parameters())
