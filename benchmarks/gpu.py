@@ -135,6 +135,7 @@ def vision_loss(steps: Steps) -> Callable[[], Tensor]:
     own = config.load_settings(PROFILE).stage.vision
     centres = token_centres(encoder, real_size.SIZE)
     pairs = correspondences(real_size.LAYOUT, centres, own.overlap).to(steps.device)
+    del steps.model.language_model  # which that stage doesn't load
     steps.trained = list(encoder.parameters())
     steps.optimizer = torch.optim.AdamW(steps.trained, lr=1e-9, fused=True)
 
