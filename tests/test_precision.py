@@ -23,7 +23,8 @@ from panollava.model import PanoLLaVA, build_model
 from panollava.precision import autocast, hold_as_computed
 from panollava.stage import find_stage, freeze_all_but
 from panollava.train import make_module
-from test_model import ROWS, random_views, settings_for
+from test_language_models import KINDS, built, with_language_model
+from test_model import ROWS, loss_of, random_views, settings_for
 from test_training import change, run, settings, weights  # noqa: F401
 
 TRAINS = ("encoder", "resampler", "projector")
@@ -68,6 +69,18 @@ def test_a_frozen_part_in_half_precision_computes_what_autocast_does(towers: Pat
     assert not any("embed" in name or "norm" in name for name in halved)
     # A tied head is the embedding.
     assert model.language_model.get_input_embeddings().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_that_holds_for_language_models_of_many_kinds(
+    kind: str, towers: Path, tmp_path: Path
+) -> None:
+    model, dialogue = built(with_language_model(tmp_path, towers, kind, **KINDS[kind]))
+    views = random_views(2)
+    with torch.no_grad(), autocast(CPU, "bf16-mixed"):
+        plain = loss_of(model, dialogue, views, ROWS)
+        hold_as_computed(model, "bf16-mixed")
+        assert torch.equal(loss_of(model, dialogue, views, ROWS), plain)
 
 
 def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) -> None:  # noqa: F811

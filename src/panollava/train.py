@@ -180,7 +180,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
 
 def _unable(error: RuntimeError) -> str | None:
     """What to do where a tower can't be trained as `trainer` says."""
-    first = str(error).strip().splitlines()[0]
+    first = str(error).strip().partition("\n")[0]
     if "does not have a deterministic implementation" in first:
         return f"trainer.deterministic: {first.split(', but')[0]}; set it to false"
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
