@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panollava import paths
+from panollava import curves, paths
 from panollava.autoregressive import Objective
 from panollava.compilation import compile_layers
 from panollava.config import Settings
@@ -25,7 +25,7 @@ from panollava.stage import find_stage, freeze_all_but
 from panollava.train import make_module
 from test_language_models import KINDS, built, with_language_model
 from test_model import ROWS, loss_of, random_views, settings_for
-from test_training import change, run, settings, weights  # noqa: F401
+from test_training import Killed, change, outputs, run, settings, weights  # noqa: F401
 
 TRAINS = ("encoder", "resampler", "projector")
 CPU = torch.device("cpu")
@@ -127,6 +127,36 @@ def test_compiled_layers_give_the_same_gradients_for_any_shape(
             assert torch.allclose(own[name], grad, rtol=1e-3, atol=1e-6), name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_a_killed_stage_with_compiled_layers_goes_on_to_the_same_bytes(
+    settings: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It meets shapes in another order than the run that wasn't killed."""
+    settings = change(settings, trainer__compile=True, stage__vision__epochs=0)
+    run("vision", settings)
+    torch._dynamo.reset()
+    run("resampler", settings)
+    expected = outputs("resampler")
+    shutil.rmtree(paths.RESUME)
+    steps = 0
+
+    def die(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise Killed
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.Speed, "on_train_batch_end", die)
+        with pytest.raises(Killed):
+            run("resampler", settings)
+    torch._dynamo.reset()
+    run("resampler", settings)
+    assert outputs("resampler") == expected
 
 
 def test_what_cannot_be_compiled_is_told(
