@@ -134,8 +134,8 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "a line of overlap.py": (
         edit(
             f"{SOURCE}/overlap.py",
-            "return 2 * position - 1, inside",
-            "return 2 * position - 1.1, inside",
+            "return grid * position - 0.5, inside",
+            "return grid * position - 0.51, inside",
         ),
         set(STAGES[1:]),
     ),
