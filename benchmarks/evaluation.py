@@ -59,15 +59,22 @@ def of_demo(turns: int) -> Line:
     return compare("demo", model, Dialogue(tokenizer), features, own.max_new_tokens, turns)
 
 
-def of_real_size(turns: int) -> Line:
+def of_real_size(turns: int, panoramas: int = 8, device: torch.device | None = None) -> Line:
     """Half of the profile's panoramas at once, for the usual way takes long. Random weights never
     stop: all answers have the mean length of QuIC-360's."""
-    model = real_size.build()
+    model = real_size.build(device=device)
     settings = load_settings(ROOT / "params.yaml")
     _, tokenizer = build_model(settings.model, settings.views)
-    features = encode(model, real_size.make_example(panoramas=8).views)
+    features = encode(model, real_size.make_example(panoramas).views.to(device or "cpu"))
     length = round(sum(real_size.ANSWERS) / len(real_size.ANSWERS))
-    return compare("real size", model, Numbered(tokenizer), features, length, turns)
+    return compare(
+        "real size" if device is None else f"real size, {device.type}",
+        model,
+        Numbered(tokenizer),
+        features,
+        length,
+        turns,
+    )
 
 
 def encode(model: PanoLLaVA, seen: Tensor) -> Tensor:

@@ -9,10 +9,8 @@ import argparse
 import gc
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,21 +20,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import evaluation
 import real_size
-from measure import Line, write
+from measure import Line, in_turns, write
 from panollava import config, losses, paths
 from panollava.arrays import write_array
 from panollava.compilation import compile_layers
-from panollava.demo.questions import QUERIES, spell
 from panollava.encoder import token_centres
 from panollava.files import write_csv
-from panollava.generate import answer
-from panollava.model import build_model
 from panollava.overlap import correspondences, matched_tokens
 from panollava.precision import autocast, hold_as_computed
+from panollava.stage import find_stage
 from pipeline import gaps
 from training import Steps
 
@@ -69,9 +64,10 @@ def main() -> None:
         lines += of_stage(stage, device, settings.trainer, options.turns)
         write(options.out, lines)
     out = options.out.resolve()  # the folder changes
-    for part in (answers, training):
-        lines += part(device)
-        write(out, lines)
+    lines += answers(device)
+    write(out, lines)
+    lines += training()
+    write(out, lines)
 
 
 def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: int) -> list[Line]:
@@ -89,10 +85,10 @@ def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: i
             usual_seconds = usual_peak = None
             ours = make("resampler")
             way = vision_loss(ours)
-            flops, loss = operations(ours, way), value(ours, way)
+            flops, loss = ours.operations(way), value(ours, way)
         else:
             usual = make(stage)
-            flops = operations(usual, usual.our_loss)
+            flops = usual.operations(usual.our_loss)
             loss = value(usual, usual.our_loss)
             try:
                 usual_seconds, usual_peak = timed(usual, usual.usual_loss, turns)
@@ -103,8 +99,7 @@ def of_stage(stage: str, device: torch.device, trainer: config.Trainer, turns: i
             gc.collect()
             ours = make(stage)
             way = ours.our_loss
-        held = ("encoder", "resampler", "projector")
-        hold_as_computed(ours.model, trainer.precision, keep=held)
+        hold_as_computed(ours.model, trainer.precision, keep=find_stage("resampler").saves)
         compile_layers(ours.model)
         seconds, peak = timed(ours, way, turns)
         assert abs(value(ours, way) - loss) < NEAR * loss
@@ -145,13 +140,6 @@ def vision_loss(steps: Steps) -> Callable[[], Tensor]:
     return loss
 
 
-def operations(steps: Steps, way: Callable[[], Tensor]) -> int:
-    """Floating-point operations of a step; before its layers are compiled."""
-    with FlopCounterMode(display=False) as counter:
-        steps.take(way)
-    return counter.get_total_flops()
-
-
 def value(steps: Steps, way: Callable[[], Tensor]) -> float:
     with torch.no_grad(), autocast(steps.device, steps.precision):
         return way().item()
@@ -163,50 +151,30 @@ def timed(steps: Steps, way: Callable[[], Tensor], turns: int) -> tuple[float, f
         steps.take(way)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        steps.take(way)  # reads its loss, so that it has ended
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9
+    (seconds,) = in_turns(lambda: steps.take(way), turns=turns, warm=True)
+    return seconds, torch.cuda.max_memory_allocated() / 1e9
 
 
 def matrix_product(device: torch.device, side: int = 8192) -> float:
     """TFLOP/s of a large product in bf16, of random numbers."""
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
+
+    def multiply() -> None:
         for _ in range(4):
             product = square @ square
-        product[0, 0].item()
-        seconds.append((time.perf_counter() - start) / 4)
-    return 2 * side**3 / statistics.median(seconds) / 1e12
+        product[0, 0].item()  # waits for it
+
+    (seconds,) = in_turns(multiply, turns=8)
+    return 4 * 2 * side**3 / seconds / 1e12
 
 
-def answers(device: torch.device, panoramas: int = 4) -> list[Line]:
-    """Random weights never stop: all answers have the mean length of QuIC-360's. With them the
-    likeliest tokens are so close that half precision changes the order, so that this is in fp32."""
-    model = real_size.build(device=device)
-    demo = config.load_settings(ROOT / "params.yaml")
-    _, tokenizer = build_model(demo.model, demo.views)
-    features = evaluation.encode(model, real_size.make_example(panoramas).views.to(device))
-    asked = [[spell(query) for query in list(QUERIES.values())[:ROWS]]] * panoramas
-    length = round(statistics.mean(real_size.ANSWERS))
-    arguments = (model, evaluation.Numbered(tokenizer), features, asked, length)
-    ways = (answer, evaluation.one_by_one)
-    said, seconds = [], []
-    answer(*arguments[:-1], 2)
-    for way in ways:
-        start = time.perf_counter()
-        said.append(way(*arguments))
-        seconds.append(time.perf_counter() - start)
-    assert said[0] == said[1], "the two ways answer differently"
-    what = f"GPU, answers, {panoramas} panoramas, {ROWS} queries each, fp32"
-    return [Line(what, "s", seconds[0], seconds[1], at_least=4.0)]
+def answers(device: torch.device) -> list[Line]:
+    """In fp32: of random weights the likeliest tokens are so close that half precision changes
+    their order."""
+    return [evaluation.of_real_size(1, panoramas=4, device=device)]
 
 
-def training(device: torch.device) -> list[Line]:
+def training() -> list[Line]:
     """Stage `resampler` by Lightning, with its loader's workers, in steps of the profile's size."""
     where = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
