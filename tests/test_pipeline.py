@@ -91,8 +91,6 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "vision's lr": (edit_param("vision", "lr", "2e-4"), set(STAGES[1:])),
     "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
     "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate"}),
-    "finetune's epochs": (edit_param("finetune", "epochs", "2"), {"finetune", "evaluate"}),
-    "resampler's batch size": (edit_param("resampler", "batch_size", "3"), AFTER_VISION),
     "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(STAGES[1:])),
     "view fov": (edit("params.yaml", "fov: 90", "fov: 120"), set(STAGES)),
     "a pixel of one panorama": (edit_pixel, set(STAGES)),

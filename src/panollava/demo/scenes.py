@@ -3,11 +3,12 @@
 A scene is a function of (seed, index), and is rendered by casting one ray a pixel."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from panollava.sphere import angles_from_rays, panorama_rays, rays_from_angles
+from panollava.sphere import cell_centres, panorama_rays, rays_from_angles
 
 COLORS = {
     "red": (0.85, 0.08, 0.08),
@@ -120,32 +121,43 @@ def apart(yaw: float, direction: str) -> float:
 
 def render(scene: Scene, height: int) -> NDArray[np.uint8]:
     """The scene as an equirectangular panorama: (height, 2 * height, 3)."""
-    rays = panorama_rays(height, 2 * height).reshape(-1, 3)
+    rays = _rays(height)
     light = rays_from_angles(*np.radians(np.array(scene.light)))
-    picture = _surroundings(scene, rays)
+    picture = _surroundings(scene.kind, height) * scene.shade
     depth = np.full(len(rays), np.inf)
-    yaw, _ = angles_from_rays(rays)
+    # Only rays that can meet an object are cast at it.
+    near = {item: _near(item, height) for item in scene.objects}
     for item in scene.objects:
-        # Only rays that can meet the object are cast at it.
-        apart = np.abs((np.degrees(yaw) - item.yaw + 180) % 360 - 180)
-        near = np.flatnonzero(apart < np.degrees(np.arctan2(item.size, item.distance)) + 5)
-        _shadow(item, rays, near, picture)
+        _shadow(item, rays, near[item], picture)
     for item in scene.objects:
-        apart = np.abs((np.degrees(yaw) - item.yaw + 180) % 360 - 180)
-        near = np.flatnonzero(apart < np.degrees(np.arctan2(item.size, item.distance)) + 5)
-        hit, normal = _cast(item, rays[near])
-        seen = hit < depth[near]
-        at = near[seen]
+        hit, normal = _cast(item, rays[near[item]])
+        seen = hit < depth[near[item]]
+        at = near[item][seen]
         depth[at] = hit[seen]
         shading = 0.6 + 0.4 * np.clip(normal[seen] @ light, 0, 1)
         picture[at] = np.array(COLORS[item.color]) * shading[:, None]
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).reshape(height, -1, 3)
 
 
-def _surroundings(scene: Scene, rays: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ground, and walls with a ceiling or a sky."""
-    indoors, ground, horizon, top = KINDS[scene.kind]
-    x, y, z = rays.T
+@cache
+def _rays(height: int) -> NDArray[np.float64]:
+    """(pixels, 3)."""
+    return panorama_rays(height, 2 * height).reshape(-1, 3)
+
+
+def _near(item: Object, height: int) -> NDArray[np.intp]:
+    """The pixels in whose columns the object may be."""
+    yaw = 360 * cell_centres(2 * height) - 180
+    apart = np.abs((yaw - item.yaw + 180) % 360 - 180)
+    columns = apart < np.degrees(np.arctan2(item.size, item.distance)) + 5
+    return np.flatnonzero(np.tile(columns, height))
+
+
+@cache
+def _surroundings(kind: str, height: int) -> NDArray[np.float64]:
+    """Ground, and walls with a ceiling or a sky: (pixels, 3)."""
+    indoors, ground, horizon, top = KINDS[kind]
+    x, y, z = _rays(height).T
     down = y < 0
     with np.errstate(divide="ignore"):
         far = np.where(down, -EYE / y, np.inf)
@@ -164,7 +176,7 @@ def _surroundings(scene: Scene, rays: NDArray[np.float64]) -> NDArray[np.float64
     if indoors:
         tiles = (np.floor(x[floor] * far[floor]) + np.floor(z[floor] * far[floor])) % 2
         picture[floor] *= 1 - 0.06 * tiles[:, None]
-    return picture * scene.shade
+    return picture
 
 
 def _place(item: Object) -> NDArray[np.float64]:
