@@ -135,6 +135,7 @@ def test_a_bad_row_is_set_aside_with_its_reason(folder: Path) -> None:
         ),
         ("URL,query,annotation\nb.jpg,q,a\n", r"no column 'url'.*is 'URL' meant\?"),
         ("url,instructon,response\nb.jpg,q,a\n", r"no column 'query'.*is 'instructon' meant\?"),
+        ('url\tquery\tannotation\nb.jpg\tq\t"a" b\n', r"its columns are separated by tabs; exp"),
         ("url;query;annotation\nb.jpg;q;a\n", r"no column 'url' among 'url;query;annotation'"),
         (
             "b.jpg,q,a\nb.jpg,q,a\n",

@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     train_options.add_to(train)
     train.set_defaults(log_name=_stage_log_name)
     _add_plan(add("plan", _plan, "estimate parameters, memory and disk of a training"))
-    add("features", _features, "run the frozen encoder once over every panorama")
-    add("evaluate", _evaluate, "answer every query of a split, and score the answers")
+    add("features", _features, "run the frozen encoder once over every panorama (runs/features)")
+    add("evaluate", _evaluate, "answer every query of a split, from runs/features, and score it")
     add("verify", _verify, "remove files from DVC's cache that are not what their names say")
     add("digest", _digest, "write the digest of the code that each pipeline stage runs")
     for name, run, help in (

@@ -95,6 +95,13 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
     """The header and all other records; blank lines are none."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
+            first = lines.readline()
+            if "\t" in first and "," not in first:
+                raise UserError(
+                    f"{file}: its columns are separated by tabs; expected commas "
+                    "(data/quic360/README.md has the lines that convert such a file)"
+                )
+            lines.seek(0)
             # Strict: an open quotation mark would swallow all rows up to the next one.
             reader = csv.reader(lines, strict=True)
             try:

@@ -21,10 +21,11 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option(("--epochs",), int, "stage.STAGE.epochs", "passes over the training rows"),
+    Option(("--epochs",), int, "stage.STAGE.epochs", "passes over the rows; vision: panoramas"),
     Option(("--batch-size",), int, "stage.STAGE.batch_size", "rows a step; vision: panoramas"),
     Option(("--lr",), float, "stage.STAGE.lr", "learning rate"),
-    Option(("--max-text-length",), int, "stage.STAGE.max_text_length", "tokens, query and answer"),
+    Option(("--max-text-length",), int, "stage.STAGE.max_text_length", "tokens, query and answer; "
+           "vision reads no text"),
     Option(("--data-dir",), str, "data.dir", "folder of train.csv, valid.csv and test.csv, which "
            "is prepared first"),
     Option(("--workers", "--num-workers"), int, "machine.loader_workers", "processes that "
