@@ -2,8 +2,9 @@
 
 Every variant is the committed profile with a few parameters changed, run as a DVC experiment
 (`dvc exp run --temp`) for several seeds, and named `lab-<variant>-<seed>`; `dvc exp show` shows
-them. An experiment of this commit that is there already isn't run again, so that a broken-off
-laboratory goes on. Choices are to be made on valid: that is the split that is evaluated.
+them. An experiment of this commit and of these settings (`--set`) that is there already isn't run
+again, so that a broken-off laboratory goes on. Choices are to be made on
+valid: that is the split that is evaluated.
 
     make laboratory                                     # all: hours
     make laboratory ARGS="--only default overlap --seeds 3"
@@ -11,6 +12,7 @@ laboratory goes on. Choices are to be made on valid: that is the split that is e
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import subprocess
@@ -82,14 +84,16 @@ def main() -> None:
     runs = [(variant, seed) for seed in range(options.seeds) for variant in chosen]
     if not options.report:
         run_missing(runs, options.set)
-    results = read_results(chosen, options.seeds)
+    results = read_results(chosen, options.seeds, options.set)
     log.info("%s", table(results))
     if options.report:
         write_report(results, options.report)
 
 
-def experiment(variant: str, seed: int) -> str:
-    return f"lab-{variant}-{seed}"
+def experiment(variant: str, seed: int, common: list[str]) -> str:
+    """Its name, in which other `common` settings are another experiment."""
+    digest = [hashlib.sha256(" ".join(sorted(common)).encode()).hexdigest()[:6]] if common else []
+    return "-".join(["lab", variant, str(seed), *digest])
 
 
 def run_missing(runs: Iterable[tuple[str, int]], common: list[str]) -> None:
@@ -97,7 +101,7 @@ def run_missing(runs: Iterable[tuple[str, int]], common: list[str]) -> None:
         ["dvc", "exp", "list", "--name-only"], capture_output=True, text=True, check=True
     ).stdout.split()
     for variant, seed in runs:
-        name = experiment(variant, seed)
+        name = experiment(variant, seed, common)
         if name in there:
             continue
         settings = {"seed": seed, "evaluate.split": "valid", **VARIANTS[variant]}
@@ -111,9 +115,11 @@ def run_missing(runs: Iterable[tuple[str, int]], common: list[str]) -> None:
             sys.exit(f"{name} failed:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def read_results(variants: list[str], seeds: int) -> dict[str, dict[int, dict[str, float]]]:
+def read_results(
+    variants: list[str], seeds: int, common: list[str]
+) -> dict[str, dict[int, dict[str, float]]]:
     """Scores by variant and seed, of the experiments that there are."""
-    names = {experiment(v, seed): (v, seed) for v in variants for seed in range(seeds)}
+    names = {experiment(v, seed, common): (v, seed) for v in variants for seed in range(seeds)}
     repo = Repo()
     results: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in variants}
     there = [name for own in repo.experiments.ls(rev="HEAD").values() for name, _ in own]

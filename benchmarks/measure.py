@@ -2,7 +2,6 @@
 own, because a process's peak never falls."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,17 @@ from typing import NamedTuple
 from panollava.logs import table
 
 _BYTES = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+# A process begins with the peak of the one that starts it, so that a small one in between does.
+_WATCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 class Line(NamedTuple):
@@ -44,16 +54,16 @@ def in_turns(*functions: Callable[[], object], turns: int, warm: bool = False) -
 def run(command: Sequence[str | Path], folder: Path) -> tuple[float, float]:
     """Seconds and peak GB of a process; its output is shown if it fails."""
     start = time.perf_counter()
+    peak = folder / "peak"
+    watched = [sys.executable, "-I", "-S", "-c", _WATCH, str(peak), *command]
     with (folder / "output.log").open("w+") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        done = subprocess.run(watched, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if done.returncode:
             output.seek(0)
             sys.stderr.write(output.read())
-            raise subprocess.CalledProcessError(process.returncode, process.args)
-    return seconds, usage.ru_maxrss * _BYTES / 1e9
+            raise subprocess.CalledProcessError(done.returncode, command)
+    return seconds, int(peak.read_text()) * _BYTES / 1e9
 
 
 def write(path: Path, lines: Sequence[Line]) -> None:

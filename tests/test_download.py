@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, SHARED, write_rows
-from panollava.download import ATTEMPTS, download
+from panollava.download import ATTEMPTS, _Gate, download
 from panollava.errors import UserError
 from panollava.rows import picture_file, plain_file, read_rows
 
@@ -282,6 +282,14 @@ def test_a_second_run_fetches_only_what_is_missing(server: Server, tmp_path: Pat
     get(tmp_path)
     assert tree(tmp_path) == before
     assert {path for path, count in server.asked.items() if count == 2} == {"/at/4.jpg"}
+
+
+def test_who_is_asked_to_wait_asks_half_as_often_and_never_more_often() -> None:
+    for rate, then in ((10, 5), (4, 2), (1.5, 1), (0.2, 0.2)):
+        gate = _Gate(rate)
+        gate.close(0.5)
+        gate.close(0.5)  # another request of the same moment
+        assert 1 / gate._interval == pytest.approx(then)
 
 
 def test_links_that_end_in_the_same_name_are_different_pictures(

@@ -40,6 +40,18 @@ def test_facts_turn_as_the_scene_does(quarters: int) -> None:
     assert READER.turn(stated(SCENES), 90.0 * quarters) == expected
 
 
+def test_the_interval_of_a_rare_fact_is_of_the_draws_that_have_it() -> None:
+    nothing = {index: {"colors": frozenset()} for index in range(100)}
+    rare = {**nothing, 3: {"colors": frozenset({("red",)})}}
+    assert compare(nothing, rare)["colors"] == {"f1": 0, "low": 0, "high": 0, "facts": 1}
+
+
+def test_who_says_nothing_is_not_consistent() -> None:
+    nothing: FactsOf = {index: {"colors": frozenset()} for index in range(10)}
+    none = {"f1": None, "low": None, "high": None, "facts": 0}
+    assert rotation(READER, nothing, {45.0: nothing}) == {"45": {"stays": none}}
+
+
 def test_between_directions_only_facts_without_one_are_left() -> None:
     kinds = {kind for own in READER.turn(stated(SCENES), 45).values() for kind in own}
     assert kinds == {"scene", "colors", "count"}

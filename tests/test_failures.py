@@ -123,7 +123,12 @@ def test_a_read_only_folder_is_named(project: Project) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "command"),
-    [("runs/features", "features"), ("metrics/vision", "train vision"), ("logs", "prepare")],
+    [
+        ("runs/features", "features"),
+        ("metrics/vision", "train vision"),
+        ("logs", "prepare"),
+        (".resume", "digest"),
+    ],
 )
 def test_a_file_in_the_place_of_a_folder_is_named(
     project: Project, folder: str, command: str

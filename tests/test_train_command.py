@@ -1,13 +1,19 @@
 """`panollava train`: the options of one run, without DVC."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import ROOT
 from panollava import cli, curves, lit, paths
+from panollava.weights import read_header
 
 STAGES = ("vision", "resampler", "finetune")
 
@@ -50,6 +56,26 @@ def test_all_stages_in_one_command_and_one_log(project: Path) -> None:
     order = re.findall(r"stage (\d), \w+: starts from|(features) of", log.read_text())
     assert ["".join(each) for each in order] == ["1", "2", *["features"] * 4, "3"]
     assert not list(paths.RESUME.glob("*-*"))
+
+
+def test_what_is_no_step_of_a_training_keeps_finished_work(project: Path, small_data: Path) -> None:
+    """`train all` goes on from it after a kill."""
+    work = paths.RESUME / "vision-0123456789abcdef"
+    work.mkdir(parents=True)
+    (work / "finished").touch()
+    for command in (["check", str(small_data)], ["plan", "vision"], ["digest"]):
+        cli.main(command)
+        assert work.is_dir(), command
+    cli.main(["prepare"])
+    assert not work.exists()
+
+
+def test_outside_of_a_repository_there_is_nothing_to_verify(project: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["verify"])
+    assert ended.value.code == 1
+    (log,) = paths.LOGS.iterdir()
+    assert f"{project}: no DVC repository; run it in the project's folder" in log.read_text()
 
 
 class Killed(BaseException):
@@ -145,6 +171,61 @@ def test_another_start_has_its_own_features(project: Path) -> None:
     assert all(now[path] != before for path, before in features.items())
     encoder = [name for name in weights("resampler") if name.startswith("encoder.")]
     assert all(torch.equal(weights("resampler")[n], weights("finetune")[n]) for n in encoder)
+
+
+def test_features_of_another_encoder_are_not_trained_on(project: Path) -> None:
+    train("all")
+    train("resampler", "--lr", "0.02")
+    said = fails("finetune")
+    assert "runs/features: made with other encoder weights" in said
+    assert "dvc repro features (without DVC: panollava features)" in said
+    cli.main(["features"])
+    train("finetune")
+
+
+def test_prepared_data_of_other_settings_is_not_trained_on(project: Path, small_data: Path) -> None:
+    shutil.copytree(small_data, "other")
+    train("vision", "--data-dir", "other", "--epochs", "0")
+    said = fails("resampler")
+    assert f"runs/prepared: made with data.dir other, now {small_data}; run: dvc" in said
+    cli.main(["prepare"])
+    train("resampler", "--epochs", "0")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("fov: 90", "fov: 80"))
+    for command in (["train", "vision"], ["features"]):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        log = max(paths.LOGS.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        assert "runs/prepared: made with views.fov 90.0, now 80.0; run" in log.read_text()
+
+
+def test_a_hub_model_s_commit_is_in_the_weights_header(project: Path, towers: Path) -> None:
+    """As the hub's cache holds it: the id is all that params.yaml names."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = project / "hub/models--someone--encoder"
+    shutil.copytree(towers / "encoder", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    params = project / "params.yaml"
+    text = re.sub(r"(encoder:\n    path: )\S+", r"\1someone/encoder", params.read_text())
+    params.write_text(text)
+    command = [sys.executable, str(ROOT / "src/run.py"), "train", "all", "--epochs", "0"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(project / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment)
+    for stage in STAGES:
+        assert read_header(paths.weights_file(stage))["commits"]["encoder"] == commit
+    assert read_header(paths.weights_file("finetune"))["commits"]["language_model"] is None
+
+
+def test_a_tower_that_dvc_does_not_watch_is_warned_of(project: Path, towers: Path) -> None:
+    train("all", "--epochs", "0")
+    params = project / "params.yaml"
+    params.write_text(re.sub(r"towers: \S+", "towers: elsewhere", params.read_text(), count=1))
+    train("vision", "--epochs", "0")
+    logs = sorted(paths.LOGS.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    first, last = logs[0].read_text(), logs[-1].read_text()
+    told = f"model.encoder.path: {towers}/encoder is not in elsewhere (model.towers); DVC watches"
+    assert told in last and told not in first
 
 
 def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from panollava import curves, lit, paths
+from panollava import curves, lit, paths, vicreg
 from panollava.autoregressive import Objective
 from panollava.config import Settings
 from panollava.data import read_prepared_rows
@@ -199,6 +199,39 @@ def test_a_step_in_parts_is_the_same_step(settings: Settings, stage: str) -> Non
         assert torch.allclose(value, three[name], atol=2e-5), name
 
 
+def test_what_drops_out_is_the_same_in_both_passes_of_a_part(
+    settings: Settings, tmp_path: Path
+) -> None:
+    towers = shutil.copytree(settings.model.encoder.path, tmp_path / "dropout")
+    config = json.loads((towers / "config.json").read_text())
+    (towers / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    objective = vicreg.Objective(
+        find_stage("vision"), change(settings, model__encoder__path=str(towers))
+    )
+    objective.train()
+    views = torch.randint(0, 256, (4, *objective.view_shape), dtype=torch.uint8)
+    parts = list(views.split(2))
+    encoder = objective.model.encoder
+
+    def gradient() -> torch.Tensor:
+        own = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+        encoder.zero_grad()
+        return own
+
+    torch.manual_seed(0)
+    told = objective.step(parts, lambda loss: loss.backward())["loss"]
+    in_parts = gradient()
+    torch.manual_seed(0)
+    x, y = (torch.cat(side) for side in zip(*map(objective._matched, parts), strict=True))
+    loss = objective._losses(x, y)["loss"]
+    loss.backward()
+    assert told == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(in_parts, gradient(), atol=1e-4)
+    torch.manual_seed(1)
+    objective.step(parts, lambda loss: loss.backward())
+    assert not torch.allclose(in_parts, gradient(), atol=1e-2)  # something does drop out
+
+
 def test_the_views_may_be_brought_together_by_contrast(settings: Settings) -> None:
     settings = change(settings, stage__vision__objective="infonce", stage__vision__epochs=8)
     run("vision", change(settings, stage__vision__lr=1e-3))
@@ -336,6 +369,14 @@ def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -
     with caplog.at_level(logging.INFO):
         run("vision", settings)
     assert "goes on" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 60, 5000])
+def test_views_that_are_not_whole_are_named(settings: Settings, size: int) -> None:
+    views = paths.PREPARED / "train/views.npy"
+    views.write_bytes(views.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"prepared/train/views.npy: not a whole \.npy file"):
+        run("vision", settings)
 
 
 @pytest.mark.parametrize("damaged", ["progress.ckpt", "epoch=*.ckpt", "*.ckpt"])

@@ -17,7 +17,7 @@ def open_array(path: Path) -> NDArray:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that makes it: dvc repro") from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(
             f"{path}: not a whole .npy file ({error}); remove it and run: "
             "make verify, then dvc repro"

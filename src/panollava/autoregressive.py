@@ -42,7 +42,7 @@ class Objective(nn.Module):
         self.dialogue = Dialogue(tokenizer, own.max_text_length)
         self.prefix = len(self.dialogue.prefix)
         # A frozen encoder has run already: its features are read instead of views.
-        self.sees = "encoder" in stage.trains
+        self.sees = not stage.reads_features
         self.size = settings.views.size
         encoder: Any = self.model.encoder
         grid = encoder_grid(encoder, self.size, settings.model.resampler.pool)

@@ -19,15 +19,17 @@ _LESS_MEMORY = {  # what to do where a command has too little
     "evaluate": "lower evaluate.batch_size",
 }
 
+_STEPS = ("prepare", "train", "features", "evaluate")  # of the pipeline; the others may run beside
+
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = options.log_name(options)
     try:
         less_memory = _LESS_MEMORY.get(options.command, _MACHINE)
-        with logs.start(name, options.logs), resume.alone(name), faults_told(less_memory):
-            # All stages in one run may have finished ones to go on from; a plan is made meanwhile.
-            if not _is_all(options) and options.command != "plan":
+        with logs.start(name, options.logs), faults_told(less_memory), resume.alone(name):
+            # All stages in one run may have finished ones to go on from.
+            if options.command in _STEPS and not _is_all(options):
                 resume.remove_finished(but_of=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
@@ -207,11 +209,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
     from panollava.cache import remove_damaged
 
-    remove_damaged(Path(Repo().cache.local.path))
+    try:
+        repo = Repo()
+    except NotDvcRepoError:
+        raise UserError(
+            f"{Path.cwd()}: no DVC repository; run it in the project's folder"
+        ) from None
+    remove_damaged(Path(repo.cache.local.path))
 
 
 def _digest(options: argparse.Namespace) -> None:

@@ -169,7 +169,7 @@ class _BusyError(Exception):
 
 class _Gate:
     """Lets requests through one by one, at most so many a second, and none while a server asks
-    to wait. A server that had to ask is asked half as often from then on."""
+    to wait. A server that had to ask is asked half as often from then on, down to once a second."""
 
     def __init__(self, rate: float) -> None:
         self.stop = threading.Event()
@@ -186,7 +186,7 @@ class _Gate:
     def close(self, seconds: float) -> None:
         now = time.monotonic()
         if now > self._closed:  # once for all the requests that were under way
-            self._interval = min(2 * self._interval, 1.0)
+            self._interval = max(self._interval, min(2 * self._interval, 1.0))
         self._closed = max(self._closed, now + seconds)
 
     def sleep(self, seconds: float) -> None:

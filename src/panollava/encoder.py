@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import hub
 
 from panollava.config import Pretrained
 from panollava.errors import UserError
@@ -138,6 +139,13 @@ def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
             "made by: dvc repro data/demo/dvc.yaml), or a hub id that this machine can reach. "
             f"{error}"
         ) from error
+
+
+def hub_commit(pretrained: Pretrained) -> str | None:
+    """The commit of a hub model that has just been loaded; None for a folder of one's own."""
+    source = {"revision": pretrained.revision or "main", "local_files_only": True}
+    file = hub.cached_file(pretrained.path, "config.json", **source)
+    return hub.extract_commit_hash(file, None)
 
 
 def encoder_grid(encoder: Encoder, view_size: int, pool: int = 1) -> int:

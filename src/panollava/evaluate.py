@@ -26,6 +26,7 @@ from panollava.facts import FactReader, Key, compare, find_reader, rotation, sea
 from panollava.features import choose_device
 from panollava.files import whole, write_csv
 from panollava.generate import answer
+from panollava.made_of import check_features, check_prepared
 from panollava.model import PanoLLaVA, build_model
 from panollava.precision import autocast, hold_as_computed
 from panollava.stage import find_stage
@@ -52,6 +53,8 @@ def evaluate(settings: Settings) -> None:
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
     load_weights(source, model, _RESULT_OF.saves, _RESULT_OF.name)
+    check_prepared(settings.views)
+    check_features(settings, model.encoder)
     model.eval().requires_grad_(False)
     hold_as_computed(model, settings.trainer.precision)
     model.to(device)

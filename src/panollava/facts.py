@@ -84,7 +84,8 @@ def find_reader(name: str) -> FactReader:
 
 def compare(said: FactsOf, true: FactsOf) -> dict[str, dict[str, Any]]:
     """For each kind of fact in `true`: `f1` over all facts, the 95% interval of it when panoramas
-    are drawn anew (bootstrap, 1000 times, seeded), and the number of true facts.
+    are drawn anew (bootstrap, 1000 times, seeded), and the number of true facts. None where there
+    is no fact, true or said.
 
     Where every answer states one fact, as a count, F1 is the share of right answers."""
     kinds = sorted({kind for own in true.values() for kind in own})
@@ -165,16 +166,19 @@ def _summary(counts: NDArray) -> dict[str, Any]:
     return {"f1": f1.pop("value"), **f1, "facts": int(counts[:, 2].sum())}
 
 
-def _interval(value: Callable[[NDArray], NDArray], counts: NDArray) -> dict[str, float]:
+def _interval(value: Callable[[NDArray], NDArray], counts: NDArray) -> dict[str, float | None]:
     """`value` of (groups, ..., 3) summed counts, and its 95% interval when the panoramas of
-    (groups, panoramas, 3) are drawn anew."""
+    (groups, panoramas, 3) are drawn anew, over the draws that have a value."""
+    own = value(counts.sum(axis=1))
+    if np.isnan(own):
+        return {"value": None, "low": None, "high": None}
     drawn = np.random.default_rng(0).integers(counts.shape[1], size=(_RESAMPLES, counts.shape[1]))
-    low, high = np.quantile(value(counts[:, drawn].sum(axis=2)), (0.025, 0.975))
-    return {"value": float(value(counts.sum(axis=1))), "low": float(low), "high": float(high)}
+    low, high = np.nanquantile(value(counts[:, drawn].sum(axis=2)), (0.025, 0.975))
+    return {"value": float(own), "low": float(low), "high": float(high)}
 
 
 def _f1(counts: NDArray) -> NDArray:
-    """F1 of (..., 3) counts; 1 where nothing is true and nothing is said."""
+    """F1 of (..., 3) counts; NaN where nothing is true and nothing is said."""
     both, said, true = np.moveaxis(counts, -1, 0)
     total = said + true
-    return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan)

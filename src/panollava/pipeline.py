@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from panollava import paths
-from panollava.config import load_settings
+from panollava.config import Model, load_settings
 from panollava.errors import UserError
 from panollava.resume import alone
 from panollava.stage import STAGES, Stage, find_stage
@@ -36,7 +36,7 @@ def run_stage(
         )
     if "data.dir" in changes:
         _prepare(changes)
-    if _reads_features(stage) and (start is not None or "data.dir" in changes):
+    if stage.reads_features and (start is not None or "data.dir" in changes):
         _features(changes, start)
     _train(stage, changes, start, must_resume, run_name)
 
@@ -46,18 +46,13 @@ def run_all(changes: Changes, must_resume: bool = False, run_name: str | None = 
     finished stages is kept until all are, so that a killed run goes on where it was."""
     _prepare(changes)
     for stage in STAGES.values():
-        if _reads_features(stage):
+        if stage.reads_features:
             _features(changes, None)
         # The first one's work is there as long as a run is unfinished, the others' may not be.
         first = stage.starts_from is None
         own_name = f"{run_name}_{stage.name}" if run_name else None
         with alone(f"stage{stage.number}_{stage.name}"):  # as the stage's own command is
             _train(stage, changes, None, must_resume and first, own_name)
-
-
-def _reads_features(stage: Stage) -> bool:
-    """A stage whose encoder is frozen reads what it gave."""
-    return "encoder" not in stage.trains
 
 
 def _prepare(changes: Changes) -> None:
@@ -81,9 +76,27 @@ def _features(changes: Changes, source: Path | None) -> None:
 def _train(
     stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
 ) -> None:
+    from panollava.made_of import check_prepared
     from panollava.shortage import shortage_told
     from panollava.train import train
 
-    settings = load_settings(paths.PARAMS, stage.reads, changes)
-    with shortage_told(stage, load_settings(paths.PARAMS, changes=changes)):
+    settings, everything = (
+        load_settings(paths.PARAMS, only, changes) for only in (stage.reads, None)
+    )
+    check_prepared(everything.views, everything.data)
+    _warn_of_unwatched_towers(everything.model)
+    with shortage_told(stage, everything):
         train(stage, settings, start, must_resume, run_name)
+
+
+def _warn_of_unwatched_towers(model: Model) -> None:
+    """Of folders that aren't in `model.towers`, which is all that dvc.yaml names of towers."""
+    watched = Path(model.towers).resolve()
+    for name, tower in (("encoder", model.encoder), ("language_model", model.language_model)):
+        folder = Path(tower.path).resolve()
+        if folder.is_dir() and watched not in (folder, *folder.parents):
+            log.warning(
+                "model.%s.path: %s is not in %s (model.towers); DVC watches that folder alone, and "
+                "runs nothing again when a tower elsewhere changes",
+                *(name, tower.path, model.towers),
+            )

@@ -20,6 +20,11 @@ class Stage:
     saves: tuple[str, ...]  # parts that have learned something by its end
     reads: tuple[str, ...]  # parameters
 
+    @property
+    def reads_features(self) -> bool:
+        """Where the encoder is frozen, what it gave is read."""
+        return "encoder" not in self.trains
+
 
 STAGES = {
     stage.name: stage

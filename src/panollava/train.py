@@ -18,10 +18,12 @@ from panollava.compilation import compile_layers
 from panollava.config import Settings, Trainer
 from panollava.curves import Curves, Speed
 from panollava.digest import STAGES, digests
+from panollava.encoder import hub_commit
 from panollava.errors import UserError
 from panollava.features import choose_device
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import LitStage, StageObjective
+from panollava.made_of import check_features
 from panollava.precision import hold_as_computed
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
@@ -51,11 +53,14 @@ def train(
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
+    header = _header(stage, settings, objective.model)
     objective.open_readers()
     if stage.starts_from is not None:
         start = find_stage(stage.starts_from)
         source = source or paths.weights_file(start.name)
         load_start(source, objective.model, start.saves, start)
+        if stage.reads_features:
+            check_features(settings, objective.model.encoder)
         log.info("stage %d, %s: starts from %s", stage.number, stage.name, source)
     else:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
@@ -77,7 +82,7 @@ def train(
         log.info("%d epochs, %d steps", own.epochs, module.total_steps)
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
-    _publish(stage, settings, module, checkpoints, curves)
+    _publish(stage, module, checkpoints, curves, header)
     mark_finished(work)
 
 
@@ -96,7 +101,11 @@ def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> 
 
 
 def _publish(
-    stage: Stage, settings: Settings, module: LitStage, checkpoints: Checkpoints, curves: Curves
+    stage: Stage,
+    module: LitStage,
+    checkpoints: Checkpoints,
+    curves: Curves,
+    header: dict[str, Any],
 ) -> None:
     """Write the stage's outputs: the best epochs' checkpoints, and the best one's weights."""
     folder = paths.run_folder(stage.name)
@@ -115,8 +124,7 @@ def _publish(
         curves.live.make_summary()
         log.info("0 epochs: the stage passes on what it starts from")
     final = paths.weights_file(stage.name)
-    model = module.objective.model
-    save_weights(final, model, stage.saves, _header(stage, settings, model))
+    save_weights(final, module.objective.model, stage.saves, header)
     log.info("wrote %s", final)
 
 
@@ -191,12 +199,9 @@ def _unable(error: RuntimeError) -> str | None:
 def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:
     """The stage, the settings that rebuild the model, and the hub commits of what it stands on."""
     commits = {
-        name: getattr(part.config, "_commit_hash", None)
-        for name, part in (
-            ("encoder", getattr(model.encoder, "tower", None)),
-            ("language_model", getattr(model, "language_model", None)),
-        )
-        if part is not None
+        name: hub_commit(getattr(settings.model, name))
+        for name in ("encoder", "language_model")
+        if hasattr(model, name)
     }
     described = {
         "views": dataclasses.asdict(settings.views),

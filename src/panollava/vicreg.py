@@ -86,14 +86,19 @@ class Objective(nn.Module):
             result = self._losses(x, y)
             backward(result["loss"])
             return {name: value.detach() for name, value in result.items()}
+        states, matched = [], []
         with torch.no_grad():
-            matched = [self._matched(part) for part in parts]
+            for part in parts:
+                states.append(_random_state(part.device))
+                matched.append(self._matched(part))
         x = torch.cat([x for x, _ in matched]).requires_grad_()
         y = torch.cat([y for _, y in matched]).requires_grad_()
         result = self._losses(x, y)
         gradients = torch.autograd.grad(result["loss"], (x, y))
         sizes = [len(x) for x, _ in matched]
-        for part, *gradient in zip(parts, *(g.split(sizes) for g in gradients), strict=True):
+        split = [g.split(sizes) for g in gradients]
+        for part, state, *gradient in zip(parts, states, *split, strict=True):
+            _set_random_state(state, part.device)  # what drops out must be the same
             again = self._matched(part)
             backward(sum((z * g).sum() for z, g in zip(again, gradient, strict=True)))
         return {name: value.detach() for name, value in result.items()}
@@ -122,6 +127,17 @@ class Objective(nn.Module):
 
     def _by_panorama(self, x: Tensor) -> Tensor:
         return x.view(-1, len(self.pairs.seen), x.shape[-1])
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _expander(features: int, width: int) -> nn.Module:
