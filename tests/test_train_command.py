@@ -111,10 +111,11 @@ def test_each_option_overrides_its_parameter_for_this_run(
     train("vision", "--data-dir", str(small_data), "--epochs", "3", "--batch-size", "3")
     assert "3 epochs, 6 steps" in capsys.readouterr().err  # six panoramas
     assert torch.load(checkpoint("vision"), weights_only=True)["epoch"] <= 3
-    train("resampler", "--lr", "0.5e-3", "--epochs", "1", "--num-workers", "1")
+    here = ("--data-dir", str(small_data))
+    train("resampler", *here, "--lr", "0.5e-3", "--epochs", "1", "--num-workers", "1")
     rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
     assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
-    assert "max_text_length" in fails("resampler", "--max-text-length", "1")
+    assert "max_text_length" in fails("resampler", *here, "--max-text-length", "1")
     said = fails("vision", "--batch-size", "-1")
     assert said.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
     assert paths.PARAMS.read_text() == before
@@ -188,6 +189,7 @@ def test_prepared_data_of_other_settings_is_not_trained_on(project: Path, small_
     train("vision", "--data-dir", "other", "--epochs", "0")
     said = fails("resampler")
     assert f"runs/prepared: made with data.dir other, now {small_data}; run: dvc" in said
+    assert "or go on with --data-dir other" in said
     cli.main(["prepare"])
     train("resampler", "--epochs", "0")
     params = project / "params.yaml"

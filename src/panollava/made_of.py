@@ -65,9 +65,10 @@ def _check(folder: Path, expected: dict[str, Any], command: str) -> None:
         if found.get(key) != value:
             of_params = "." in key
             difference = f"{key} {found.get(key)}, now {value}" if of_params else f"other {key}"
+            option = f", or go on with --data-dir {found.get(key)}" if key == "data.dir" else ""
             raise UserError(
                 f"{folder}: made with {difference}; run: dvc repro {command} "
-                f"(without DVC: panollava {command})"
+                f"(without DVC: panollava {command}{option})"
             )
 
 
