@@ -26,9 +26,9 @@ from panollava.facts import FactReader, Key, compare, find_reader, rotation, sea
 from panollava.features import choose_device
 from panollava.files import whole, write_csv
 from panollava.generate import answer
-from panollava.made_of import check_features, check_prepared
 from panollava.model import PanoLLaVA, build_model
 from panollava.precision import autocast, hold_as_computed
+from panollava.provenance import check_features, check_prepared
 from panollava.stage import find_stage
 from panollava.weights import load_weights
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from panollava import made_of, paths
+from panollava import paths, provenance
 from panollava.arrays import open_array, write_array
 from panollava.config import Settings
 from panollava.data import gather
@@ -45,8 +45,8 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
     device = choose_device(settings.trainer.accelerator)
-    made_of.check_prepared(settings.views)
-    made_of.forget(paths.FEATURES)
+    provenance.check_prepared(settings.views)
+    provenance.forget(paths.FEATURES)
     torch.set_num_threads(settings.trainer.threads)
     model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
     source = source or paths.weights_file(_TRAINED_BY.name)
@@ -58,7 +58,7 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
         out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, views, out, device, settings)
         log.info("features of %d panoramas: %s", len(views), out)
-    made_of.describe_features(settings, model.encoder)
+    provenance.record_features(settings, model.encoder)
 
 
 def choose_device(accelerator: str) -> torch.device:

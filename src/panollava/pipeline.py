@@ -76,7 +76,7 @@ def _features(changes: Changes, source: Path | None) -> None:
 def _train(
     stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
 ) -> None:
-    from panollava.made_of import check_prepared
+    from panollava.provenance import check_prepared
     from panollava.shortage import shortage_told
     from panollava.train import train
 

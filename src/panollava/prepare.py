@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from panollava import config, made_of, paths
+from panollava import config, paths, provenance
 from panollava.arrays import write_array
 from panollava.errors import UserError
 from panollava.files import write_csv
@@ -69,7 +69,7 @@ def prepare(
     splits = {}
     rolled = out / "rolled.npy"
     rolled.unlink(missing_ok=True)
-    made_of.forget(out)
+    provenance.forget(out)
     for split in SPLITS:
         _clear(out / split)
         splits[split] = read_rows(folder / f"{split}.csv", root)
@@ -87,7 +87,7 @@ def prepare(
         log.info(
             "%s: %d rows over %d panoramas, %s", split, len(rows), len(pictures[split]), rejected
         )
-    made_of.describe_prepared(data, views, out)
+    provenance.record_prepared(data, views, out)
     for one, other in combinations(SPLITS, 2):
         if shared := pictures[one] & pictures[other]:
             log.warning(

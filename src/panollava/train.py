@@ -23,8 +23,8 @@ from panollava.errors import UserError
 from panollava.features import choose_device
 from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.lit import LitStage, StageObjective
-from panollava.made_of import check_features
 from panollava.precision import hold_as_computed
+from panollava.provenance import check_features
 from panollava.resume import check_unfinished, fingerprint, mark_finished, work_folder
 from panollava.stage import Stage, find_stage, freeze_all_but
 from panollava.start import load_start

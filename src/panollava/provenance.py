@@ -17,7 +17,7 @@ from panollava.errors import UserError
 from panollava.files import whole
 from panollava.resume import fingerprint
 
-_NAME = "made_of.json"
+_NAME = "provenance.json"
 
 
 def forget(folder: Path) -> None:
@@ -25,8 +25,8 @@ def forget(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def describe_prepared(data: config.Data, views: config.Views, out: Path) -> None:
-    """Write `out`/made_of.json, where `prepare` has written the rest."""
+def record_prepared(data: config.Data, views: config.Views, out: Path) -> None:
+    """Write `out`/provenance.json, where `prepare` has written the rest."""
     files = {str(file.relative_to(out)): _digest(file) for file in sorted(out.rglob("*.npy"))}
     _write(out, {"data.dir": os.path.normpath(data.dir), **_flat(views), "files": files})
 
@@ -39,8 +39,8 @@ def check_prepared(views: config.Views, data: config.Data | None = None) -> None
     _check(paths.PREPARED, expected, "prepare")
 
 
-def describe_features(settings: config.Settings, encoder: "nn.Module") -> None:
-    """Write runs/features/made_of.json."""
+def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
+    """Write runs/features/provenance.json."""
     _write(paths.FEATURES, _features(settings, encoder))
 
 
