@@ -42,7 +42,7 @@ def test_facts_turn_as_the_scene_does(quarters: int) -> None:
 
 def test_the_interval_of_a_rare_fact_is_of_the_draws_that_have_it() -> None:
     nothing: FactsOf = {index: {"colors": frozenset()} for index in range(100)}
-    rare = {**nothing, 3: {"colors": frozenset({("red",)})}}
+    rare: FactsOf = {**nothing, 3: {"colors": frozenset({("red",)})}}
     assert compare(nothing, rare)["colors"] == {"f1": 0, "low": 0, "high": 0, "facts": 1}
 
 
