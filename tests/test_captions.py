@@ -14,7 +14,12 @@ import pytest
 
 from conftest import SHARED
 from panollava import captions
-from panollava.captions import score, tokenize
+from panollava.captions import tokenize
+
+
+def score(predictions, references):
+    return captions.score(predictions, references).values
+
 
 MAT = {"mat": "The cat sat on the mat."}
 MAT_REFERENCE = {"mat": ["The cat is on the mat."]}
@@ -148,7 +153,7 @@ def test_nothing_is_printed(
 def test_neither_java_nor_downloaded_data_is_needed(tmp_path: Path) -> None:
     source = Path(captions.__file__).parents[1]
     program = "from panollava.captions import score; print(score({1: 'a b', 2: 'c'}, "
-    program += "{1: ['a b'], 2: ['c']})['cider_d'])"
+    program += "{1: ['a b'], 2: ['c']}).values['cider_d'])"
     bare = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(source), "NLTK_DATA": ""}
     keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     result = subprocess.run(
@@ -176,3 +181,13 @@ def test_tokens_agree_with_stanfords_on_real_annotations(tmp_path: Path) -> None
     assert len(theirs) == len(texts) == 6243
     same = sum(a == tokenize(text) for a, text in zip(theirs, texts, strict=True))
     assert same / len(texts) > 0.995
+
+
+def test_what_each_caption_has_makes_up_the_mean() -> None:
+    references = {1: ["a b c d"], 2: ["w x y z"], 3: ["..."]}
+    scores = captions.score({1: "a b c d", 2: "a b c d", 3: "a"}, references)
+    assert scores.each["rouge_l"] == {1: 1, 2: 0} and scores.values["rouge_l"] == 0.5
+    assert scores.each["cider_d"] == pytest.approx({1: 10, 2: 0})
+    alike = captions.agreement({1: "a b", 2: "a", 3: ""}, {1: "a b", 2: "b", 3: "b"})
+    assert alike.each == {"identical": {1: 1, 2: 0, 3: 0}, "rouge_l": {1: 1, 2: 0}}
+    assert alike.values == {"identical": pytest.approx(1 / 3), "rouge_l": 0.5}

@@ -34,6 +34,19 @@ def test_generation_is_asked_exactly_as_training_asked(tokenizer) -> None:
     assert dialogue.row("where", "left").query == dialogue.query("where")
 
 
+def test_an_answer_ends_as_the_language_model_ends_what_it_says(tokenizer) -> None:
+    """A base model knows the end of a text alone, whatever its tokenizer's chat template says."""
+    turn, text = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<pad>"))
+    assert Dialogue(tokenizer, 64).stop == turn
+    assert Dialogue(tokenizer, 64, ends=[text, turn]).stop == turn
+    base = Dialogue(tokenizer, 64, ends=[text])
+    assert base.row("what", "a box").answer[-1] == base.stop == text
+    said = tokenizer("a box", add_special_tokens=False)["input_ids"]
+    for end in (text, turn):
+        both = Dialogue(tokenizer, 64, ends=[turn, text])
+        assert both.decode([*said, end, *said]) == "a box"
+
+
 def test_answers_survive_the_round_trip_and_end_with_the_stop_token(tokenizer) -> None:
     dialogue = Dialogue(tokenizer, 64)
     for text in ("the red box is left .", "Zwölf Stühle — 360°", "<|im_start|>?"):

@@ -43,6 +43,15 @@ def test_infonce_is_cross_entropy_over_the_group_both_ways() -> None:
     assert torch.isclose(infonce(x, y, 0.2)["loss"], torch.stack(terms).mean(), rtol=1e-5)
 
 
+def test_half_precision_around_the_losses_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 4, 30, 16)
+    expected = infonce(x, y, 0.1), vicreg(x[0], y[0], 25, 25, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = infonce(x, y, 0.1), vicreg(x[0], y[0], 25, 25, 1)
+    assert found == expected
+
+
 def test_infonce_finds_counterparts_that_are_alike() -> None:
     x = torch.eye(6).expand(3, 6, 6)
     alike = infonce(x, 2 * x, 0.05)

@@ -14,7 +14,7 @@ from panollava.data import TextBatch, TextReader
 from panollava.dialogue import Dialogue, Row, pack
 from panollava.encoder import describe_config, encoder_grid
 from panollava.errors import UserError
-from panollava.model import build_model
+from panollava.model import build_model, end_tokens
 from panollava.stage import Stage
 from panollava.views import layout
 
@@ -39,7 +39,8 @@ class Objective(nn.Module):
         self.model, tokenizer = build_model(
             settings.model, settings.views, settings.seed, weights=weights
         )
-        self.dialogue = Dialogue(tokenizer, own.max_text_length)
+        ends = end_tokens(self.model.language_model)
+        self.dialogue = Dialogue(tokenizer, own.max_text_length, ends)
         self.prefix = len(self.dialogue.prefix)
         # A frozen encoder has run already: its features are read instead of views.
         self.sees = not stage.reads_features

@@ -9,7 +9,7 @@ of each of its 1,169 queries, scored against the others, has the same scores to 
 import logging
 import re
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nltk
 import numpy as np
@@ -40,15 +40,18 @@ def tokenize(caption: str) -> list[str]:
     return [token for token in map(str.lower, tokens) if token not in _PUNCTUATION]
 
 
-def score(
-    predictions: Mapping[Key, str], references: Mapping[Key, list[str]]
-) -> dict[str, float | int | str]:
+class Scores(NamedTuple):
+    values: dict[str, float | int | str]
+    each: dict[str, dict[Any, float]]  # of those that are means over keys, what each key has
+
+
+def score(predictions: Mapping[Key, str], references: Mapping[Key, list[str]]) -> Scores:
     """Scores of one prediction a key against all references of that key.
 
     Returns:
         `bleu_1` .. `bleu_4`, `rouge_l` (0..1) and `cider_d` (0..10), each only where it can be
         computed; `captions`, the number of captions scored; `tokenizer`, its name. A warning in
-        the log says what was left out and why.
+        the log says what was left out and why. Of `rouge_l` and `cider_d`, also what each key has.
 
     Raises:
         ValueError: predictions and references have different keys.
@@ -67,10 +70,11 @@ def score(
     theirs = {key: texts for key, texts in theirs.items() if texts}
     ours = {key: [" ".join(tokenize(predictions[key]))] for key in theirs}
     scores: dict[str, float | int | str] = {"captions": len(ours), "tokenizer": TOKENIZER}
+    each: dict[str, dict[Any, float]] = {}
     silent = sum(text == [""] for text in ours.values())
     if silent == len(ours):
         log.warning("no prediction has a word in it: no score can be computed")
-        return scores
+        return Scores(scores, each)
     if silent:
         log.warning("%d of %d predictions have no word in them and score 0", silent, len(ours))
     longest = max(len(text.split()) for [text] in ours.values())
@@ -80,28 +84,27 @@ def score(
             scores[f"bleu_{order}"] = float(value)
         else:
             log.warning("no prediction has %d words: bleu_%d is left out", order, order)
-    rouge, _ = Rouge().compute_score(theirs, ours)
-    scores["rouge_l"] = float(rouge)
+    rouge, own = Rouge().compute_score(theirs, ours)
+    scores["rouge_l"], each["rouge_l"] = float(rouge), dict(zip(theirs, own, strict=True))
     if _documents_differ(theirs):
-        cider, _ = Cider().compute_score(theirs, ours)
-        scores["cider_d"] = float(cider)
+        cider, own = Cider().compute_score(theirs, ours)
+        scores["cider_d"], each["cider_d"] = float(cider), dict(zip(theirs, own, strict=True))
     else:
         log.warning(
             "cider_d is left out: it weighs words by how few captions have them in their "
             "references, and here all captions have the same ones"
         )
-    return scores
+    return Scores(scores, each)
 
 
-def agreement(answers: Mapping[Key, str], others: Mapping[Key, str]) -> dict[str, float]:
+def agreement(answers: Mapping[Key, str], others: Mapping[Key, str]) -> Scores:
     """How alike two answers to the same queries are: `identical`, the share that is the same, and
     `rouge_l` of the one against the other where both have a word in them."""
-    pairs = [(answers[key], others[key]) for key in others]
-    alike: dict[str, float] = {"identical": sum(a == b for a, b in pairs) / len(pairs)}
-    spoken = [(a, b) for a, b in (map(_joined, ([a], [b])) for a, b in pairs) if a and b]
-    if spoken:
-        alike["rouge_l"] = float(np.mean([Rouge().calc_score(a, b) for a, b in spoken]))
-    return alike
+    each = {"identical": {key: float(answers[key] == others[key]) for key in others}}
+    pairs = ((key, _joined([answers[key]]), _joined([others[key]])) for key in others)
+    if spoken := {key: Rouge().calc_score(a, b) for key, a, b in pairs if a and b}:
+        each["rouge_l"] = spoken
+    return Scores({name: float(np.mean([*own.values()])) for name, own in each.items()}, each)
 
 
 def _joined(texts: list[str]) -> list[str]:

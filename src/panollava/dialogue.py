@@ -6,7 +6,9 @@ a panorama behind one prefix.
 Each row sees the prefix and itself, and its positions restart after the prefix, so that it gets
 the loss that it would get in a sequence of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -50,8 +52,17 @@ class Packed(NamedTuple):
 class Dialogue:
     """Turns queries and answers into tokens, in the words of one tokenizer's chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_text_length: int = 0) -> None:
-        """Raises UserError if the chat template doesn't keep the text that it is given, or the
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_length: int = 0,
+        ends: Sequence[int] = (),
+    ) -> None:
+        """`ends`: the tokens with which the language model ends what it says, see
+        `model.end_tokens`. A base model has learned to say the end of a text, and not the end of a
+        turn that its tokenizer's chat template knows: frozen, it would never say that.
+
+        Raises UserError if the chat template doesn't keep the text that it is given, or the
         tokenizer has no token that ends an answer."""
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
@@ -67,7 +78,8 @@ class Dialogue:
                     "closes an answer nor an end-of-sequence token"
                 )
             stop = [int(tokenizer.eos_token_id)]
-        self.stop: int = stop[0]
+        self.stop: int = stop[0] if stop[0] in ends or not ends else ends[0]
+        self.ends = frozenset((self.stop, *ends))
         self.pad: int = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop
         )
@@ -95,9 +107,8 @@ class Dialogue:
         return Row(asked, [*answered, self.stop][:room])
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of an answer's tokens, up to the stop token."""
-        if self.stop in tokens:
-            tokens = tokens[: tokens.index(self.stop)]
+        """The text of an answer's tokens, up to the first that ends it."""
+        tokens = list(takewhile(lambda token: token not in self.ends, tokens))
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def _tokens(self, text: str) -> list[int]:

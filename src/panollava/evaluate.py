@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from panollava import paths
 from panollava.arrays import open_array
+from panollava.bootstrap import interval_of_mean
 from panollava.captions import agreement, score
 from panollava.config import Settings
 from panollava.data import gather, read_prepared_rows
@@ -26,7 +27,7 @@ from panollava.facts import FactReader, Key, compare, find_reader, rotation, sea
 from panollava.features import choose_device
 from panollava.files import whole, write_csv
 from panollava.generate import answer
-from panollava.model import PanoLLaVA, build_model
+from panollava.model import PanoLLaVA, build_model, end_tokens
 from panollava.precision import autocast, hold_as_computed
 from panollava.provenance import check_features, check_prepared
 from panollava.stage import find_stage
@@ -78,7 +79,7 @@ def evaluate(settings: Settings) -> None:
     for turn, degrees in enumerate(own.rolls):
         shown[_turned(degrees)] = (rolled, index * len(own.rolls) + turn)
     answers: dict[str, dict[Key, str]] = {}
-    dialogue = Dialogue(tokenizer)
+    dialogue = Dialogue(tokenizer, ends=end_tokens(model.language_model))
     with autocast(device, settings.trainer.precision):
         for name, seen in shown.items():
             answers[name] = _ask(model, dialogue, seen, list(references), settings, name)
@@ -98,25 +99,36 @@ def summarise(
 ) -> dict[str, Any]:
     """Scores with the own panorama, with another's, and their difference; the agreement of answers
     with those to the turned panorama; and how many of the stated facts are true, if `reader` says
-    how to read them."""
+    how to read them. What is a mean has its 95% interval under `interval`."""
+    own = score(answers["own"], references)
     metrics: dict[str, Any] = {
         "captions": len(references),
         "panoramas": len({panorama for panorama, _ in references}),
         "references": sum(map(len, references.values())),
-        **score(answers["own"], references),
+        **own.values,
+        "interval": _intervals(own.each),
     }
     if "swapped" in answers:
-        swapped = score(answers["swapped"], references)
-        swapped = {name: value for name, value in swapped.items() if isinstance(value, float)}
+        other = score(answers["swapped"], references)
+        swapped = {name: value for name, value in other.values.items() if isinstance(value, float)}
         metrics["swapped"] = swapped
+        gaps = {
+            name: {key: value - other.each[name][key] for key, value in values.items()}
+            for name, values in own.each.items()
+            if name in other.each
+        }
         metrics["grounding_gap"] = {
-            name: metrics[name] - value for name, value in swapped.items() if name in metrics
+            **{name: metrics[name] - value for name, value in swapped.items() if name in metrics},
+            "interval": _intervals(gaps),
         }
     if rolls:
-        metrics["rotation"] = {
-            f"{degrees:g}": agreement(answers[_turned(degrees)], answers["own"])
-            for degrees in rolls
-        }
+        metrics["rotation"] = {}
+        for angle in rolls:
+            alike = agreement(answers[_turned(angle)], answers["own"])
+            metrics["rotation"][f"{angle:g}"] = {
+                **alike.values,
+                "interval": _intervals(alike.each),
+            }
     if reader is not None:
         said = {name: reader.of_panoramas(texts, references) for name, texts in answers.items()}
         first = {key: texts[0] for key, texts in references.items()}
@@ -129,6 +141,10 @@ def summarise(
             metrics["rotation"][degrees].update(kept)
         metrics["seam"] = seam(reader, true, {0.0: said["own"], **turned})
     return metrics
+
+
+def _intervals(each: Mapping[str, Mapping[Key, float]]) -> dict[str, dict[str, float | None]]:
+    return {name: interval_of_mean(values) for name, values in each.items()}
 
 
 def _turned(degrees: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from panollava.bootstrap import interval
 from panollava.demo import facts as demo
 from panollava.errors import UserError
 
@@ -18,8 +19,6 @@ Key = tuple[int, str]  # (panorama, query)
 Fact = tuple[str, ...]
 Facts = dict[str, frozenset[Fact]]  # of each kind
 FactsOf = dict[int, Facts]  # of each panorama
-
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def seam(
     return {
         "at_seam": _summary(at_seam),
         "elsewhere": _summary(elsewhere),
-        "gap": _interval(lambda own: _f1(own[1]) - _f1(own[0]), np.stack([at_seam, elsewhere])),
+        "gap": interval(lambda own: _f1(own[1]) - _f1(own[0]), np.stack([at_seam, elsewhere])),
     }
 
 
@@ -162,19 +161,8 @@ def _counts(said: FactsOf, true: FactsOf, counted: Callable[[str, Fact], bool]) 
 
 def _summary(counts: NDArray) -> dict[str, Any]:
     """`counts`: (panoramas, 3), see `_counts`."""
-    f1 = _interval(lambda own: _f1(own[0]), counts[None])
+    f1 = interval(lambda own: _f1(own[0]), counts[None])
     return {"f1": f1.pop("value"), **f1, "facts": int(counts[:, 2].sum())}
-
-
-def _interval(value: Callable[[NDArray], NDArray], counts: NDArray) -> dict[str, float | None]:
-    """`value` of (groups, ..., 3) summed counts, and its 95% interval when the panoramas of
-    (groups, panoramas, 3) are drawn anew, over the draws that have a value."""
-    own = value(counts.sum(axis=1))
-    if np.isnan(own):
-        return {"value": None, "low": None, "high": None}
-    drawn = np.random.default_rng(0).integers(counts.shape[1], size=(_RESAMPLES, counts.shape[1]))
-    low, high = np.nanquantile(value(counts[:, drawn].sum(axis=2)), (0.025, 0.975))
-    return {"value": float(own), "low": float(low), "high": float(high)}
 
 
 def _f1(counts: NDArray) -> NDArray:

@@ -87,7 +87,7 @@ def _decode(
     asked: list[list[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Tokens of each answer, up to and without its stop token."""
+    """Tokens of each answer, up to and without the token that ends it."""
     head = model.language_model.get_output_embeddings()
     device = head.weight.device
     lengths = torch.tensor([len(query) for query in asked], device=device)
@@ -115,7 +115,7 @@ def _decode(
     for step in range(max_new_tokens):
         chosen = head(last).argmax(dim=-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            if token == dialogue.stop:
+            if token in dialogue.ends:
                 ended.add(row)
             elif row not in ended:
                 answers[row].append(token)

@@ -12,8 +12,8 @@ def vicreg(
 ) -> dict[str, Tensor]:
     """Loss and its parts for two sets of features that describe the same things.
 
-    x, y: (samples, features). Statistics are over all samples that are given, and in fp32; under
-    autocast, the product that makes the covariances is in its precision, summed in fp32."""
+    x, y: (samples, features). Statistics are over all samples that are given, and in fp32, under
+    autocast as well."""
     x, y = x.float(), y.float()
     parts = {
         "invariance": functional.mse_loss(x, y),
@@ -51,7 +51,8 @@ def found(x: Tensor, y: Tensor) -> Tensor:
 def _similarity(x: Tensor, y: Tensor) -> Tensor:
     """Cosines, (groups, samples of x, samples of y)."""
     x, y = functional.normalize(x.float(), dim=-1), functional.normalize(y.float(), dim=-1)
-    return x @ y.transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # in bf16 many would be equal
+        return x @ y.transpose(1, 2)
 
 
 def _found(similarity: Tensor) -> Tensor:
@@ -67,5 +68,6 @@ def _variance(x: Tensor) -> Tensor:
 def _covariance(x: Tensor) -> Tensor:
     """Squared covariances between different features, over the number of features."""
     centred = x - x.mean(dim=0)
-    matrix = centred.T @ centred / (len(x) - 1)
+    with torch.autocast(x.device.type, enabled=False):
+        matrix = centred.T @ centred / (len(x) - 1)
     return (matrix.square().sum() - matrix.diagonal().square().sum()) / x.shape[1]

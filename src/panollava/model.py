@@ -169,6 +169,12 @@ def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
         )
 
 
+def end_tokens(language_model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens with which it ends what it says, by its generation_config.json."""
+    ends = language_model.generation_config.eos_token_id
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
+
 def load_language_model(pretrained: config.Pretrained, weights: bool = True):  # type: ignore[no-untyped-def]
     """A causal language model in fp32, and its tokenizer."""
     tokenizer = load_from(AutoTokenizer, from_pretrained_arguments(pretrained))
