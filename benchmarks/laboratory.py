@@ -168,7 +168,8 @@ def compared(results: dict[str, dict[int, dict[str, float]]], variant: str, scor
         _, half = interval(values)
         return text if np.isnan(half) else f"{text} ± {half:.3f}"
     mean, half = interval(pairs)
-    better = " **" if abs(mean) > half else " "
+    # Equal differences seed by seed are those of a score with few values, and prove nothing.
+    better = " **" if abs(mean) > half >= 0.0005 else " "
     return f"{text}{better}({mean:+.3f} ± {half:.3f}){better.strip()}"
 
 
