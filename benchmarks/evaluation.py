@@ -120,7 +120,7 @@ def one_by_one(
                 inputs_embeds=torch.cat([before, vision, after], dim=1),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=dialogue.stop,
+                eos_token_id=list(dialogue.ends),
                 pad_token_id=dialogue.pad,
             )
             texts.append(dialogue.decode(produced[0].tolist()))

@@ -177,7 +177,7 @@ def test_batched_answers_are_those_of_generate_row_by_row(
     *_, one, other = sorted(words, key=lambda word: (len(lengths(word)), word))
     assert min(len(lengths(one)), len(lengths(other))) > 4, "answers of many lengths"
     for stop in (dialogue.stop, one, other):
-        monkeypatch.setattr(dialogue, "stop", stop)
+        monkeypatch.setattr(dialogue, "ends", frozenset([stop]))
         assert answer(model, dialogue, features, queries, max_new_tokens=20) == until(stop)
     # As many queries as panoramas, and yet not one of each.
     odd = answer(model, dialogue, features, [[], asked[:1], asked[4:6]], max_new_tokens=20)
