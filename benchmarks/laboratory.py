@@ -3,8 +3,8 @@
 Every variant is the committed profile with a few parameters changed, run as a DVC experiment
 (`dvc exp run --temp`) for several seeds, and named `lab-<variant>-<seed>`; `dvc exp show` shows
 them. An experiment of this commit and of these settings (`--set`) that is there already isn't run
-again, so that a broken-off laboratory goes on. Choices are to be made on
-valid: that is the split that is evaluated.
+again, so that a broken-off laboratory goes on. Choices are to be made on valid: that is the split
+that is evaluated.
 
     make laboratory                                     # all: hours
     make laboratory ARGS="--only default overlap --seeds 3"

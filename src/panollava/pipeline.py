@@ -80,9 +80,8 @@ def _train(
     from panollava.shortage import shortage_told
     from panollava.train import train
 
-    settings, everything = (
-        load_settings(paths.PARAMS, only, changes) for only in (stage.reads, None)
-    )
+    settings = load_settings(paths.PARAMS, stage.reads, changes)
+    everything = load_settings(paths.PARAMS, changes=changes)
     check_prepared(everything.views, everything.data)
     _warn_of_unwatched_towers(everything.model)
     with shortage_told(stage, everything):
