@@ -160,7 +160,7 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_steps(
     project: Project, monkeypatch: pytest.MonkeyPatch, caplog, allocate: Callable[..., None]
 ) -> None:
     monkeypatch.chdir(project.folder)
-    shutil.rmtree(".resume")
+    shutil.rmtree(".resume", ignore_errors=True)
     step, calls = Objective.step, 0
 
     def third_fails(*arguments: Any) -> Any:

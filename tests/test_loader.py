@@ -16,10 +16,16 @@ from panollava.files import faults_told
 from panollava.loader import StepLoader
 
 MAIN = """
+import time
 from multiprocessing import active_children
 from panollava.loader import StepLoader
-batches = iter(StepLoader(range(1000), workers=2, pin_memory=False))
-next(batches)
+class Slow:
+    def __len__(self):
+        return 10
+    def __getitem__(self, index):
+        time.sleep(1000)
+batches = iter(StepLoader(DATASET, workers=2, pin_memory=False))
+START
 print(*(worker.pid for worker in active_children()), flush=True)
 if input() == "go on":
     print(sum(batches))
@@ -28,11 +34,12 @@ if input() == "go on":
 Main = tuple[subprocess.Popen[str], list[psutil.Process]]
 
 
-@pytest.fixture
-def main() -> Iterator[Main]:
+@pytest.fixture(params=[("range(1000)", "next(batches)")], ids=["workers wait"])
+def main(request: pytest.FixtureRequest) -> Iterator[Main]:
     """A process that has workers, and these."""
+    dataset, start = request.param
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN],
+        [sys.executable, "-c", MAIN.replace("DATASET", dataset).replace("START", start)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -64,6 +71,15 @@ def test_workers_end_with_a_main_process_that_is_not_through(main: Main) -> None
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.parametrize(
+    "main",
+    [
+        pytest.param(("range(1000)", "next(batches)"), id="workers wait"),
+        pytest.param(("range(1000)", ""), id="workers start"),
+        pytest.param(("Slow()", "time.sleep(1)"), id="workers load"),
+    ],
+    indirect=True,
+)
 def test_workers_end_when_the_main_process_is_killed(main: Main) -> None:
     process, workers = main
     process.kill()

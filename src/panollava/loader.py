@@ -1,8 +1,10 @@
 """The loader of batches, whose worker processes leave Ctrl-C and SIGTERM to the main one.
 
 Both reach every process of a terminal or a job at once, but the main process needs its workers for
-the step that it saves. It ends them itself, with a SIGTERM of its own where they are not done."""
+the step that it saves. It ends them itself, with a SIGTERM of its own where they are not done. A
+worker whose main process was killed ends by itself, whatever it is at."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 
 # Elsewhere than on Linux, nothing tells a worker who has sent a signal.
 _HELD = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else set()
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 class StepLoader(DataLoader):
@@ -42,6 +45,12 @@ def _obey_main(worker: int) -> None:
 
 
 def _end_when_main_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    # PyTorch's own watch takes the parent that it finds for the main process, also where that is
+    # gone by then, and it looks between two items only.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        told = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_BETWEEN_LOOKS)
+        if told is not None and told.si_pid == parent.pid:
+            break
     os._exit(0)
