@@ -1,5 +1,6 @@
 """What `trainer.precision`, `compile` and `deterministic` do, as far as a processor shows it."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from panollava.gradient_checkpointing import checkpoint_layers
 from panollava.model import PanoLLaVA, build_model
 from panollava.precision import autocast, hold_as_computed
 from panollava.stage import find_stage, freeze_all_but
-from panollava.train import make_module
+from panollava.train import check_deterministic, make_module
 from test_language_models import KINDS, built, with_language_model
 from test_model import ROWS, loss_of, random_views, settings_for
 from test_training import Killed, change, outputs, run, settings, weights  # noqa: F401
@@ -108,6 +109,8 @@ def test_a_stage_holds_what_it_neither_trains_nor_saves_in_half_precision(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("checkpointed", "shapes"), [(False, (2, 1)), (True, (2,))])
+# Torch's own limit must not be the one that holds: beyond it nothing is compiled.
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
 def test_compiled_layers_give_the_same_gradients_for_any_shape(
     towers: Path, checkpointed: bool, shapes: tuple[int, ...]
 ) -> None:
@@ -206,18 +209,31 @@ def test_a_tower_without_deterministic_kernels_is_told(
     assert weights("vision")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_two_trainings_on_a_gpu_leave_the_same_bytes(
+@pytest.mark.parametrize(
+    ("device", "compiled", "deterministic", "keeps"),
+    [
+        ("cuda", True, True, False),
+        ("cuda", True, False, True),
+        ("cuda", False, True, True),
+        ("cpu", True, True, True),
+    ],
+)
+def test_what_a_killed_run_on_a_gpu_would_break_is_told(
     settings: Settings,  # noqa: F811
+    device: str,
     compiled: bool,
+    deterministic: bool,
+    keeps: bool,
 ) -> None:
-    settings = change(
-        settings,
-        trainer__accelerator="gpu",
-        trainer__precision="bf16-mixed",
-        trainer__compile=compiled,
-    )
+    own = change(settings, trainer__compile=compiled, trainer__deterministic=deterministic).trainer
+    told = pytest.raises(UserError, match="trainer.compile: found true, .* Set trainer.determini")
+    with contextlib.nullcontext() if keeps else told:
+        check_deterministic(own, torch.device(device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_two_trainings_on_a_gpu_leave_the_same_bytes(settings: Settings) -> None:  # noqa: F811
+    settings = change(settings, trainer__accelerator="gpu", trainer__precision="bf16-mixed")
     left = []
     for _ in range(2):
         run("vision", settings)

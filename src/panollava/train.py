@@ -49,7 +49,7 @@ def train(
 
     Raises UserError for what the user can mend; nothing is left as a result then."""
     own = getattr(settings.stage, stage.name)
-    choose_device(settings.trainer.accelerator)  # it must be there
+    check_deterministic(settings.trainer, choose_device(settings.trainer.accelerator))
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = importlib.import_module(stage.objective).Objective(stage, settings)
@@ -84,6 +84,18 @@ def train(
         _fit(module, settings.trainer, own.epochs - module.epoch, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, curves, header)
     mark_finished(work)
+
+
+def check_deterministic(trainer: Trainer, device: torch.device) -> None:
+    """Raises UserError for settings that promise the same bytes and can't keep it: programs for a
+    GPU depend on the shapes that were met first, which are others where a killed run goes on."""
+    if device.type == "cuda" and trainer.compile and trainer.deterministic:
+        raise UserError(
+            "trainer.compile: found true, with trainer.deterministic: true; but on a GPU, a run "
+            "with compiled layers that is killed and goes on ends in other last bits than one that "
+            "isn't. Set trainer.deterministic to false too (faster still), or trainer.compile to "
+            "false (the same bytes, killed or not)"
+        )
 
 
 def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> LitStage:
