@@ -34,7 +34,10 @@ if input() == "go on":
 Main = tuple[subprocess.Popen[str], list[psutil.Process]]
 
 
-@pytest.fixture(params=[("range(1000)", "next(batches)")], ids=["workers wait"])
+WAIT = pytest.param(("range(1000)", "next(batches)"), id="workers wait")
+
+
+@pytest.fixture(params=[WAIT])
 def main(request: pytest.FixtureRequest) -> Iterator[Main]:
     """A process that has workers, and these."""
     dataset, start = request.param
@@ -74,7 +77,7 @@ def test_workers_end_with_a_main_process_that_is_not_through(main: Main) -> None
 @pytest.mark.parametrize(
     "main",
     [
-        pytest.param(("range(1000)", "next(batches)"), id="workers wait"),
+        WAIT,
         pytest.param(("range(1000)", ""), id="workers start"),
         pytest.param(("Slow()", "time.sleep(1)"), id="workers load"),
     ],

@@ -231,6 +231,15 @@ def test_what_a_killed_run_on_a_gpu_would_break_is_told(
         check_deterministic(own, torch.device(device))
 
 
+def test_a_training_is_checked_for_that(
+    settings: Settings,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("panollava.train.choose_device", lambda _: torch.device("cuda"))
+    with pytest.raises(UserError, match="trainer.compile: found true"):
+        run("vision", change(settings, trainer__compile=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_two_trainings_on_a_gpu_leave_the_same_bytes(settings: Settings) -> None:  # noqa: F811
     settings = change(settings, trainer__accelerator="gpu", trainer__precision="bf16-mixed")
