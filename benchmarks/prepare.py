@@ -189,11 +189,11 @@ def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
 
 def project(folder: Path, photos: list[Path], count: int) -> Path:
     """`count` panoramas, copies of the photos, and a row for each; all in train but two."""
-    (folder / "data").mkdir(parents=True)
+    (folder / "data/images").mkdir(parents=True)
     for index in range(count):
-        shutil.copyfile(photos[index % len(photos)], folder / f"data/{index}.jpg")
+        shutil.copyfile(photos[index % len(photos)], folder / f"data/images/{index}.jpg")
     for split, own in (("train", range(2, count)), ("valid", [0]), ("test", [1])):
-        rows = "".join(f"{index}.jpg,what,a place.\n" for index in own)
+        rows = "".join(f"images/{index}.jpg,what,a place.\n" for index in own)
         (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
     profile = (ROOT / "presets/quic360.yaml").read_text()
     profile = profile.replace("dir: data/quic360", "dir: data").replace("threads: 8", "threads: 2")

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.append(f"{sys.prefix}/bench")  # requirements-bench.txt
@@ -24,7 +24,7 @@ from matplotlib import pyplot
 import pipeline
 import prepare
 import real_size
-from measure import Line, run, write
+from measure import Line, in_turns, run, write
 from panollava import config, views
 from photos import save_photos
 from training import Steps
@@ -43,20 +43,20 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=1, help="each point is measured once")
+    parser.add_argument("--turns", type=int, default=3, help="steps of which one has the median")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--plot", type=Path, help="where to draw all parts")
     parser.add_argument("--step", nargs=3, metavar=("STAGE", "ROWS", "VIEWS"), help="take it")
     options = parser.parse_args()
     if options.step:
         stage, rows, count = options.step
-        options.out.write_text(str(seconds_of_step(stage, int(rows), int(count))))
+        options.out.write_text(str(seconds_of_step(stage, int(rows), int(count), options.turns)))
         return
     file = options.out.with_suffix(".points.json")
     points: dict[str, Points] = json.loads(file.read_text()) if file.is_file() else {}
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:
-            points[part] = MEASURES[part](Path(folder))
+            points[part] = MEASURES[part](Path(folder), options.turns)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(points))
     write(options.out, [line for part, own in points.items() for line in lines(PARTS[part], own)])
@@ -65,13 +65,15 @@ def main() -> None:
 
 
 def lines(name: str, points: Points) -> list[Line]:
-    """The largest against the smallest; the limit is growth in a line through the first two."""
-    (least, first, low), (more, second, middle), *_, (most, last, high) = points
-    straight = first + (second - first) * (most - least) / (more - least)
-    memory = low + (middle - low) * (most - least) / (more - least)
+    """The largest against the smallest; the limit is the line that fits all but the largest."""
+    x, seconds, memory = np.array(points).T
+    straight, flat = (
+        float(np.polyval(np.polyfit(x[:-1], y[:-1], 1), x[-1])) for y in (seconds, memory)
+    )
+    name = f"{name}: {x[-1]:g} against {x[0]:g}"
     return [
-        Line(f"{name}: {most:g} against {least:g}", "s", last, first, limit=straight, at_most=1.1),
-        Line(f"{name}: {most:g} against {least:g}", "GB", high, low, limit=max(memory, low)),
+        Line(name, "s", seconds[-1], seconds[0], limit=straight, at_most=1.1),
+        Line(name, "GB", memory[-1], memory[0], limit=max(flat, memory[0])),
     ]
 
 
@@ -91,7 +93,7 @@ def plot(points: dict[str, Points], file: Path) -> None:
     figure.savefig(file, dpi=80, metadata={"Software": None})
 
 
-def of_prepare(folder: Path) -> Points:
+def of_prepare(folder: Path, turns: int) -> Points:
     photos = save_photos(folder, ((2048, 1024),))
     counts = (16, 64, 256)
     command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
@@ -101,7 +103,7 @@ def of_prepare(folder: Path) -> Points:
     ]
 
 
-def of_epoch(folder: Path) -> Points:
+def of_epoch(folder: Path, turns: int) -> Points:
     points: Points = []
     for count in (32, 128, 512):
         own = folder / str(count)
@@ -112,28 +114,27 @@ def of_epoch(folder: Path) -> Points:
     return points
 
 
-def of_rows(folder: Path) -> Points:
-    return [of_step(folder, "finetune", count, 8, count) for count in (1, 2, 4, 8, 16)]
+def of_rows(folder: Path, turns: int) -> Points:
+    return [of_step(folder, "finetune", count, 8, count, turns) for count in (1, 2, 4, 8, 16)]
 
 
-def of_views(folder: Path) -> Points:
-    return [of_step(folder, "resampler", 3, count, count) for count in OVERLAPS]
+def of_views(folder: Path, turns: int) -> Points:
+    return [of_step(folder, "resampler", 3, count, count, turns) for count in OVERLAPS]
 
 
 def of_step(
-    folder: Path, stage: str, rows: int, views: int, x: float
+    folder: Path, stage: str, rows: int, views: int, x: float, turns: int
 ) -> tuple[float, float, float]:
     command = [sys.executable, str(Path(__file__).resolve()), "--out", "seconds"]
-    _, memory = run([*command, "--step", stage, str(rows), str(views)], folder)
+    command += ["--turns", str(turns), "--step", stage, str(rows), str(views)]
+    _, memory = run(command, folder)
     return x, float((folder / "seconds").read_text()), memory
 
 
-def seconds_of_step(stage: str, rows: int, count: int) -> float:
+def seconds_of_step(stage: str, rows: int, count: int, turns: int) -> float:
     layout = views.layout(config.Views("e2p", 224, 90.0, OVERLAPS[count], 0.0, False))
     steps = Steps(stage, real_size.make_example(1, rows, layout), layout)
-    start = time.perf_counter()
-    steps.take(steps.our_loss)
-    return time.perf_counter() - start
+    return in_turns(partial(steps.take, steps.our_loss), turns=turns)[0]
 
 
 MEASURES = {"prepare": of_prepare, "epoch": of_epoch, "rows": of_rows, "views": of_views}
