@@ -7,6 +7,8 @@ Points are kept beside the lines, so that parts can be measured one at a time.""
 
 import argparse
 import json
+import shutil
+import statistics
 import sys
 import tempfile
 from functools import partial
@@ -25,7 +27,7 @@ import pipeline
 import prepare
 import real_size
 from measure import Line, in_turns, run, write
-from panollava import config, views
+from panollava import config, paths, views
 from photos import save_photos
 from training import Steps
 
@@ -43,7 +45,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=3, help="steps of which one has the median")
+    parser.add_argument("--turns", type=int, default=3, help="each point is the median of so many")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--plot", type=Path, help="where to draw all parts")
     parser.add_argument("--step", nargs=3, metavar=("STAGE", "ROWS", "VIEWS"), help="take it")
@@ -98,7 +100,7 @@ def of_prepare(folder: Path, turns: int) -> Points:
     counts = (16, 64, 256)
     command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
     return [
-        (count, *run(command, prepare.project(folder / str(count), photos, count)))
+        (count, *runs(command, prepare.project(folder / str(count), photos, count), turns))
         for count in counts
     ]
 
@@ -110,8 +112,19 @@ def of_epoch(folder: Path, turns: int) -> Points:
         pipeline.make_demo(own, train=count)
         train = [sys.executable, str(ROOT / "src/run.py"), "train"]
         run([*train, "vision", "--epochs", "0"], own)
-        points.append((count, *run([*train, "resampler", "--epochs", "1"], own)))
+        points.append((count, *runs([*train, "resampler", "--epochs", "1"], own, turns)))
     return points
+
+
+def runs(command: list[str], folder: Path, turns: int) -> tuple[float, float]:
+    """Median seconds and largest peak of a command that runs `turns` times."""
+    seconds, memory = [], []
+    for _ in range(turns):
+        shutil.rmtree(folder / paths.RESUME, ignore_errors=True)  # where a training has ended
+        taken, peak = run(command, folder)
+        seconds.append(taken)
+        memory.append(peak)
+    return statistics.median(seconds), max(memory)
 
 
 def of_rows(folder: Path, turns: int) -> Points:
