@@ -117,13 +117,13 @@ def of_epoch(folder: Path, turns: int) -> Points:
 
 
 def runs(command: list[str], folder: Path, turns: int) -> tuple[float, float]:
-    """Median seconds and largest peak of a command that runs `turns` times."""
-    seconds, memory = [], []
+    """Median seconds and largest peak (GB) of a command that runs `turns` times."""
+    done = []
     for _ in range(turns):
-        shutil.rmtree(folder / paths.RESUME, ignore_errors=True)  # where a training has ended
-        taken, peak = run(command, folder)
-        seconds.append(taken)
-        memory.append(peak)
+        # A training that has ended would be found there, and not be repeated.
+        shutil.rmtree(folder / paths.RESUME, ignore_errors=True)
+        done.append(run(command, folder))
+    seconds, memory = zip(*done, strict=True)
     return statistics.median(seconds), max(memory)
 
 

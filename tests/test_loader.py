@@ -28,6 +28,7 @@ if input() == "go on":
     print(sum(batches))
 """
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 Main = tuple[subprocess.Popen[str], list[psutil.Process]]
 
 
@@ -40,7 +41,7 @@ def main(request: pytest.FixtureRequest) -> Iterator[Main]:
     dataset, start = request.param
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN.replace("DATASET", dataset).replace("START", start)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -113,7 +114,7 @@ def test_a_worker_that_the_system_kills_is_told_as_too_little_memory(
     # signals from before it, without PyTorch's, which says how a worker ended.
     ran = subprocess.run(
         [sys.executable, "-c", ENDS.replace("NUMBER", str(int(number)))],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

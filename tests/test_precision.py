@@ -231,7 +231,7 @@ def test_what_a_killed_run_on_a_gpu_would_break_is_told(
         check_deterministic(own, torch.device(device))
 
 
-def test_a_training_is_checked_for_that(
+def test_a_training_on_a_gpu_is_checked_for_what_a_kill_would_break(
     settings: Settings,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
