@@ -13,14 +13,14 @@ from torch import Tensor
 
 import real_size
 from measure import Line, in_turns, write
-from panollava import views
-from panollava.allocator import keep_freed_memory
 from panollava.config import load_settings
+from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES, spell
 from panollava.demo.scenes import make_scene, render
-from panollava.dialogue import Dialogue
-from panollava.generate import answer
-from panollava.model import PanoLLaVA, build_model
+from panollava.geometry import views
+from panollava.model.allocator import keep_freed_memory
+from panollava.model.generate import answer
+from panollava.model.panollava import PanoLLaVA, build_model
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2

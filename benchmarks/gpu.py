@@ -25,14 +25,15 @@ from torch import Tensor
 import evaluation
 import real_size
 from measure import Line, in_turns, write
-from panollava import config, losses, paths
+from panollava import config, paths
 from panollava.arrays import write_array
-from panollava.compilation import compile_layers
-from panollava.encoder import token_centres
 from panollava.files import write_csv
-from panollava.overlap import correspondences, matched_tokens
-from panollava.precision import autocast, hold_as_computed
-from panollava.stage import find_stage
+from panollava.geometry.overlap import correspondences, matched_tokens
+from panollava.model.encoder import token_centres
+from panollava.model.precision import autocast, hold_as_computed
+from panollava.stages import find_stage
+from panollava.training import losses
+from panollava.training.compilation import compile_layers
 from pipeline import gaps
 from training import Steps
 

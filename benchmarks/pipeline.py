@@ -22,11 +22,12 @@ import torch
 
 from conftest import save_encoder, save_language_model
 from measure import Line, write
-from panollava import config, paths, train
+from panollava import config, paths
+from panollava.data.prepare import prepare
 from panollava.demo.dataset import make_scenes
 from panollava.demo.settings import load_demo_settings
-from panollava.prepare import prepare
-from panollava.stage import find_stage
+from panollava.stages import find_stage
+from panollava.training import train
 from project import copy_project
 
 ROOT = Path(__file__).parents[1]

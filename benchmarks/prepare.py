@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from measure import Line, in_turns, run, write
-from panollava import config, views
-from panollava.pictures import read_panorama
-from panollava.prepare import prepare as prepare_data
-from panollava.sphere import panorama_position
+from panollava import config
+from panollava.data.images import read_panorama
+from panollava.data.prepare import prepare as prepare_data
+from panollava.geometry import views
+from panollava.geometry.sphere import panorama_position
 from photos import save_photos
 
 ROOT = Path(__file__).parents[1]

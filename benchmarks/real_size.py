@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from panollava import config, sphere, views
-from panollava.dialogue import Packed, Row, pack
-from panollava.encoder import Encoder, token_centres
-from panollava.model import PanoLLaVA
-from panollava.resampler import MLPResampler
+from panollava import config
+from panollava.data.dialogue import Packed, Row, pack
+from panollava.geometry import sphere, views
+from panollava.model.encoder import Encoder, token_centres
+from panollava.model.panollava import PanoLLaVA
+from panollava.model.resampler import MLPResampler
 
 SIZE, POOL, WIDTH = 224, 2, 896
 LAYOUT = views.layout(config.Views("e2p", SIZE, 90.0, 0.5, 0.0, False))

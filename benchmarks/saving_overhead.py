@@ -24,15 +24,15 @@ import pytorch_lightning as pl
 import torch
 
 from conftest import ROOT, save_encoder, save_panorama, write_rows
-from panollava import train
-from panollava.checkpoints import Checkpoints
 from panollava.config import Settings, load_settings
-from panollava.curves import Curves
-from panollava.lit import LitStage
-from panollava.prepare import prepare_project
-from panollava.stage import find_stage, freeze_all_but
-from panollava.tracking import open_tracker
-from panollava.vicreg import Objective
+from panollava.data.prepare import prepare_project
+from panollava.stages import find_stage, freeze_all_but
+from panollava.training import train
+from panollava.training.checkpoints import Checkpoints
+from panollava.training.curves import Curves
+from panollava.training.lightning_module import LitStage
+from panollava.training.tracking import open_tracker
+from panollava.training.vicreg_objective import Objective
 
 EPOCHS = 4
 

@@ -27,7 +27,8 @@ import pipeline
 import prepare
 import real_size
 from measure import Line, in_turns, run, write
-from panollava import config, paths, views
+from panollava import config, paths
+from panollava.geometry import views
 from photos import save_photos
 from training import Steps
 

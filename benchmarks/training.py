@@ -18,9 +18,9 @@ from torch.utils.flop_counter import (
 
 import real_size
 from measure import Line, in_turns, write
-from panollava.allocator import keep_freed_memory
-from panollava.precision import autocast
-from panollava.views import Layout
+from panollava.geometry.views import Layout
+from panollava.model.allocator import keep_freed_memory
+from panollava.model.precision import autocast
 from real_size import Example
 
 THREADS = 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panollava.bootstrap import interval_of_mean
+from panollava.evaluation.confidence import interval_of_mean
 
 
 def test_queries_of_a_panorama_are_no_independent_cases() -> None:

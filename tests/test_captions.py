@@ -13,8 +13,8 @@ import pycocoevalcap
 import pytest
 
 from conftest import SHARED
-from panollava import captions
-from panollava.captions import tokenize
+from panollava.evaluation import captions
+from panollava.evaluation.captions import tokenize
 
 
 def score(predictions, references):
@@ -152,7 +152,7 @@ def test_nothing_is_printed(
 
 def test_neither_java_nor_downloaded_data_is_needed(tmp_path: Path) -> None:
     source = Path(captions.__file__).parents[1]
-    program = "from panollava.captions import score; print(score({1: 'a b', 2: 'c'}, "
+    program = "from panollava.evaluation.captions import score; print(score({1: 'a b', 2: 'c'}, "
     program += "{1: ['a b'], 2: ['c']}).values['cider_d'])"
     bare = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(source), "NLTK_DATA": ""}
     keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

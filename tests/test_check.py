@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED, save_panorama, write_rows
-from panollava import cli
-from panollava.check import Report, check
-from panollava.rows import picture_file, plain_file
+from panollava.cli import main as cli
+from panollava.data.check import Report, check
+from panollava.data.rows import picture_file, plain_file
 
 LINK = "https://example.org/{}.jpg"
 

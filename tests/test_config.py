@@ -8,10 +8,10 @@ from conftest import ROOT
 from panollava import config
 from panollava.config import load_settings
 from panollava.errors import UserError
-from panollava.facts import READERS
-from panollava.lit import SCHEDULES
-from panollava.resampler import RESAMPLERS
-from panollava.views import STRATEGIES
+from panollava.evaluation.facts import READERS
+from panollava.geometry.views import STRATEGIES
+from panollava.model.resampler import RESAMPLERS
+from panollava.training.lightning_module import SCHEDULES
 
 PARAMS = (ROOT / "params.yaml").read_text()
 

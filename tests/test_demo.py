@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 
 from conftest import ROOT
 from panollava.config import Pretrained
+from panollava.data.dialogue import Dialogue
+from panollava.data.images import roll
 from panollava.demo.dataset import make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
-from panollava.demo.language import (
+from panollava.demo.language_model import (
     _place_facts,
     _right,
     make_language_model,
@@ -32,11 +34,9 @@ from panollava.demo.language import (
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
 from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, render, turn
 from panollava.demo.settings import STREAMS, DemoSettings, Lesson, load_demo_settings
-from panollava.dialogue import Dialogue
-from panollava.encoder import load_encoder
 from panollava.errors import UserError
-from panollava.model import load_language_model
-from panollava.pictures import roll
+from panollava.model.encoder import load_encoder
+from panollava.model.panollava import load_language_model
 
 DEMO = ROOT / "data/demo"
 TOWERS = DEMO / "towers"

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import save_tokenizer
-from panollava.dialogue import IGNORED, Dialogue, attention_mask, pack
+from panollava.data.dialogue import IGNORED, Dialogue, attention_mask, pack
 from panollava.errors import UserError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import panollava
-from panollava.digest import STAGES, digests, write_digests
 from panollava.errors import UserError
+from panollava.provenance.code_digest import STAGES, digests, write_digests
 
 FILES = {
     "__init__.py": "from panorama.shapes import Box as Crate\n",
@@ -235,7 +235,7 @@ def test_the_folder_and_the_order_of_hashing_do_not_matter(package: Path, tmp_pa
     program = f"""
 import sys; sys.path.insert(0, {str(source)!r})
 from pathlib import Path
-from panollava.digest import digests
+from panollava.provenance.code_digest import digests
 print(digests(Path({str(copy)!r}), {ENTRIES!r}))
 """
     for seed in ("0", "1", "2"):

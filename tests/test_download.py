@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, SHARED, write_rows
-from panollava.download import ATTEMPTS, _Gate, download
+from panollava.data.download import ATTEMPTS, _Gate, download
+from panollava.data.rows import picture_file, plain_file, read_rows
 from panollava.errors import UserError
-from panollava.rows import picture_file, plain_file, read_rows
 
 SPLITS = ("train", "valid", "test")
 

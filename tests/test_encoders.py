@@ -8,8 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel
 
 from panollava.config import Pretrained
-from panollava.encoder import Encoder, load_encoder
 from panollava.errors import UserError
+from panollava.model.encoder import Encoder, load_encoder
 
 SIZE = 32
 SMALL = {

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from panollava import cache, paths
-from panollava.autoregressive import Objective
-from panollava.cli import main
-from panollava.weights import read_header
+from panollava import paths
+from panollava.cli.main import main
+from panollava.model.weights import read_header
+from panollava.provenance import dvc_cache as cache
+from panollava.training.answer_objective import Objective
 from project import Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -73,7 +74,10 @@ def test_a_file_that_gets_too_large_is_named(project: Project, command: str) -> 
 
 def test_what_other_code_has_done_is_not_gone_on_from(project: Project) -> None:
     command = ("python", "src/run.py", "train", "vision")
-    own, other = ("src/panollava/vicreg.py", "len(batch)"), ("src/panollava/evaluate.py", "len(")
+    own, other = (
+        ("src/panollava/training/vicreg_objective.py", "len(batch)"),
+        ("src/panollava/evaluation/evaluate.py", "len("),
+    )
     project.run(*command)
     for file, old in (other, own):
         project.replace(file, old, f"+{old}")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from panollava.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue, pack
 from panollava.errors import UserError
-from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.model import build_model
-from panollava.stage import STAGES, freeze_all_but
+from panollava.model.panollava import build_model
+from panollava.stages import STAGES, freeze_all_but
+from panollava.training.gradient_checkpointing import checkpoint_layers
 from test_model import ROWS, random_views, settings_for
 
 

@@ -11,10 +11,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import save_tokenizer
 from panollava.config import Settings
-from panollava.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue, pack
 from panollava.errors import UserError
-from panollava.generate import answer
-from panollava.model import PanoLLaVA, build_model
+from panollava.model.generate import answer
+from panollava.model.panollava import PanoLLaVA, build_model
 from test_model import ROWS, loss_of, random_views, separate_losses, settings_for
 
 SMALL = {

@@ -15,7 +15,7 @@ from conftest import ROOT
 MAIN = """
 import time
 from multiprocessing import active_children
-from panollava.loader import StepLoader
+from panollava.data.loader import StepLoader
 class Slow:
     def __len__(self):
         return 10
@@ -92,7 +92,7 @@ def test_workers_end_when_the_main_process_is_killed(main: Main) -> None:
 ENDS = """
 import os
 from panollava.files import faults_told
-from panollava.loader import StepLoader
+from panollava.data.loader import StepLoader
 class Ends:
     def __len__(self):
         return 1

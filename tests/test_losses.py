@@ -1,6 +1,6 @@
 import torch
 
-from panollava.losses import found, infonce, vicreg
+from panollava.training.losses import found, infonce, vicreg
 
 
 def test_vicreg_is_the_paper_s_formula() -> None:

@@ -8,11 +8,11 @@ import torch
 
 from conftest import ROOT
 from panollava.config import Model, Settings, load_settings
+from panollava.data.dialogue import Dialogue, pack
 from panollava.demo.questions import QUERIES, spell
-from panollava.dialogue import Dialogue, pack
 from panollava.errors import UserError
-from panollava.generate import _RoomyLayer, answer
-from panollava.model import PanoLLaVA, build_model
+from panollava.model.generate import _RoomyLayer, answer
+from panollava.model.panollava import PanoLLaVA, build_model
 
 ROWS = [
     [("what", "the red box"), ("where", "left ."), ("what is", "a green ball")],

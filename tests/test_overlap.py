@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from panollava import config
-from panollava.encoder import pool_tokens, token_centres
 from panollava.errors import UserError
-from panollava.overlap import correspondences, matched_tokens
-from panollava.sphere import cell_centres, panorama_rays
-from panollava.views import Sampler, layout, token_rays
+from panollava.geometry.overlap import correspondences, matched_tokens
+from panollava.geometry.sphere import cell_centres, panorama_rays
+from panollava.geometry.views import Sampler, layout, token_rays
+from panollava.model.encoder import pool_tokens, token_centres
 
 
 def settings(**values: Any) -> config.Views:

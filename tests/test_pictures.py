@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
 
+from panollava.data.images import read_panorama
 from panollava.errors import UserError
-from panollava.pictures import read_panorama
 
 
 def smooth(height: int, width: int) -> np.ndarray:

@@ -114,31 +114,31 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
     "all that belongs to the machine": (edit_machine, set()),
     "a comment in the model": (
-        edit(f"{SOURCE}/model.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),
+        edit(f"{SOURCE}/model/panollava.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),
         set(),
     ),
     "a docstring of the training": (
-        edit(f"{SOURCE}/train.py", '"""Train one stage', '"""Trains one stage'),
+        edit(f"{SOURCE}/training/train.py", '"""Train one stage', '"""Trains one stage'),
         set(),
     ),
     "a line of resampler.py": (
-        edit(f"{SOURCE}/resampler.py", "nn.GELU()", "nn.SiLU()"),
+        edit(f"{SOURCE}/model/resampler.py", "nn.GELU()", "nn.SiLU()"),
         AFTER_VISION,
     ),
     "a line of evaluate.py": (
-        edit(f"{SOURCE}/evaluate.py", '"references": sum', '"all_references": sum'),
+        edit(f"{SOURCE}/evaluation/evaluate.py", '"references": sum', '"all_references": sum'),
         {"evaluate"},
     ),
     "a line of overlap.py": (
         edit(
-            f"{SOURCE}/overlap.py",
+            f"{SOURCE}/geometry/overlap.py",
             "return grid * position - 0.5, inside",
             "return grid * position - 0.51, inside",
         ),
         set(STAGES[1:]),
     ),
     "a line of captions.py": (
-        edit(f"{SOURCE}/captions.py", "lower case", "lower-case"),
+        edit(f"{SOURCE}/evaluation/captions.py", "lower case", "lower-case"),
         {"evaluate"},
     ),
 }
@@ -168,7 +168,7 @@ def test_an_experiment_reruns_what_its_parameter_touches(project: Project) -> No
 def test_an_experiment_elsewhere_runs_its_copy_s_own_code(project: Project, how: str) -> None:
     """The change is committed to the copy alone; another copy is on the path as installed."""
     project.replace(
-        "src/panollava/evaluate.py",
+        "src/panollava/evaluation/evaluate.py",
         '"captions": len(references),',
         '"captions": len(references),\n        "own_code": 1,',
     )

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from conftest import write_rows
-from panollava import cli, paths
+from panollava import paths
+from panollava.cli import main as cli
 from panollava.config import load_settings
-from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.memory import Alive, step_memory
-from panollava.stage import STAGES, Stage, freeze_all_but
-from panollava.workload import find_workload
+from panollava.planning.step_memory import Alive, step_memory
+from panollava.planning.workload import find_workload
+from panollava.stages import STAGES, Stage, freeze_all_but
+from panollava.training.gradient_checkpointing import checkpoint_layers
 from test_training import change
 
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panollava import curves, paths
-from panollava.autoregressive import Objective
-from panollava.compilation import compile_layers
+from panollava import paths
 from panollava.config import Settings
-from panollava.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue, pack
 from panollava.errors import UserError
-from panollava.evaluate import evaluate
-from panollava.features import write_features
-from panollava.gradient_checkpointing import checkpoint_layers
-from panollava.model import PanoLLaVA, build_model
-from panollava.precision import autocast, hold_as_computed
-from panollava.stage import find_stage, freeze_all_but
-from panollava.train import check_deterministic, make_module
+from panollava.evaluation.evaluate import evaluate
+from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.precision import autocast, hold_as_computed
+from panollava.stages import find_stage, freeze_all_but
+from panollava.training import curves
+from panollava.training.answer_objective import Objective
+from panollava.training.compilation import compile_layers
+from panollava.training.features import write_features
+from panollava.training.gradient_checkpointing import checkpoint_layers
+from panollava.training.train import check_deterministic, make_module
 from test_language_models import KINDS, built, with_language_model
 from test_model import ROWS, loss_of, random_views, settings_for
 from test_training import Killed, change, outputs, run, settings, weights  # noqa: F401
@@ -235,7 +236,7 @@ def test_a_training_on_a_gpu_is_checked_for_what_a_kill_would_break(
     settings: Settings,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("panollava.train.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("panollava.training.train.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="trainer.compile: found true"):
         run("vision", change(settings, trainer__compile=True))
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from panollava import config
-from panollava import prepare as module
+from panollava.data import prepare as module
+from panollava.data.images import read_panorama
+from panollava.data.prepare import prepare
 from panollava.errors import UserError
-from panollava.pictures import read_panorama
-from panollava.prepare import prepare
-from panollava.views import Sampler, layout
+from panollava.geometry.views import Sampler, layout
 
 SHARED = Path(__file__).parents[2] / "shared"
 VIEWS = config.Views(strategy="e2p", size=16, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)

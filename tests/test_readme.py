@@ -7,7 +7,7 @@ from itertools import chain, zip_longest
 import pytest
 
 from conftest import ROOT
-from panollava import cli
+from panollava.cli import main as cli
 
 ENGLISH, KOREAN = "README.md", "README.ko.md"
 LINK_TO_OTHER = {ENGLISH: f"[한국어]({KOREAN})", KOREAN: f"[English]({ENGLISH})"}

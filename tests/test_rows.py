@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from panollava.data.rows import find_picture, read_rows
 from panollava.errors import UserError
-from panollava.rows import find_picture, read_rows
 
 SHARED = Path(__file__).parents[2] / "shared"
 HEADER = "url,query,annotation\n"

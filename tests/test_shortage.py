@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, save_encoder, save_panorama, write_rows
-from panollava import cli, paths
+from panollava import paths
+from panollava.cli import main as cli
 
 LIMITED = """
 import resource, sys
 import psutil
-from panollava import cli, shortage, train
+from panollava.cli import main as cli
+from panollava.planning import out_of_memory as shortage
+from panollava.training import train
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 cli.main(["train", "vision"])

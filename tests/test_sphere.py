@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panollava.sphere import (
+from panollava.geometry.sphere import (
     Array,
     Gnomonic,
     Projection,

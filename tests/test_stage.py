@@ -3,10 +3,12 @@ from ruamel.yaml import YAML
 from torch import nn
 
 from conftest import ROOT
-from panollava import evaluate, features, prepare
 from panollava.config import ALWAYS_READABLE
+from panollava.data import prepare
 from panollava.errors import UserError
-from panollava.stage import STAGES, find_stage, freeze_all_but
+from panollava.evaluation import evaluate
+from panollava.stages import STAGES, find_stage, freeze_all_but
+from panollava.training import features
 
 LISTED = {
     name: tuple(stage.get("params", ()))

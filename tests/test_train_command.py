@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from panollava import cli, curves, lit, paths
-from panollava.weights import read_header
+from panollava import paths
+from panollava.cli import main as cli
+from panollava.model.weights import read_header
+from panollava.training import curves
+from panollava.training import lightning_module as lit
 
 STAGES = ("vision", "resampler", "finetune")
 
@@ -255,7 +258,7 @@ def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) 
 def test_a_run_must_go_on_if_told_so(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from panollava.prepare import prepare_project
+    from panollava.data.prepare import prepare_project
 
     settings = cli.load_settings(paths.PARAMS)
     prepare_project(settings)

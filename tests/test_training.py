@@ -14,17 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from panollava import curves, lit, paths, vicreg
-from panollava.autoregressive import Objective
+from panollava import paths
 from panollava.config import Settings
-from panollava.data import read_prepared_rows
+from panollava.data.batches import read_prepared_rows
+from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
-from panollava.evaluate import evaluate
-from panollava.features import write_features
-from panollava.prepare import prepare_project
-from panollava.resume import remove_finished
-from panollava.stage import find_stage
-from panollava.train import train
+from panollava.evaluation.evaluate import evaluate
+from panollava.provenance.resume import remove_finished
+from panollava.stages import find_stage
+from panollava.training import curves
+from panollava.training import lightning_module as lit
+from panollava.training import vicreg_objective as vicreg
+from panollava.training.answer_objective import Objective
+from panollava.training.features import write_features
+from panollava.training.train import train
 from test_gradient_checkpointing import Kept
 from test_language_models import with_language_model
 from test_model import settings_for
@@ -149,8 +152,8 @@ def test_features_are_what_the_encoder_gives(settings: Settings) -> None:
     """Finetuning from features has the loss of finetuning from views."""
     import numpy as np
 
-    from panollava.model import build_model
-    from panollava.weights import load_weights
+    from panollava.model.panollava import build_model
+    from panollava.model.weights import load_weights
 
     run("vision", settings)
     run("resampler", settings)
@@ -448,7 +451,7 @@ def test_the_best_epochs_are_kept(settings: Settings) -> None:
 
 def test_no_epochs_pass_the_start_on(settings: Settings) -> None:
     run("vision", change(settings, stage__vision__epochs=0))
-    from panollava.encoder import load_encoder
+    from panollava.model.encoder import load_encoder
 
     own = load_encoder(settings.model.encoder, settings.views.size).state_dict()
     assert all(

@@ -8,8 +8,8 @@ import pytest
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.sphere import Array, angles_from_rays, cell_centres, panorama_rays
-from panollava.views import Sampler, layout, token_rays
+from panollava.geometry.sphere import Array, angles_from_rays, cell_centres, panorama_rays
+from panollava.geometry.views import Sampler, layout, token_rays
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "e2p": {},

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from panollava.errors import UserError
-from panollava.weights import load_weights, read_header, save_weights
+from panollava.model.weights import load_weights, read_header, save_weights
 
 
 class Model(nn.Module):

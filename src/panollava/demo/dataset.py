@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from panollava.data.images import roll
 from panollava.demo.questions import rows
 from panollava.demo.scenes import make_scene, render, turn
 from panollava.demo.settings import DemoSettings
-from panollava.pictures import roll
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipModel
 
-from panollava import sphere, views
 from panollava.demo.scenes import COLORS, KINDS, SHAPES, Scene, make_scene, render
 from panollava.demo.settings import VIEWS, DemoSettings
-from panollava.encoder import pool_tokens
+from panollava.geometry import sphere, views
+from panollava.model.encoder import pool_tokens
 
 log = logging.getLogger(__name__)
 

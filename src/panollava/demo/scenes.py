@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from panollava.sphere import cell_centres, panorama_rays, rays_from_angles
+from panollava.geometry.sphere import cell_centres, panorama_rays, rays_from_angles
 
 COLORS = {
     "red": (0.85, 0.08, 0.08),

@@ -1,0 +1,1 @@
+"""From rows and panoramas to packed batches."""

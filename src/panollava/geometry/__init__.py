@@ -1,0 +1,1 @@
+"""Directions on the sphere, views of a panorama, and what views share."""

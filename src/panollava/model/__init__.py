@@ -1,0 +1,1 @@
+"""The model: vision encoder, resampler, projector and language model."""

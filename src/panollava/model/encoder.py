@@ -1,0 +1,163 @@
+"""The vision encoder: a pretrained tower that turns views into grids of patch tokens."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import hub
+
+from panollava.config import Pretrained
+from panollava.errors import UserError
+from panollava.geometry.sphere import Array
+
+
+class Encoder(nn.Module):
+    """Patch tokens of views. The tower's own pooling head is left out: nothing here reads it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.patch: int = tower.config.patch_size  # type: ignore[assignment, union-attr]
+        self.kind: str = tower.config.model_type  # type: ignore[assignment, union-attr]
+        self.width: int = tower.config.hidden_size  # type: ignore[assignment, union-attr]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """uint8 (batch, views, height, width, 3) -> (batch, views, grid, grid, features)."""
+        batch, count = views.shape[:2]
+        pixels = views.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+        tokens = self.tower(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
+        grid = views.shape[2] // self.patch
+        if tokens.ndim != 3 or tokens.shape[1] < grid * grid or tokens.shape[2] != self.width:
+            raise UserError(
+                f"model.encoder.path: a '{self.kind}' model gives features of "
+                f"shape {tuple(tokens.shape[1:])}, where a view's {grid} x {grid} patches of "
+                f"{self.width} features were expected; name an encoder that keeps a token a patch, "
+                "such as google/siglip-base-patch16-224"
+            )
+        # Class and register tokens, where a tower has them, come before the patches.
+        tokens = tokens[:, -grid * grid :]
+        return tokens.reshape(batch, count, grid, grid, -1)
+
+    def describe(self) -> dict[str, Any]:
+        """What it computes, beside its weights."""
+        scale = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return {"config": describe_config(self.tower), **scale}
+
+
+def describe_config(model: nn.Module) -> dict[str, Any]:
+    """A pretrained model's configuration, wherever it was loaded from."""
+    described = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
+    return {name: value for name, value in described.items() if name != "_name_or_path"}
+
+
+def pool_tokens(grids: Tensor, side: int) -> Tensor:
+    """Average side x side squares: (..., grid, grid, features) -> (..., grid/side, grid/side,
+    features). The last rows and columns of a grid that side doesn't divide are averaged over
+    what is there."""
+    leading, (grid, _, width) = grids.shape[:-3], grids.shape[-3:]
+    flat = grids.reshape(-1, grid, grid, width).permute(0, 3, 1, 2)
+    pooled = functional.avg_pool2d(flat, side, ceil_mode=True)
+    return pooled.permute(0, 2, 3, 1).reshape(*leading, *pooled.shape[2:], width)
+
+
+def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -> Encoder:
+    """Load a tower from a hub id or a folder: SigLIP, SigLIP 2, CLIP, DINOv2 and their like;
+    without `weights`, its shapes alone.
+
+    Raises:
+        UserError: nothing there, no vision tower, or views of another size than it takes.
+    """
+    source = from_pretrained_arguments(pretrained)
+    config = load_from(AutoConfig, source)
+    vision = getattr(config, "vision_config", config)
+    if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
+        raise UserError(
+            f"model.encoder.path: {pretrained.path} holds a '{config.model_type}' model, which "
+            "has no image size; name a vision encoder such as google/siglip-base-patch16-224"
+        )
+    if view_size != vision.image_size:
+        raise UserError(
+            f"views.size is {view_size}, but the encoder {pretrained.path} takes views of "
+            f"{vision.image_size} x {vision.image_size} pixels; set views.size to "
+            f"{vision.image_size}, or name an encoder for {view_size} pixels"
+        )
+    model = load_model(AutoModel, pretrained, weights)
+    tower = getattr(model, "vision_model", model)
+    if getattr(tower, "use_head", False):  # SigLIP's pooling head
+        tower.use_head, tower.head = False, None
+    processor, _ = load_from(ImageProcessingMixin.get_image_processor_dict, source)
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not (mean and std and len(mean) == len(std) == 3):
+        raise UserError(
+            f"{pretrained.path}: preprocessor_config.json has no image_mean and image_std of "
+            f"three values (found {mean!r} and {std!r}); the encoder needs those it learned with"
+        )
+    return Encoder(tower.float(), mean, std)
+
+
+def from_pretrained_arguments(pretrained: Pretrained) -> dict[str, object]:
+    """The arguments that every `from_pretrained` call of the project passes."""
+    return {
+        "pretrained_model_name_or_path": pretrained.path,
+        "revision": pretrained.revision or "main",
+        "trust_remote_code": pretrained.trust_remote_code,
+    }
+
+
+def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
+    """Load a model with an Auto class; without `weights`, from its configuration alone, on the
+    meta device, where tensors have a shape and no content."""
+    source = from_pretrained_arguments(pretrained)
+    if weights:
+        return load_from(loader, source, **options)
+    config = load_from(AutoConfig, source)
+    with torch.device("meta"):
+        code = {"trust_remote_code": pretrained.trust_remote_code}
+        return loader.from_config(config, **code, **options)
+
+
+def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
+    """Call a `from_pretrained` loader, its failure told as what the user can mend."""
+    load = getattr(loader, "from_pretrained", loader)
+    try:
+        return load(**source, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"can't load '{source['pretrained_model_name_or_path']}' (revision "
+            f"{source['revision']}): give a folder written by save_pretrained (the demo's are "
+            "made by: dvc repro data/demo/dvc.yaml), or a hub id that this machine can reach. "
+            f"{error}"
+        ) from error
+
+
+def hub_commit(pretrained: Pretrained) -> str | None:
+    """The commit of a hub model that has just been loaded; None for a folder of one's own."""
+    source = {"revision": pretrained.revision or "main", "local_files_only": True}
+    file = hub.cached_file(pretrained.path, "config.json", **source)
+    return hub.extract_commit_hash(file, None)
+
+
+def encoder_grid(encoder: Encoder, view_size: int, pool: int = 1) -> int:
+    """Tokens along a view's side, after pooling."""
+    return len(token_centres(encoder, view_size, pool))
+
+
+def token_centres(encoder: Encoder, view_size: int, pool: int = 1) -> Array:
+    """Where the tokens lie along a view's side, after pooling, as fractions of it from its left or
+    upper end. Patches that don't fill the view leave a margin at the other end, and the last token
+    may have fewer of them."""
+    patches = view_size // encoder.patch
+    first = np.arange(0, patches, pool)
+    last = np.minimum(first + pool, patches)
+    return (first + last) / 2 / (view_size / encoder.patch)

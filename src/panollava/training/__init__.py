@@ -1,0 +1,1 @@
+"""The training stages: objectives, loop, checkpoints and curves."""
