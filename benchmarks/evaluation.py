@@ -18,7 +18,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES, spell
 from panollava.demo.scenes import make_scene, render
 from panollava.geometry import views
-from panollava.model.allocator import keep_freed_memory
+from panollava.model.device import keep_freed_memory
 from panollava.model.generate import answer
 from panollava.model.panollava import PanoLLaVA, build_model
 

@@ -26,14 +26,13 @@ import evaluation
 import real_size
 from measure import Line, in_turns, write
 from panollava import config, paths
-from panollava.arrays import write_array
-from panollava.files import write_csv
+from panollava.files import write_array, write_csv
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.model.encoder import token_centres
-from panollava.model.precision import autocast, hold_as_computed
+from panollava.model.device import autocast, cast_frozen_linears
+from panollava.model.encoder import token_centers
 from panollava.stages import find_stage
 from panollava.training import losses
-from panollava.training.compilation import compile_layers
+from panollava.training.tower_layers import compile_layers
 from pipeline import gaps
 from training import Steps
 
@@ -101,7 +100,7 @@ def of_stage(stage: str, device: torch.device, precision: str, turns: int) -> li
             ours = make(stage)
             way = ours.our_loss
         flops, loss = ours.operations(way), value(ours, way)
-        hold_as_computed(ours.model, precision, keep=find_stage("resampler").saves)
+        cast_frozen_linears(ours.model, precision, keep=find_stage("resampler").saves)
         theirs = None if usual_seconds is None else rows / usual_seconds
         for fast in (False, True):
             torch.use_deterministic_algorithms(not fast)
@@ -132,8 +131,8 @@ def vision_loss(steps: Steps) -> Callable[[], Tensor]:
     """VICReg on exact overlaps, of the encoder alone."""
     encoder: Any = steps.model.encoder
     own = config.load_settings(PROFILE).stage.vision
-    centres = token_centres(encoder, real_size.SIZE)
-    pairs = correspondences(real_size.LAYOUT, centres, own.overlap).to(steps.device)
+    centers = token_centers(encoder, real_size.SIZE)
+    pairs = correspondences(real_size.LAYOUT, centers, own.overlap).to(steps.device)
     del steps.model.language_model  # which that stage doesn't load
     steps.trained = list(encoder.parameters())
     steps.optimizer = torch.optim.AdamW(steps.trained, lr=1e-9, fused=True)

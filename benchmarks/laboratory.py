@@ -59,9 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss-vicreg-expander": {"stage.vision.expander": 512},
 }
 SCORES = {  # what is shown: a place in metrics/evaluate/metrics.json
-    "colour by direction": "facts.color_by_direction.f1",
-    "colour, shape by direction": "facts.color_shape_by_direction.f1",
-    "colours": "facts.colors.f1",
+    "color by direction": "facts.color_by_direction.f1",
+    "color, shape by direction": "facts.color_shape_by_direction.f1",
+    "colors": "facts.colors.f1",
     "number": "facts.count.f1",
     "all around": "facts.around.f1",
     "stays, turned by 45°": "rotation.45.stays.f1",

@@ -33,8 +33,8 @@ def make_photo(width: int, height: int, seed: int) -> NDArray[np.uint8]:
     for radius, x, y, color in zip(radii, columns, rows, colors.clip(0, 255), strict=True):
         for turn in (-width, 0, width):
             if -radius < x + turn < width + radius:
-                centre = (round(x + turn), round(y))
-                cv2.circle(panorama, centre, round(radius), color.tolist(), -1, cv2.LINE_AA)
+                center = (round(x + turn), round(y))
+                cv2.circle(panorama, center, round(radius), color.tolist(), -1, cv2.LINE_AA)
     grain = random.normal(0, 5, (height, width, 1)).astype(np.float32)
     seen: NDArray[np.uint8] = (cv2.GaussianBlur(panorama, (3, 3), 0) + grain).clip(0, 255)
     return seen.astype(np.uint8)

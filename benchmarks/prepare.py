@@ -85,7 +85,7 @@ def with_remap(maps: list[tuple[NDArray, NDArray]], panorama: NDArray[np.uint8])
 
 
 def maps(panorama: NDArray, *axes: NDArray, shift: float = 0) -> list[tuple[NDArray, NDArray]]:
-    """OpenCV's maps of the eight views, from the (x, y) of their pixels' centres on the plane
+    """OpenCV's maps of the eight views, from the (x, y) of their pixels' centers on the plane
     before the eye; `shift`: in pixels of the panorama."""
     height, width = panorama.shape[:2]
     x, y = np.meshgrid(*axes)
@@ -138,14 +138,14 @@ def of_photo(path: Path, turns: int) -> list[Line]:
     def ours() -> NDArray[np.uint8]:
         return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.until))
 
-    def whole(way: Way) -> NDArray:
+    def decoded_and_sampled(way: Way) -> NDArray:
         return way(decode(path))
 
     quality = {"ours": psnr(ours(), reference(panorama, "ours"))}
     for name, way in usual.items():
         quality[name] = psnr(way(panorama), reference(panorama, name))
         assert quality[name] > 15, f"{path}: {name} doesn't show the same views"
-    functions = [partial(whole, way) for way in usual.values()]
+    functions = [partial(decoded_and_sampled, way) for way in usual.values()]
     time, limit, *others = in_turns(ours, partial(decode_scaled, path), *functions, turns=turns)
     name = f"views, {width} x {height}"
     lines = []

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from panollava import config
-from panollava.data.dialogue import Packed, Row, pack
+from panollava.data.packing import Packed, Row, pack
 from panollava.geometry import sphere, views
-from panollava.model.encoder import Encoder, token_centres
+from panollava.model.encoder import Encoder, token_centers
 from panollava.model.panollava import PanoLLaVA
 from panollava.model.resampler import MLPResampler
 
@@ -43,7 +43,7 @@ def build(layout: views.Layout = LAYOUT, device: torch.device | None = None) -> 
         tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
         language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
-    rays = views.token_rays(layout, token_centres(encoder, SIZE, POOL))
+    rays = views.token_rays(layout, token_centers(encoder, SIZE, POOL))
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))
     resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")
     model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)

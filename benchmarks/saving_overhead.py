@@ -26,12 +26,12 @@ import torch
 from conftest import ROOT, save_encoder, save_panorama, write_rows
 from panollava.config import Settings, load_settings
 from panollava.data.prepare import prepare_project
-from panollava.stages import find_stage, freeze_all_but
+from panollava.stages import find_stage
 from panollava.training import train
 from panollava.training.checkpoints import Checkpoints
-from panollava.training.curves import Curves
+from panollava.training.curves import Curves, open_tracker
 from panollava.training.lightning_module import LitStage
-from panollava.training.tracking import open_tracker
+from panollava.training.objective import freeze_all_but
 from panollava.training.vicreg_objective import Objective
 
 EPOCHS = 4

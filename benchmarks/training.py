@@ -19,8 +19,7 @@ from torch.utils.flop_counter import (
 import real_size
 from measure import Line, in_turns, write
 from panollava.geometry.views import Layout
-from panollava.model.allocator import keep_freed_memory
-from panollava.model.precision import autocast
+from panollava.model.device import autocast, keep_freed_memory
 from real_size import Example
 
 THREADS = 2

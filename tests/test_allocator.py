@@ -10,7 +10,7 @@ import pytest
 _PROGRAM = """
 import resource, sys
 import torch
-from panollava.model.allocator import keep_freed_memory
+from panollava.model.device import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -36,7 +36,7 @@ from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_s
 from panollava.demo.settings import STREAMS, DemoSettings, Lesson, load_demo_settings
 from panollava.errors import UserError
 from panollava.model.encoder import load_encoder
-from panollava.model.panollava import load_language_model
+from panollava.model.language_model import load_language_model
 
 DEMO = ROOT / "data/demo"
 TOWERS = DEMO / "towers"
@@ -48,7 +48,7 @@ def settings() -> DemoSettings:
 
 
 def place(item: Object, height: int) -> tuple[int, int]:
-    """Row and column of the panorama's pixel at an object's centre, a little below it: a cone is
+    """Row and column of the panorama's pixel at an object's center, a little below it: a cone is
     thin above."""
     pitch = math.degrees(math.atan2(0.4 * item.size - EYE, item.distance))
     return int((0.5 - pitch / 180) * height), int((item.yaw / 360 + 0.5) % 1 * 2 * height)

@@ -3,7 +3,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import save_tokenizer
-from panollava.data.dialogue import IGNORED, Dialogue, attention_mask, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import IGNORED, attention_mask, pack
 from panollava.errors import UserError
 
 

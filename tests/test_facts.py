@@ -7,9 +7,9 @@ import pytest
 from panollava.demo.questions import QUERIES, answer, spell
 from panollava.demo.scenes import DIRECTIONS, Scene, make_scene
 from panollava.errors import UserError
-from panollava.evaluation.facts import READERS, FactsOf, compare, find_reader, rotation, seam
+from panollava.evaluation.facts import FactsOf, compare, find_reader, rotation, seam
 
-READER = READERS["demo"]
+READER = find_reader("demo")
 
 
 def turned(scene: Scene, quarters: int) -> Scene:

@@ -226,5 +226,5 @@ def test_a_cache_file_changed_by_hand_is_found_and_made_again(project: Project) 
 def test_a_whole_cache_has_no_damaged_file(project: Project) -> None:
     folder = project.folder / ".dvc/cache/files/md5"
     count = len(list(folder.glob("??/*")))
-    assert count and cache.remove_damaged(folder) == []
+    assert count and cache.delete_corrupted(folder) == []
     assert len(list(folder.glob("??/*"))) == count

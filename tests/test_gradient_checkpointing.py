@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from panollava.data.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.model.panollava import build_model
-from panollava.stages import STAGES, freeze_all_but
-from panollava.training.gradient_checkpointing import checkpoint_layers
+from panollava.stages import STAGES
+from panollava.training.objective import freeze_all_but
+from panollava.training.tower_layers import checkpoint_layers
 from test_model import ROWS, random_views, settings_for
 
 

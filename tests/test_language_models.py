@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import save_tokenizer
 from panollava.config import Settings
-from panollava.data.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.model.generate import answer
 from panollava.model.panollava import PanoLLaVA, build_model

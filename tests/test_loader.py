@@ -15,7 +15,7 @@ from conftest import ROOT
 MAIN = """
 import time
 from multiprocessing import active_children
-from panollava.data.loader import StepLoader
+from panollava.data.batches import StepLoader
 class Slow:
     def __len__(self):
         return 10
@@ -91,14 +91,14 @@ def test_workers_end_when_the_main_process_is_killed(main: Main) -> None:
 
 ENDS = """
 import os
-from panollava.files import faults_told
-from panollava.data.loader import StepLoader
+from panollava.errors import system_errors_as_user_errors
+from panollava.data.batches import StepLoader
 class Ends:
     def __len__(self):
         return 1
     def __getitem__(self, index):
         os.kill(os.getpid(), NUMBER)
-with faults_told("lower machine.loader_workers"):
+with system_errors_as_user_errors("lower machine.loader_workers"):
     list(StepLoader(Ends(), workers=1, pin_memory=False))
 """
 

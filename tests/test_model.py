@@ -8,7 +8,8 @@ import torch
 
 from conftest import ROOT
 from panollava.config import Model, Settings, load_settings
-from panollava.data.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
 from panollava.demo.questions import QUERIES, spell
 from panollava.errors import UserError
 from panollava.model.generate import _RoomyLayer, answer

@@ -1,4 +1,4 @@
-"""What two neighbouring views have in common is found exactly, all the way round."""
+"""What two neighboring views have in common is found exactly, all the way round."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 from panollava import config
 from panollava.errors import UserError
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.geometry.sphere import cell_centres, panorama_rays
+from panollava.geometry.sphere import cell_centers, panorama_rays
 from panollava.geometry.views import Sampler, layout, token_rays
-from panollava.model.encoder import pool_tokens, token_centres
+from panollava.model.encoder import pool_tokens, token_centers
 
 
 def settings(**values: Any) -> config.Views:
@@ -65,7 +65,7 @@ def test_matched_tokens_see_the_same_directions_to_half_a_degree(
     tokens = what_tokens_see(settings(**values), 14, panorama)
     if bits == 8:
         tokens = tokens / 127.5 - 1
-    pairs = correspondences(layout(settings(**values)), cell_centres(14), "exact")
+    pairs = correspondences(layout(settings(**values)), cell_centers(14), "exact")
     apart = degrees_apart(*matched_tokens(tokens, pairs))
     assert len(apart) == pairs.mask.sum() > 0
     assert apart.mean() < 0.5
@@ -82,16 +82,16 @@ def test_tokens_that_do_not_fill_a_view_know_where_they_look(
     encoder: Any = SimpleNamespace(patch=patch)
     tokens = what_tokens_see(values, size // patch, panorama)
     seen = pool_tokens(tokens, pool)
-    rays = torch.from_numpy(token_rays(layout(values), token_centres(encoder, size, pool)))
+    rays = torch.from_numpy(token_rays(layout(values), token_centers(encoder, size, pool)))
     assert seen.shape[1:] == rays.shape
     # What is averaged over a square that is seen askew is a little nearer to the view's middle.
     assert degrees_apart(seen, rays[None]).max() < 0.03 * (patch * pool / size * 90)
-    pairs = correspondences(layout(values), token_centres(encoder, size), "exact")
+    pairs = correspondences(layout(values), token_centers(encoder, size), "exact")
     assert degrees_apart(*matched_tokens(tokens, pairs)).max() < 0.5
 
 
 def test_every_pair_all_the_way_round_matches_alike() -> None:
-    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
+    pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [
         *((i, i + 1) for i in range(7)),
         (7, 0),
@@ -107,7 +107,7 @@ def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
     """With random features rather than directions, the seam's pair behaves as any other."""
     torch.manual_seed(0)
     grids = torch.randn(1, 8, 14, 14, 5)
-    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
+    pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     source, read = (x.view(8, -1, 5) for x in matched_tokens(grids, pairs))
     for turn in range(1, 8):
         rolled = matched_tokens(grids.roll(turn, dims=1), pairs)
@@ -118,8 +118,8 @@ def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
 @pytest.mark.parametrize("grid", [14, 16])
 def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
     found = layout(settings())
-    rays = torch.from_numpy(token_rays(found, cell_centres(grid)))[None]
-    pairs = correspondences(found, cell_centres(grid), "naive")
+    rays = torch.from_numpy(token_rays(found, cell_centers(grid)))[None]
+    pairs = correspondences(found, cell_centers(grid), "naive")
     apart = degrees_apart(*matched_tokens(rays, pairs))
     assert apart.mean() == pytest.approx(6.6, abs=0.1)
     assert apart.max() == pytest.approx(8.8, abs=0.25)
@@ -129,7 +129,7 @@ def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
 def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> None:
     grids = torch.randn(2, 8, grid, grid, 3)
     source, read = matched_tokens(
-        grids, correspondences(layout(settings()), cell_centres(grid), "naive")
+        grids, correspondences(layout(settings()), cell_centers(grid), "naive")
     )
     half = grid // 2
     assert torch.equal(source, grids[:, :, :, grid - half :].flatten(0, 3))
@@ -138,20 +138,20 @@ def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> N
 
 def test_only_tokens_with_four_neighbours_in_the_target_count() -> None:
     """An outlier in the target changes what is read by bilinear weights only, never by padding."""
-    found, centres = layout(settings()), cell_centres(14)
-    pairs = correspondences(found, centres, "exact")
+    found, centers = layout(settings()), cell_centers(14)
+    pairs = correspondences(found, centers, "exact")
     _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
     assert torch.allclose(read, torch.ones_like(read))
     assert (pairs.weights > 0).sum(dim=-1).max() <= 4
     # Nor is one left out that has them: the target's own view says which those are.
-    for pair, (source, target) in enumerate(found.neighbours):
+    for pair, (source, target) in enumerate(found.neighbors):
         position, _ = found.projections[target].position(
-            found.projections[source].rays(centres, centres)
+            found.projections[source].rays(centers, centers)
         )
         seen = position * 14 - 0.5
         front = (
-            token_rays(found, cell_centres(14))[source]
-            @ token_rays(found, cell_centres(1))[target, 0, 0]
+            token_rays(found, cell_centers(14))[source]
+            @ token_rays(found, cell_centers(1))[target, 0, 0]
             > 0
         )
         expected = ((seen >= -1e-6) & (seen <= 13 + 1e-6)).all(axis=-1) & front
@@ -163,8 +163,8 @@ def test_sliding_windows_match_column_by_column() -> None:
     torch.manual_seed(0)
     grids = torch.randn(2, 8, 14, 14, 4)
     found = layout(settings(strategy="sliding_window"))
-    exact = matched_tokens(grids, correspondences(found, cell_centres(14), "exact"))
-    naive = matched_tokens(grids, correspondences(found, cell_centres(14), "naive"))
+    exact = matched_tokens(grids, correspondences(found, cell_centers(14), "exact"))
+    naive = matched_tokens(grids, correspondences(found, cell_centers(14), "naive"))
     for one, other in zip(exact, naive, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -172,7 +172,7 @@ def test_sliding_windows_match_column_by_column() -> None:
 def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
     torch.manual_seed(0)
     grids = torch.randn(3, 8, 14, 14, 4)
-    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
+    pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     together = matched_tokens(grids, pairs)
     alone = [matched_tokens(grid[None], pairs) for grid in grids]
     for one, others in zip(together, zip(*alone, strict=True), strict=True):
@@ -181,7 +181,7 @@ def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
 
 def test_both_sides_carry_gradients() -> None:
     grids = torch.randn(1, 12, 3, 3, 2, dtype=torch.float64, requires_grad=True)
-    pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), cell_centres(3), "exact")
+    pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), cell_centers(3), "exact")
     assert torch.autograd.gradcheck(lambda x: matched_tokens(x, pairs), (grids,))
 
 
@@ -189,7 +189,7 @@ def test_both_sides_carry_gradients() -> None:
 def test_half_precision_reads_at_exact_places(dtype: torch.dtype) -> None:
     """Features whose rounding can't be seen: small whole numbers that grow with the column."""
     grids = (torch.arange(14) % 14).view(1, 1, 1, 14, 1).expand(1, 8, 14, 14, 1).to(dtype)
-    pairs = correspondences(layout(settings()), cell_centres(14), "exact")
+    pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     _, read = matched_tokens(grids, pairs)
     assert read.dtype == dtype
     exact = matched_tokens(grids.double(), pairs)[1]
@@ -215,4 +215,4 @@ def test_views_with_nothing_to_compare_are_an_error(
     values: dict[str, Any], mode: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        correspondences(layout(settings(**values)), cell_centres(14), mode)
+        correspondences(layout(settings(**values)), cell_centers(14), mode)

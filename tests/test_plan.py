@@ -16,10 +16,11 @@ from conftest import write_rows
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
-from panollava.planning.step_memory import Alive, step_memory
+from panollava.planning.step_memory import LiveStorage, step_memory
 from panollava.planning.workload import find_workload
-from panollava.stages import STAGES, Stage, freeze_all_but
-from panollava.training.gradient_checkpointing import checkpoint_layers
+from panollava.stages import STAGES, Stage
+from panollava.training.objective import freeze_all_but
+from panollava.training.tower_layers import checkpoint_layers
 from test_training import change
 
 
@@ -52,7 +53,7 @@ def test_the_memory_of_a_step_is_what_a_real_step_holds(
     step = find_workload(empty, settings, stage, parts).heaviest[0]
     estimate = step_memory(empty, step, "32-true", torch.device("cpu"))
     real = objective_of(stage, settings, True, checkpointed)
-    with Alive() as alive:
+    with LiveStorage() as alive:
         for own in (*real.parameters(), *real.buffers(), *getattr(real, "pairs", ())):
             alive.count(own.untyped_storage())
         held = alive.now

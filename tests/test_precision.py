@@ -13,17 +13,18 @@ from torch.nn import functional
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
+from panollava.model.device import autocast, cast_frozen_linears
 from panollava.model.panollava import PanoLLaVA, build_model
-from panollava.model.precision import autocast, hold_as_computed
-from panollava.stages import find_stage, freeze_all_but
+from panollava.stages import find_stage
 from panollava.training import curves
 from panollava.training.answer_objective import Objective
-from panollava.training.compilation import compile_layers
 from panollava.training.features import write_features
-from panollava.training.gradient_checkpointing import checkpoint_layers
+from panollava.training.objective import freeze_all_but
+from panollava.training.tower_layers import checkpoint_layers, compile_layers
 from panollava.training.train import check_deterministic, make_module
 from test_language_models import KINDS, built, with_language_model
 from test_model import ROWS, loss_of, random_views, settings_for
@@ -60,9 +61,9 @@ def test_a_frozen_part_in_half_precision_computes_what_autocast_does(towers: Pat
     model, dialogue = make(towers)
     language = sum(p.nbytes for p in model.language_model.parameters())
     loss, grads = step(model, dialogue, precision="bf16-mixed")
-    hold_as_computed(model, "32-true", keep=TRAINS)
+    cast_frozen_linears(model, "32-true", keep=TRAINS)
     assert language == sum(p.nbytes for p in model.language_model.parameters())
-    hold_as_computed(model, "bf16-mixed", keep=TRAINS)
+    cast_frozen_linears(model, "bf16-mixed", keep=TRAINS)
     held, held_grads = step(model, dialogue, precision="bf16-mixed")
     assert torch.equal(loss, held) and grads.keys() == held_grads.keys() != set()
     assert all(torch.equal(grads[name], held_grads[name]) for name in grads)
@@ -81,7 +82,7 @@ def test_that_holds_for_language_models_of_many_kinds(
     views = random_views(2)
     with torch.no_grad(), autocast(CPU, "bf16-mixed"):
         plain = loss_of(model, dialogue, views, ROWS)
-        hold_as_computed(model, "bf16-mixed")
+        cast_frozen_linears(model, "bf16-mixed")
         assert torch.equal(loss_of(model, dialogue, views, ROWS), plain)
 
 

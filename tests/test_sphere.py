@@ -9,14 +9,14 @@ from panollava.geometry.sphere import (
     Projection,
     Window,
     angles_from_rays,
-    cell_centres,
+    cell_centers,
     encode_direction,
     panorama_position,
     panorama_rays,
     rays_from_angles,
 )
 
-MIDDLE = cell_centres(1)
+MIDDLE = cell_centers(1)
 PROJECTIONS = [
     Gnomonic(0, 0, 90),
     Gnomonic(315, 30, 75),
@@ -72,7 +72,7 @@ def test_positions_on_the_seam_stay_below_one() -> None:
 def test_a_view_sees_its_own_rays_where_they_came_from(
     view: Projection, rows: int, columns: int
 ) -> None:
-    rays = view.rays(cell_centres(columns), cell_centres(rows))
+    rays = view.rays(cell_centers(columns), cell_centers(rows))
     position, inside = view.position(rays)
     x, y = np.meshgrid((np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows)
     assert rays.shape == (rows, columns, 3)
@@ -89,7 +89,7 @@ def test_a_view_looks_the_way_it_says() -> None:
 
 
 def test_a_perspective_view_keeps_its_field_of_view_and_is_upright() -> None:
-    rays = Gnomonic(0, 0, 90).rays(cell_centres(1001), cell_centres(1001))
+    rays = Gnomonic(0, 0, 90).rays(cell_centers(1001), cell_centers(1001))
     yaw, pitch = np.degrees(angles_from_rays(rays))
     assert yaw[500, [0, -1]] == pytest.approx([-45, 45], abs=0.1)
     assert pitch[[0, -1], 500] == pytest.approx([45, -45], abs=0.1)
@@ -119,16 +119,16 @@ def test_a_window_across_the_seam_sees_both_sides_of_it() -> None:
 def test_direction_encoding_is_smooth_across_the_seam_and_over_the_poles(degree: int) -> None:
     generator = np.random.default_rng(1)
     seam = rays_from_angles(np.full(9, np.pi), np.linspace(-1.5, 1.5, 9))
-    centres = np.concatenate([random_rays(500), seam, [[0, 1, 0], [0, -1, 0]]])
-    near = centres + 1e-5 * generator.normal(size=centres.shape)
+    centers = np.concatenate([random_rays(500), seam, [[0, 1, 0], [0, -1, 0]]])
+    near = centers + 1e-5 * generator.normal(size=centers.shape)
     near /= np.linalg.norm(near, axis=-1, keepdims=True)
     change = np.linalg.norm(
-        encode_direction(near, degree) - encode_direction(centres, degree), axis=-1
+        encode_direction(near, degree) - encode_direction(centers, degree), axis=-1
     )
-    assert encode_direction(centres, degree).shape == (len(centres), 3 + 2 * (degree - 1))
+    assert encode_direction(centers, degree).shape == (len(centers), 3 + 2 * (degree - 1))
     # The k-th harmonic turns k times as fast, and is never larger than 1.
     limit = 2 * degree * np.sqrt(degree + 1)
-    assert (change <= limit * np.linalg.norm(near - centres, axis=-1)).all()
+    assert (change <= limit * np.linalg.norm(near - centers, axis=-1)).all()
 
 
 def test_direction_encoding_tells_directions_apart() -> None:

@@ -7,8 +7,9 @@ from panollava.config import ALWAYS_READABLE
 from panollava.data import prepare
 from panollava.errors import UserError
 from panollava.evaluation import evaluate
-from panollava.stages import STAGES, find_stage, freeze_all_but
+from panollava.stages import STAGES, find_stage
 from panollava.training import features
+from panollava.training.objective import freeze_all_but
 
 LISTED = {
     name: tuple(stage.get("params", ()))

@@ -1,6 +1,6 @@
 import random
 
-from panollava.data.steps import divide, plan_epoch
+from panollava.data.batches import divide, plan_epoch
 
 
 def counts(seed: int, panoramas: int = 200) -> dict[int, list[int]]:

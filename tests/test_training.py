@@ -160,7 +160,7 @@ def test_features_are_what_the_encoder_gives(settings: Settings) -> None:
     write_features(settings)
     model, _ = build_model(settings.model, settings.views)
     stage = find_stage("resampler")
-    load_weights(paths.weights_file("resampler"), model, stage.saves, "resampler")
+    load_weights(paths.weights_file("resampler"), model, stage.saves, stage)
     for split in ("train", "valid", "test"):
         views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
         expected = model.eval().features(views)
@@ -416,9 +416,9 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
 def test_finished_work_outlives_a_second_start_of_its_stage_alone(settings: Settings) -> None:
     """DVC may have been killed before it recorded the outputs."""
     run("vision", settings)
-    remove_finished(but_of="vision")
+    remove_finished(except_stage="vision")
     assert list(paths.RESUME.glob("vision-*"))
-    remove_finished(but_of="resampler")
+    remove_finished(except_stage="resampler")
     assert not list(paths.RESUME.glob("vision-*"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.geometry.sphere import Array, angles_from_rays, cell_centres, panorama_rays
+from panollava.geometry.sphere import Array, angles_from_rays, cell_centers, panorama_rays
 from panollava.geometry.views import Sampler, layout, token_rays
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -48,10 +48,10 @@ def directions(height: int, width: int) -> np.ndarray:
 
 def test_e2p_looks_round_the_horizon_from_the_front() -> None:
     found = layout(settings(fov=90.0, overlap=0.5, pitch=15.0))
-    yaw, pitch = np.degrees(angles_from_rays(token_rays(found, cell_centres(1))[:, 0, 0]))
+    yaw, pitch = np.degrees(angles_from_rays(token_rays(found, cell_centers(1))[:, 0, 0]))
     assert yaw % 360 == pytest.approx([0, 45, 90, 135, 180, 225, 270, 315])
     assert pitch == pytest.approx(15)
-    assert found.neighbours == tuple((i, (i + 1) % 8) for i in range(8))
+    assert found.neighbors == tuple((i, (i + 1) % 8) for i in range(8))
 
 
 @pytest.mark.parametrize(
@@ -79,23 +79,23 @@ def test_the_overlap_that_an_error_proposes_is_accepted(fov: float, overlap: flo
 def test_a_global_view_comes_last_and_has_no_neighbour() -> None:
     plain, more = layout(settings()), layout(settings(global_view=True))
     assert more.projections[:-1] == plain.projections
-    assert more.neighbours == plain.neighbours
-    assert token_rays(more, cell_centres(8))[-1] == pytest.approx(panorama_rays(8, 8))
+    assert more.neighbors == plain.neighbors
+    assert token_rays(more, cell_centers(8))[-1] == pytest.approx(panorama_rays(8, 8))
 
 
 def test_a_cubemap_has_six_faces_and_twelve_edges() -> None:
     found = layout(settings(strategy="cubemap"))
     expected = [[0, 0, 1], [1, 0, 0], [0, 0, -1], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]
-    centres = token_rays(found, cell_centres(1))[:, 0, 0]
-    assert centres == pytest.approx(np.array(expected))
-    assert len({frozenset(pair) for pair in found.neighbours}) == len(found.neighbours) == 12
-    assert all(abs(centres[a] @ centres[b]) < 1e-9 for a, b in found.neighbours)
+    centers = token_rays(found, cell_centers(1))[:, 0, 0]
+    assert centers == pytest.approx(np.array(expected))
+    assert len({frozenset(pair) for pair in found.neighbors}) == len(found.neighbors) == 12
+    assert all(abs(centers[a] @ centers[b]) < 1e-9 for a, b in found.neighbors)
 
 
 def test_resize_is_the_whole_panorama_without_neighbours() -> None:
     found = layout(settings(strategy="resize"))
-    assert found.neighbours == ()
-    assert token_rays(found, cell_centres(6)) == pytest.approx(panorama_rays(6, 6)[None])
+    assert found.neighbors == ()
+    assert token_rays(found, cell_centers(6)) == pytest.approx(panorama_rays(6, 6)[None])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_views_show_what_lies_in_their_directions(values: dict[str, Any], size: 
     height = max(128, sampler.panorama_width // 2)
     views = sampler.sample(directions(height, 2 * height))
     assert views.shape == (len(found.projections), size, size, 3)
-    apart = degrees_apart(views.astype(float), token_rays(found, cell_centres(size)))
+    apart = degrees_apart(views.astype(float), token_rays(found, cell_centers(size)))
     assert apart.max() < 0.1 * 180 / height  # a tenth of a pixel
 
 
@@ -137,7 +137,7 @@ def test_odd_panoramas_are_sampled_as_well(values: dict[str, Any]) -> None:
     found = layout(settings(**values))
     for height, width in [(127, 255), (101, 203), (256, 511), (3, 5)]:
         views = Sampler(found, 32).sample(directions(height, width))
-        apart = degrees_apart(views.astype(float), token_rays(found, cell_centres(32)))
+        apart = degrees_apart(views.astype(float), token_rays(found, cell_centers(32)))
         # Over the poles, an odd panorama has no pixel exactly opposite.
         assert apart.max() < (0.5 * 180 / height if height > 3 else 30)
 
@@ -192,7 +192,7 @@ def test_a_view_straight_up_is_continuous_over_the_pole() -> None:
     ("values", "width"),
     [
         # As fine as the views is 1395: at its edges, a view of 90 degrees is twice as fine as in
-        # its centre. Any photo has one halving between 986 and twice that.
+        # its center. Any photo has one halving between 986 and twice that.
         ({"size": 224}, 986),
         ({"size": 224, "strategy": "sliding_window"}, 634),
         ({"size": 224, "strategy": "resize"}, 317),  # 224 rows over 180 degrees

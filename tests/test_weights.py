@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,14 @@ from torch import nn
 
 from panollava.errors import UserError
 from panollava.model.weights import load_weights, read_header, save_weights
+from panollava.stages import Stage, find_stage
+
+VISION = find_stage("vision")
+RESAMPLER = find_stage("resampler")
+
+
+def saving(*parts: str) -> Stage:
+    return dataclasses.replace(RESAMPLER, saves=parts)
 
 
 class Model(nn.Module):
@@ -20,7 +29,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     path, one, other = tmp_path / "model_final.safetensors", Model(), Model()
     header = {"stage": "resampler", "settings": {"views": {"fov": 90.0}}}
     save_weights(path, one, ("encoder", "projector"), header)
-    assert load_weights(path, other, ("encoder", "projector"), "resampler") == header
+    assert load_weights(path, other, ("encoder", "projector"), RESAMPLER) == header
     assert torch.equal(one.encoder.weight, other.encoder.weight)
     assert not torch.equal(one.language_model.weight, other.language_model.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model_final.safetensors"]
@@ -36,20 +45,20 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
 def test_one_part_of_several_can_be_loaded(tmp_path: Path) -> None:
     path, both = tmp_path / "w", ("encoder", "projector")
     save_weights(path, Model(), both, {"stage": "resampler"})
-    load_weights(path, Model(), ("encoder",), "resampler", among=both)
-    with pytest.raises(UserError, match="is not part of the model"):
-        load_weights(path, Model(), ("encoder",), "resampler")
+    load_weights(path, Model(), ("encoder",), saving(*both))
+    with pytest.raises(UserError, match="is not in the model"):
+        load_weights(path, Model(), ("encoder",), saving("encoder"))
 
 
 def test_files_of_another_stage_shape_or_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w"
     save_weights(path, Model(), ("encoder",), {"stage": "vision", "settings": {"size": 64}})
     with pytest.raises(UserError, match="result of stage 'vision', expected 'resampler'"):
-        load_weights(path, Model(), ("encoder",), "resampler")
+        load_weights(path, Model(), ("encoder",), RESAMPLER)
     with pytest.raises(UserError, match=r"shape \(3,\), expected \(4,\)"):
-        load_weights(path, Model(width=4), ("encoder",), "vision")
+        load_weights(path, Model(width=4), ("encoder",), VISION)
     with pytest.raises(UserError, match=r"projector.* is missing"):
-        load_weights(path, Model(), ("encoder", "projector"), "vision")
+        load_weights(path, Model(), ("encoder", "projector"), VISION)
 
 
 def test_missing_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ Positive = Annotated[float, Allowed("above 0", lambda value: value > 0)]
 Share = Annotated[float, Allowed("from 0 to 1", lambda value: 0 <= value <= 1)]
 ShareAbove0 = Annotated[float, Allowed("above 0 and up to 1", lambda value: 0 < value <= 1)]
 ShareBelow1 = Annotated[float, Allowed("from 0 to below 1", lambda value: 0 <= value < 1)]
-Turn = Annotated[float, Allowed("from -360 to 360 degrees", lambda value: -360 <= value <= 360)]
+Degrees = Annotated[float, Allowed("from -360 to 360 degrees", lambda value: -360 <= value <= 360)]
 Pitch = Annotated[float, Allowed("from -90 to 90 degrees", lambda value: -90 <= value <= 90)]
 Fov = Annotated[float, Allowed("above 0 and up to 360 degrees", lambda value: 0 < value <= 360)]
 One = Annotated[
@@ -159,7 +159,7 @@ class Evaluate:
     batch_size: Count  # panoramas at once
     max_new_tokens: Count
     facts: Literal["demo", None]  # how facts are read out of answers; null: not
-    rolls: list[Turn]  # degrees by which every panorama is turned and asked again
+    rolls: list[Degrees]  # degrees by which every panorama is turned and asked again
 
 
 @dataclass(frozen=True)

@@ -1,99 +1,101 @@
-"""Writing a file as a whole or not at all, and the machine's faults in words that help: a full
-disk, a place that can't be written, too little memory."""
+"""Files written atomically (text, JSON, CSV, .npy arrays), and arrays read memory-mapped."""
 
 import contextlib
 import csv
-import errno
+import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from panollava.errors import UserError
+from panollava.errors import UserError, as_user_error
 
-if TYPE_CHECKING:  # pandas is slow to import, and every command imports this module
+if TYPE_CHECKING:  # both are slow to import, and every command imports this module
     import pandas as pd
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space: `du -sh .dvc/cache .resume runs` shows what is large, "
-    "`dvc gc --workspace` removes results of no use to the present state",
-    errno.EDQUOT: "ask for a larger quota, or remove files of yours",
-    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
-    errno.EROFS: "make the file system writable, or work in a copy elsewhere",
-    errno.EACCES: "give yourself the right to write there (`ls -ld` shows who has it)",
-    errno.EPERM: "give yourself the right to write there (`ls -ld` and `lsattr -d` show more)",
-    errno.ENOTDIR: "there is a file where a folder is needed: move it away",
-    errno.EEXIST: "there is a file where a folder is needed: move it away",
-    errno.EISDIR: "there is a folder where a file is needed: move it away",
-    errno.ENOMEM: "close other programs, or take a machine with more memory",
-    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-}
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory"
-    r"|DataLoader worker .* is killed by signal: (Killed|Bus error)|insufficient shared memory",
-    re.IGNORECASE,
-)
+    from numpy.typing import NDArray
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to. It is renamed to `path` when the block ends well; else
-    `path` is as it was.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to. It is renamed to `path` when the block succeeds;
+    otherwise `path` stays as it was.
 
     Raises:
-        UserError: the disk is full, or the place can't be written.
+        UserError: the disk is full, or `path` cannot be written.
     """
-    beside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     except OSError as error:
-        raise told(error, path) from error
+        raise as_user_error(error, path) from error
     finally:
-        with contextlib.suppress(OSError):  # the place itself may be what is wrong
-            beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be the problem
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table, as a whole or not at all, so that pandas reads its texts back as they are."""
+    """A table, atomically, quoted so that pandas reads its texts back unchanged."""
     # All text is quoted: pandas leaves a lone carriage return bare, and reads it as the row's end.
-    with whole(path) as beside:
-        table.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 @contextlib.contextmanager
-def faults_told(less_memory: str) -> Iterator[None]:
-    """Raise the machine's faults in the block as UserErrors. `less_memory`: what to do where
-    memory runs out."""
+def write_array(path: Path) -> Iterator[Callable[["NDArray"], None]]:
+    """A function that appends rows, (rows, ...), to the .npy file at `path`, written atomically.
+    The first rows decide shape and type; without any the shape is (0,).
+
+    Memory does not grow with the file. The file is not memory-mapped while it is written: a full
+    disk would then kill the process without a message."""
+    import numpy as np
+
+    count, shape, dtype = 0, (), np.dtype(np.uint8)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+
+        def write_header() -> None:  # NumPy pads it to one length for every count
+            descr = np.lib.format.dtype_to_descr(dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": (count, *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+
+        def append(rows: "NDArray") -> None:
+            nonlocal count, shape, dtype
+            if count == 0:
+                shape, dtype = rows.shape[1:], rows.dtype
+                file.seek(0)
+                write_header()
+            if (rows.shape[1:], rows.dtype) != (shape, dtype):
+                raise ValueError(f"rows of {shape}, {dtype}; got {rows.shape[1:]}, {rows.dtype}")
+            file.write(np.ascontiguousarray(rows).data)
+            count += len(rows)
+
+        yield append
+        file.seek(0)
+        write_header()
+
+
+def open_array(path: Path) -> "NDArray":
+    """A memory-mapped .npy file. Raises UserError if it is missing or damaged."""
+    import numpy as np
+
     try:
-        yield
-    except OSError as error:
-        raise told(error) from error
-    except (MemoryError, RuntimeError) as error:
-        if (reason := memory_fault(error)) is None:
-            raise
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage that writes it: dvc repro") from None
+    except (ValueError, EOFError) as error:
         raise UserError(
-            f"out of memory: {less_memory}. What is done is kept: run the same command again "
-            f"afterwards. ({reason})"
-        ) from error
-
-
-def memory_fault(error: MemoryError | RuntimeError) -> str | None:
-    """What the error says in one line, if it is one of too little memory."""
-    # The cause says by which signal a loader's worker was killed.
-    said = " ".join(f"{error} {error.__cause__ or ''}".split())
-    if isinstance(error, RuntimeError) and not _NO_MEMORY.search(said):
-        return None
-    return said[:300] or type(error).__name__
-
-
-def told(error: OSError, path: Path | None = None) -> UserError:
-    """An error of the system, with the place (`path` where it names none) and a remedy."""
-    place = error.filename or path
-    remedy = _REMEDIES.get(error.errno or 0, "see to it")
-    return UserError(
-        f"{f'{place}: ' if place else ''}{error.strerror or error}; {remedy}. What is done is "
-        "kept: run the same command again afterwards"
-    )
+            f"{path}: not a complete .npy file ({error}); remove it and run: "
+            "make verify, then dvc repro"
+        ) from None

@@ -13,8 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from panollava.errors import UserError
-from panollava.files import told
+from panollava.errors import UserError, as_user_error
 
 _LIBRARIES = ("lightning_fabric", "pytorch_lightning", "transformers", "dvclive")
 
@@ -76,7 +75,7 @@ def _create(folder: Path, name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"error: {told(error)}")
+        sys.exit(f"error: {as_user_error(error)}")
     stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
     number = 1
     while True:
@@ -86,7 +85,7 @@ def _create(folder: Path, name: str) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            sys.exit(f"error: {told(error)}")
+            sys.exit(f"error: {as_user_error(error)}")
         else:
             return path
 

@@ -1,13 +1,8 @@
-"""The training stages as data: where each starts, what it optimises and what it trains.
-
-No other module knows a stage by name; a new stage is a new row."""
+"""The table of training stages: where each starts, what it optimizes and what it trains."""
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from panollava.errors import UserError
-from panollava.logs import table
 
 
 @dataclass(frozen=True)
@@ -65,27 +60,3 @@ def find_stage(name: str) -> Stage:
     if name not in STAGES:
         raise UserError(f"unknown stage '{name}'; the stages are {', '.join(STAGES)}")
     return STAGES[name]
-
-
-def freeze_all_but(model: nn.Module, trains: tuple[str, ...]) -> str:
-    """Freeze every part of `model` that `trains` doesn't name, and return the table of parts.
-
-    A part is a child of the model. Frozen parts are put in evaluation mode, so that nothing in
-    them changes or drops out.
-
-    Raises:
-        UserError: a name that matches no part, or a part without parameters.
-    """
-    parts = dict(model.named_children())
-    rows = []
-    for name in trains:
-        if name not in parts or not any(True for _ in parts[name].parameters()):
-            raise UserError(
-                f"the stage trains '{name}', but the model's parts are {', '.join(parts)}"
-            )
-    for name, part in parts.items():
-        training = name in trains
-        part.requires_grad_(training).train(training)
-        count = sum(parameter.numel() for parameter in part.parameters())
-        rows.append((name, "trains" if training else "frozen", f"{count:,}"))
-    return table(rows, header=("part", "", "parameters"))

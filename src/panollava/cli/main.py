@@ -7,15 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import train_options
+from panollava.cli import train_command
+from panollava.cli.single_instance import single_instance
 from panollava.config import Settings, load_settings
-from panollava.errors import UserError
-from panollava.files import faults_told
-from panollava.model.allocator import keep_freed_memory
+from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
 
 _MACHINE = "close other programs, or take a machine with more memory"
-_LESS_MEMORY = {  # what to do where a command has too little
+_MEMORY_HINTS = {  # what to do where a command has too little
     "prepare": f"lower machine.decode_threads, or {_MACHINE}",
     "train": "lower machine.loader_workers, or the stage's batch_size",
     "evaluate": "lower evaluate.batch_size",
@@ -28,11 +27,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = options.log_name(options)
     try:
-        less_memory = _LESS_MEMORY.get(options.command, _MACHINE)
-        with logs.start(name, options.logs), faults_told(less_memory), resume.alone(name):
+        memory_hint = _MEMORY_HINTS.get(options.command, _MACHINE)
+        with (
+            logs.start(name, options.logs),
+            system_errors_as_user_errors(memory_hint),
+            single_instance(name),
+        ):
             # All stages in one run may have finished ones to go on from.
             if options.command in _STEPS and not _is_all(options):
-                resume.remove_finished(but_of=getattr(options, "stage", None))
+                resume.remove_finished(except_stage=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged, with what to do, as the last line
         sys.exit(1)
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="command",
         required=True,
         metavar="COMMAND",
-        parser_class=train_options.HelpWithParameters,
+        parser_class=train_command.HelpWithParameters,
     )
 
     def add(
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(add("check", _check, "list all that is wrong with rows and pictures"))
     add("prepare", _prepare, "check the rows and turn each panorama into views")
     train = add("train", _train, "train a stage, or all of them without DVC")
-    train_options.add_to(train)
+    train_command.add_to(train)
     train.set_defaults(log_name=_stage_log_name)
     _add_plan(add("plan", _plan, "estimate parameters, memory and disk of a training"))
     add("features", _features, "run the frozen encoder once over every panorama (runs/features)")
@@ -110,7 +113,7 @@ def _add_check(command: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    add, stages = command.add_argument, ", ".join(train_options.STAGES)
+    add, stages = command.add_argument, ", ".join(train_command.STAGES)
     add("stage", nargs="?", help=f"{stages} (default: all of them)")
     add(
         "--params",
@@ -171,17 +174,18 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from panollava.cli.pipeline import run_all, run_stage
+    from panollava.cli.train_command import run_all, run_stage
+    from panollava.model.device import keep_freed_memory
 
     keep_freed_memory()
-    changes = train_options.changes(options)
+    changes = train_command.changes(options)
     if not _is_all(options):
         run_stage(options.stage, changes, options.start, options.resume, options.name)
         return
     if options.start is not None:
         raise UserError(f"{options.start}: --from belongs to one stage; all start from the first")
     run_all(changes, options.resume, options.name)
-    resume.remove_finished(but_of=None)
+    resume.remove_finished(except_stage=None)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -197,6 +201,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
+    from panollava.model.device import keep_freed_memory
     from panollava.training.features import READS, write_features
 
     keep_freed_memory()
@@ -205,6 +210,7 @@ def _features(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from panollava.evaluation.evaluate import READS, evaluate
+    from panollava.model.device import keep_freed_memory
 
     keep_freed_memory()
     evaluate(_settings(READS))
@@ -214,7 +220,7 @@ def _verify(options: argparse.Namespace) -> None:
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
-    from panollava.provenance.dvc_cache import remove_damaged
+    from panollava.provenance.dvc_cache import delete_corrupted
 
     try:
         repo = Repo()
@@ -222,7 +228,7 @@ def _verify(options: argparse.Namespace) -> None:
         raise UserError(
             f"{Path.cwd()}: no DVC repository; run it in the project's folder"
         ) from None
-    remove_damaged(Path(repo.cache.local.path))
+    delete_corrupted(Path(repo.cache.local.path))
 
 
 def _digest(options: argparse.Namespace) -> None:

@@ -1,21 +1,82 @@
-"""What `prepare` and `features` wrote, memory-mapped, and its batches."""
+"""Batches: the plan of an epoch, readers of what `prepare` and `features` wrote, and the loader.
 
+An epoch's plan says which panoramas, and which of their rows, make each optimizer step. It is a
+function of (seed, epoch) alone, so that resuming needs no stored state.
+
+Worker processes of the loader ignore Ctrl-C and SIGTERM; only the main process reacts to them,
+because it needs its workers for the step that it saves. It ends them with a SIGTERM of its own. A
+worker whose main process was killed exits by itself."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from panollava.arrays import open_array
-from panollava.data.dialogue import Dialogue, Packed, Row, pack
-from panollava.data.steps import Step, divide, plan_epoch
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import Packed, Row, pack
 from panollava.errors import UserError
+from panollava.files import open_array
+
+Step = list[tuple[int, list[int]]]  # (panorama, its rows), each panorama once
+
+_LOOK_AHEAD = 64  # panoramas searched for one that fills a step
+# On other systems than Linux, a worker cannot see who sent a signal.
+_BLOCKED = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else set()
+_POLL_SECONDS = 2.0
 
 BatchT = TypeVar("BatchT", covariant=True)
+
+
+def plan_epoch(
+    rows: dict[int, list[int]], batch_size: int, seed: int, epoch: int | None
+) -> list[Step]:
+    """Divide all rows into steps of at most `batch_size` rows.
+
+    A panorama's rows stay together in a step unless there are more than `batch_size` of them.
+    `rows` maps each panorama to its rows; `epoch` None keeps their order (validation).
+    """
+    order = list(rows)
+    if epoch is not None:
+        order = [order[i] for i in np.random.default_rng((seed, epoch)).permutation(len(order))]
+    pending = [
+        (panorama, rows[panorama][at : at + batch_size])
+        for panorama in order
+        for at in range(0, len(rows[panorama]), batch_size)
+    ]
+    steps: list[Step] = []
+    while pending:
+        step: Step = []
+        room, at = batch_size, 0
+        while room and at < min(len(pending), _LOOK_AHEAD):
+            panorama, own = pending[at]
+            if len(own) <= room and all(panorama != other for other, _ in step):
+                step.append(pending.pop(at))
+                room -= len(own)
+            else:
+                at += 1
+        steps.append(step)
+    return steps
+
+
+def divide(step: Step, parts: int) -> list[Step]:
+    """Divide a step's panoramas into at most `parts` non-empty parts of about equal rows."""
+    shares: list[Step] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for panorama, rows in sorted(step, key=lambda item: -len(item[1])):
+        lightest = loads.index(min(loads))
+        shares[lightest].append((panorama, rows))
+        loads[lightest] += len(rows)
+    return [share for share in shares if share]
 
 
 class Reader(Protocol[BatchT]):
@@ -139,3 +200,41 @@ def gather(array: NDArray, index: list[int]) -> Tensor:
     """Rows of a memory-mapped array, copied into memory; half precision becomes single."""
     rows = np.stack([array[i] for i in index])
     return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))
+
+
+class StepLoader(DataLoader):
+    """One item of the dataset is a whole batch."""
+
+    def __init__(self, dataset: Any, workers: int, pin_memory: bool) -> None:
+        super().__init__(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_init_worker,
+        )
+
+    def __iter__(self) -> Any:
+        # Workers inherit what is held back, from their first moment on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(worker: int) -> None:
+    if _BLOCKED:
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # PyTorch's own watch takes the parent that it finds for the main process, also where that is
+    # gone by then, and it looks between two items only.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        told = signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS)
+        if told is not None and told.si_pid == parent.pid:
+            break
+    os._exit(0)

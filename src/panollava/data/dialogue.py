@@ -1,21 +1,12 @@
-"""The dialogue: the prompt in the tokenizer's own chat template, and the packing of all rows of
-a panorama behind one prefix.
-
-    [text before the image][vision tokens][query 1, answer 1][query 2, answer 2] ...
-
-Each row sees the prefix and itself, and its positions restart after the prefix, so that it gets
-the loss that it would get in a sequence of its own."""
+"""The prompt: queries and answers as tokens in the tokenizer's chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from panollava.data.packing import Row
 from panollava.errors import UserError
 
 # Unlikely words that hold a place while the chat template is rendered.
@@ -24,29 +15,6 @@ _IMAGE, _QUERY, _ANSWER = "⟦image⟧", "⟦query⟧", "⟦answer⟧"
 # one when answers are asked for than it was in training.
 _DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _PLAIN_TEMPLATE = f"USER: {_IMAGE}\n{_QUERY}\nASSISTANT: {_ANSWER}"
-
-IGNORED = -1  # segment of padding
-
-
-@dataclass(frozen=True)
-class Row:
-    """One query and its answer as tokens."""
-
-    query: list[int]
-    answer: list[int]  # ends with the stop token unless it was cut
-
-    def __len__(self) -> int:
-        return len(self.query) + len(self.answer)
-
-
-class Packed(NamedTuple):
-    """Rows of several panoramas, one sequence each. The prefix has the same length in all."""
-
-    tokens: Tensor  # (batch, length) int64; what stands at vision tokens isn't read
-    positions: Tensor  # (batch, length) int64
-    segments: Tensor  # (batch, length) int64: 0 prefix, 1.. rows, -1 padding
-    predicts: Tensor  # (answers,) int64: flat positions whose next token is supervised
-    labels: Tensor  # (answers,) int64
 
 
 class Dialogue:
@@ -148,47 +116,3 @@ class Dialogue:
         if not self.tokenizer.chat_template and self.tokenizer.bos_token:
             before = self.tokenizer.bos_token + before
         return before, between, opening, closing
-
-
-def pack(prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad: int) -> Packed:
-    """Pack the rows of each panorama behind the prefix, padded at the end to one length.
-
-    Raises:
-        UserError: a row without a supervised token.
-    """
-    start = len(prefix) + vision_tokens
-    length = start + max(sum(len(row) for row in rows) for rows in panoramas)
-    tokens = torch.full((len(panoramas), length), pad)
-    positions = torch.zeros((len(panoramas), length), dtype=torch.int64)
-    segments = torch.full((len(panoramas), length), IGNORED)
-    tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
-    positions[:, :start] = torch.arange(start)
-    segments[:, :start] = 0
-    predicts: list[int] = []
-    labels: list[int] = []
-    for sequence, rows in enumerate(panoramas):
-        at = start
-        for segment, row in enumerate(rows, start=1):
-            if not row.answer:
-                raise UserError("a row without a supervised answer token can't be trained on")
-            end = at + len(row)
-            tokens[sequence, at:end] = torch.tensor(row.query + row.answer)
-            positions[sequence, at:end] = torch.arange(start, start + len(row))
-            segments[sequence, at:end] = segment
-            # The token before each answer token predicts it.
-            first = sequence * length + at + len(row.query) - 1
-            predicts += range(first, first + len(row.answer))
-            labels += row.answer
-            at = end
-    return Packed(tokens, positions, segments, torch.tensor(predicts), torch.tensor(labels))
-
-
-def attention_mask(segments: Tensor) -> Tensor:
-    """What each token may attend to: (batch, length) -> bool (batch, 1, length, length).
-
-    Padding attends to itself, because attention over nothing is not a number."""
-    length = segments.shape[1]
-    index = torch.arange(length, device=segments.device)
-    query, key = segments[:, :, None], segments[:, None, :]
-    allowed = (index[:, None] >= index) & ((key == 0) | (key == query)) & (key != IGNORED)
-    return (allowed | (index[:, None] == index))[:, None]

@@ -64,7 +64,7 @@ def _read(picture: Image.Image, width: int) -> NDArray[np.uint8]:
 
 
 def _is_ordinary(picture: Image.Image) -> bool:
-    """A JPEG, in colour or grey, that is stored upright."""
+    """A JPEG, in color or grey, that is stored upright."""
     jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
     return jpeg and _orientation(picture) == 1
 
@@ -79,7 +79,7 @@ def _decode(
         return None
     width, height = size
     panorama = np.zeros((height, width, 3), np.uint8)
-    # A row's colours are of the next one too.
+    # A row's colors are of the next one too.
     rows = math.ceil(full * until + 4 * full / height)
     shortened = _with_height(jpeg, rows)
     try:

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from panollava import config, paths
-from panollava.arrays import write_array
 from panollava.data.images import read_panorama, roll
 from panollava.data.rows import COLUMNS, read_rows
 from panollava.errors import UserError
-from panollava.files import write_csv
+from panollava.files import write_array, write_csv
 from panollava.geometry.views import Sampler, layout
-from panollava.provenance import made_from as provenance
+from panollava.provenance import made_from
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def prepare(
     splits = {}
     rolled = out / "rolled.npy"
     rolled.unlink(missing_ok=True)
-    provenance.forget(out)
+    made_from.invalidate(out)
     for split in SPLITS:
         _clear(out / split)
         splits[split] = read_rows(folder / f"{split}.csv", root)
@@ -88,7 +87,7 @@ def prepare(
         log.info(
             "%s: %d rows over %d panoramas, %s", split, len(rows), len(pictures[split]), rejected
         )
-    provenance.record_prepared(data, views, out)
+    made_from.record_prepared(data, views, out)
     for one, other in combinations(SPLITS, 2):
         if shared := pictures[one] & pictures[other]:
             log.warning(

@@ -103,7 +103,7 @@ def _model() -> SiglipModel:
 def _see(
     settings: DemoSettings, stream: str, count: int
 ) -> tuple[NDArray[np.uint8], list[Caption], list[Seen]]:
-    """All views of `count` scenes, their captions, and the patches at the objects' centres."""
+    """All views of `count` scenes, their captions, and the patches at the objects' centers."""
     layout = views.layout(VIEWS)
     sampler = views.Sampler(layout, VIEWS.size)
     pixels, captions, seen = [], [], []
@@ -118,7 +118,7 @@ def _see(
 
 
 def _describe(scene: Scene, projection: sphere.Projection) -> tuple[Caption, Seen]:
-    """What a view holds, from left to right: objects whose centre it sees."""
+    """What a view holds, from left to right: objects whose center it sees."""
     found = []
     for item in scene.objects:
         yaw, distance = math.radians(item.yaw), item.distance
@@ -146,7 +146,7 @@ def _loss(
 ) -> Tensor:
     """SigLIP's loss of views against captions, where each caption has a twin that is wrong in one
     word, and of regions against names. Equal texts are one text."""
-    seen = model.vision_model(normalise(pixels))
+    seen = model.vision_model(normalize(pixels))
     texts = list(dict.fromkeys([*captions, *(_spoil(c, random) for c in captions)]))
     index = {text: i for i, text in enumerate(texts)}
     loss = _sigmoid_loss(model, seen.pooler_output, texts, [index[c] for c in captions])
@@ -177,7 +177,7 @@ def _pooled(hidden: Tensor) -> Tensor:
 
 
 def _regions(seen: list[Seen]) -> Tensor:
-    """(objects, 5) int64: view, row and column of the pooled token at its centre, color, shape."""
+    """(objects, 5) int64: view, row and column of the pooled token at its center, color, shape."""
     return torch.tensor(
         [
             (view, row // _POOL, column // _POOL, color, shape)
@@ -196,17 +196,17 @@ def _spoil(caption: Caption, random: np.random.Generator) -> Caption:
     return (*caption[:at], str(random.choice(others)), *caption[at + 1 :])
 
 
-def normalise(pixels: NDArray[np.uint8]) -> Tensor:
+def normalize(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 (views, height, width, 3) -> what the tower takes."""
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
 @torch.inference_mode()
 def probe(tower: torch.nn.Module, settings: DemoSettings, scenes: int = 150) -> dict[str, float]:
-    """How often a linear classifier on the pooled token at an object's centre names its color and
+    """How often a linear classifier on the pooled token at an object's center names its color and
     its shape, on scenes that it wasn't fitted on."""
     pixels, _, seen = _see(settings, "probe", scenes)
-    tokens = _pooled(tower(normalise(pixels)).last_hidden_state)
+    tokens = _pooled(tower(normalize(pixels)).last_hidden_state)
     index = _regions(seen)
     x = tokens[index[:, 0], index[:, 1], index[:, 2]].double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)

@@ -5,8 +5,8 @@ from collections.abc import Collection
 
 from panollava.demo.questions import NUMBERS, PLACES, QUERIES, spell
 from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES
+from panollava.evaluation.facts import FactReader, Facts
 
-Facts = dict[str, frozenset[tuple[str, ...]]]
 DIRECTED = frozenset({"color_by_direction", "color_shape_by_direction", "largest", "around"})
 
 _TOPICS = {spell(query): topic for topic, query in QUERIES.items()}
@@ -44,3 +44,6 @@ def read_facts(query: str, answer: str) -> Facts:
 
 def _words(answer: str, known: Collection[str]) -> frozenset[tuple[str, ...]]:
     return frozenset((word,) for word in re.findall(r"\w+", answer) if word in known)
+
+
+READER = FactReader(read_facts, DIRECTIONS, DIRECTED)

@@ -20,7 +20,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from panollava.data.dialogue import Dialogue, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
 from panollava.demo.scenes import (
     CLEAR,

@@ -1,4 +1,4 @@
-"""The demo's panoramas: rooms and landscapes with a few coloured objects at known directions.
+"""The demo's panoramas: rooms and landscapes with a few colored objects at known directions.
 
 A scene is a function of (seed, index), and is rendered by casting one ray a pixel."""
 
@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from panollava.geometry.sphere import cell_centres, panorama_rays, rays_from_angles
+from panollava.geometry.sphere import cell_centers, panorama_rays, rays_from_angles
 
 COLORS = {
     "red": (0.85, 0.08, 0.08),
@@ -39,7 +39,7 @@ class Object:
     color: str
     shape: str
     direction: str | None  # None: between two of them
-    yaw: float  # degrees, of its centre
+    yaw: float  # degrees, of its center
     distance: float  # metres
     size: float
     turn: float  # degrees about the vertical
@@ -147,7 +147,7 @@ def _rays(height: int) -> NDArray[np.float64]:
 
 def _near(item: Object, height: int) -> NDArray[np.intp]:
     """The pixels in whose columns the object may be."""
-    yaw = 360 * cell_centres(2 * height) - 180
+    yaw = 360 * cell_centers(2 * height) - 180
     apart = np.abs((yaw - item.yaw + 180) % 360 - 180)
     columns = apart < np.degrees(np.arctan2(item.size, item.distance)) + 5
     return np.flatnonzero(np.tile(columns, height))
@@ -180,7 +180,7 @@ def _surroundings(kind: str, height: int) -> NDArray[np.float64]:
 
 
 def _place(item: Object) -> NDArray[np.float64]:
-    """The point on the ground under the object's centre."""
+    """The point on the ground under the object's center."""
     yaw = np.radians(item.yaw)
     direction = rays_from_angles(yaw, np.zeros(()))
     return direction * item.distance + np.array([0.0, -EYE, 0.0])

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from panollava import paths
-from panollava.arrays import open_array
 from panollava.config import Settings
 from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
@@ -24,14 +23,14 @@ from panollava.errors import UserError
 from panollava.evaluation.captions import agreement, score
 from panollava.evaluation.confidence import interval_of_mean
 from panollava.evaluation.facts import FactReader, Key, compare, find_reader, rotation, seam
-from panollava.files import whole, write_csv
+from panollava.files import atomic_write, open_array, write_csv
+from panollava.model.device import autocast, cast_frozen_linears, choose_device
 from panollava.model.generate import answer
-from panollava.model.panollava import PanoLLaVA, build_model, end_tokens
-from panollava.model.precision import autocast, hold_as_computed
+from panollava.model.language_model import end_tokens
+from panollava.model.panollava import PanoLLaVA, build_model
 from panollava.model.weights import load_weights
 from panollava.provenance.made_from import check_features, check_prepared
 from panollava.stages import find_stage
-from panollava.training.features import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +52,11 @@ def evaluate(settings: Settings) -> None:
     torch.set_num_threads(settings.trainer.threads)
     model, tokenizer = build_model(settings.model, settings.views)
     source = paths.weights_file(_RESULT_OF.name)
-    load_weights(source, model, _RESULT_OF.saves, _RESULT_OF.name)
+    load_weights(source, model, _RESULT_OF.saves, _RESULT_OF)
     check_prepared(settings.views)
     check_features(settings, model.encoder)
     model.eval().requires_grad_(False)
-    hold_as_computed(model, settings.trainer.precision)
+    cast_frozen_linears(model, settings.trainer.precision)
     model.to(device)
     features = open_array(paths.FEATURES / f"{own.split}.npy")
     rows = read_prepared_rows(paths.PREPARED / own.split / "rows.csv")
@@ -87,7 +86,7 @@ def evaluate(settings: Settings) -> None:
     log.info("%s", json.dumps(metrics, indent=2))
     urls = dict(zip(rows["panorama"], rows["url"], strict=True))
     _write_predictions(paths.PREDICTIONS, answers, references, urls)
-    with whole(paths.EVALUATION) as beside:
+    with atomic_write(paths.EVALUATION) as beside:
         beside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,5 @@
-"""Where two neighbouring views look the same way, and the features that they have there. Which
-views are neighbours is decided in `views`, what is done with the features in `losses`."""
+"""Where two neighboring views look the same way, and the features that they have there. Which
+views are neighbors is decided in `views`, what is done with the features in `losses`."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from panollava.errors import UserError
-from panollava.geometry.sphere import Array, angles_from_rays, cell_centres
+from panollava.geometry.sphere import Array, angles_from_rays, cell_centers
 from panollava.geometry.views import Layout
 
-Match = tuple[Array, NDArray[np.bool_]]  # position and mask of one pair of neighbours
+Match = tuple[Array, NDArray[np.bool_]]  # position and mask of one pair of neighbors
 
 
 class Correspondences(NamedTuple):
-    """For each pair of neighbours, where the target sees the source's tokens."""
+    """For each pair of neighbors, where the target sees the source's tokens."""
 
     source: Tensor  # (pairs,) int64: index of a view
     target: Tensor  # (pairs,) int64
@@ -30,9 +30,9 @@ class Correspondences(NamedTuple):
         return Correspondences(*(tensor.to(device) for tensor in self))
 
 
-def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondences:
-    """Match the tokens of neighbours. `centres`: of a view's grid of equal tokens, which begins at
-    its upper left corner, as fractions of its side (`encoder.token_centres`).
+def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondences:
+    """Match the tokens of neighbors. `centers`: of a view's grid of equal tokens, which begins at
+    its upper left corner, as fractions of its side (`encoder.token_centers`).
 
     `exact`: the ray of each source token is projected into the target. `naive`: the right half
     of a view's columns against the left half of the next one's, index by index, as if overlapping
@@ -45,14 +45,14 @@ def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondence
     if mode not in ("exact", "naive"):
         raise UserError(f"stage.vision.overlap: expected exact or naive, found '{mode}'")
     match = _exact if mode == "exact" else _naive
-    found = [match(layout, pair, centres) for pair in layout.neighbours]
+    found = [match(layout, pair, centers) for pair in layout.neighbors]
     if not any(mask.any() for _, mask in found):
         raise UserError(
-            f"the views share no token of their {len(centres)} x {len(centres)}, so that the "
+            f"the views share no token of their {len(centers)} x {len(centers)}, so that the "
             "vision stage has nothing to compare: use a strategy of several views, widen views.fov "
             "or raise views.overlap; or set stage.vision.epochs to 0"
         )
-    source, target = torch.tensor(layout.neighbours).unbind(dim=1)
+    source, target = torch.tensor(layout.neighbors).unbind(dim=1)
     mask = np.stack([mask for _, mask in found])
     weights = np.stack([_bilinear(*own) for own in found]).astype(np.float32)
     arrays = map(torch.from_numpy, (weights, mask, np.flatnonzero(mask)))
@@ -61,7 +61,7 @@ def correspondences(layout: Layout, centres: Array, mode: str) -> Correspondence
 
 def _bilinear(position: Array, mask: NDArray[np.bool_]) -> Array:
     """(tokens, tokens): a row for each position in a grid, (x, y) in tokens from the first one's
-    centre. Rows sum to 1, but for those that the mask leaves out."""
+    center. Rows sum to 1, but for those that the mask leaves out."""
     grid = len(mask)
     along_x, along_y = (
         np.maximum(0, 1 - np.abs(position[..., axis, None] - np.arange(grid))) for axis in (0, 1)
@@ -70,28 +70,28 @@ def _bilinear(position: Array, mask: NDArray[np.bool_]) -> Array:
     return weights.reshape(grid * grid, grid * grid)
 
 
-def _exact(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
+def _exact(layout: Layout, pair: tuple[int, int], centers: Array) -> Match:
     source, target = (layout.projections[view] for view in pair)
-    position, inside = target.position(source.rays(centres, centres))
-    grid = len(centres)
-    position /= 2 * grid * centres[0]  # of the view -> of its tokens, which may leave a margin
-    # Bilinear reading needs four tokens around it: stay within the centres of the outer ones.
+    position, inside = target.position(source.rays(centers, centers))
+    grid = len(centers)
+    position /= 2 * grid * centers[0]  # of the view -> of its tokens, which may leave a margin
+    # Bilinear reading needs four tokens around it: stay within the centers of the outer ones.
     edge = 0.5 / grid - 1e-9
     inside &= ((position >= edge) & (position <= 1 - edge)).all(axis=-1)
     return grid * position - 0.5, inside
 
 
-def _naive(layout: Layout, pair: tuple[int, int], centres: Array) -> Match:
-    middle = cell_centres(1)
+def _naive(layout: Layout, pair: tuple[int, int], centers: Array) -> Match:
+    middle = cell_centers(1)
     _, (one, other) = angles_from_rays(
         np.concatenate([layout.projections[view].rays(middle, middle) for view in pair])
     )
     if not np.isclose(one, other).all():
         raise UserError(
             "stage.vision.overlap: naive needs views that stand side by side (strategies e2p and "
-            "sliding_window), but these have neighbours above and below; set it to exact"
+            "sliding_window), but these have neighbors above and below; set it to exact"
         )
-    grid = len(centres)
+    grid = len(centers)
     half = grid // 2
     own = np.arange(grid, dtype=np.float64)
     position = np.stack(np.meshgrid(np.roll(own, grid - half), own), axis=-1)

@@ -1,6 +1,6 @@
 """Directions on the sphere, and how panoramas and views map to them; the only trigonometry.
 
-Rays are (x right, y up, z forward). Yaw grows to the right from the panorama's centre, pitch
+Rays are (x right, y up, z forward). Yaw grows to the right from the panorama's center, pitch
 grows upwards. Settings are in degrees, everything inside in radians."""
 
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ def angles_from_rays(rays: Array) -> tuple[Array, Array]:
     return np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
 
 
-def cell_centres(count: int) -> Array:
+def cell_centers(count: int) -> Array:
     """Centres of `count` equal cells of [0, 1]."""
     return (np.arange(count) + 0.5) / count
 
 
 def panorama_rays(height: int, width: int) -> Array:
     """Rays of an equirectangular panorama's pixels: (height, width, 3)."""
-    return Window(0, 0, 360, 180).rays(cell_centres(width), cell_centres(height))
+    return Window(0, 0, 360, 180).rays(cell_centers(width), cell_centers(height))
 
 
 def panorama_position(rays: Array) -> Array:
@@ -87,7 +87,7 @@ class Gnomonic:
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle cut from the panorama: centre and extent in degrees."""
+    """A rectangle cut from the panorama: center and extent in degrees."""
 
     yaw: float
     pitch: float

@@ -1,4 +1,4 @@
-"""The views of a panorama: which way they look, which are neighbours, and how they are sampled.
+"""The views of a panorama: which way they look, which are neighbors, and how they are sampled.
 What they share is found in `overlap`."""
 
 import functools
@@ -16,17 +16,17 @@ from panollava.geometry.sphere import (
     Gnomonic,
     Projection,
     Window,
-    cell_centres,
+    cell_centers,
     panorama_position,
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Views in order, and the pairs of neighbours that see the same directions."""
+    """Views in order, and the pairs of neighbors that see the same directions."""
 
     projections: tuple[Projection, ...]
-    neighbours: tuple[tuple[int, int], ...]
+    neighbors: tuple[tuple[int, int], ...]
 
 
 def layout(settings: config.Views) -> Layout:
@@ -116,10 +116,10 @@ def _all_round(count: int) -> tuple[tuple[int, int], ...]:
     return tuple((i, (i + 1) % count) for i in range(count)) if count > 1 else ()
 
 
-def token_rays(layout: Layout, centres: Array) -> Array:
-    """Rays of tokens (or pixels) whose centres are at these fractions of a view's side, across and
-    down: (views, len(centres), len(centres), 3)."""
-    return np.stack([projection.rays(centres, centres) for projection in layout.projections])
+def token_rays(layout: Layout, centers: Array) -> Array:
+    """Rays of tokens (or pixels) whose centers are at these fractions of a view's side, across and
+    down: (views, len(centers), len(centers), 3)."""
+    return np.stack([projection.rays(centers, centers) for projection in layout.projections])
 
 
 class Sampler:
@@ -128,7 +128,7 @@ class Sampler:
 
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
-        rays = token_rays(layout, cell_centres(size))
+        rays = token_rays(layout, cell_centers(size))
         self.panorama_width = _least_width(rays)
         self._position = panorama_position(rays)
         self.until = float(self._position[..., 1].max())  # share of the height that is looked at
@@ -147,7 +147,7 @@ class Sampler:
     def _make_maps(self, height: int, width: int) -> tuple[NDArray, NDArray]:
         """Fixed-point maps into the padded panorama: int16 (views, size, size, 2), whole pixels,
         and uint16 (views, size, size), 1/32 pixels as an index of OpenCV's table of weights."""
-        # The centre of the first pixel is at 0.5 of the panorama, and at 1 of the padded one.
+        # The center of the first pixel is at 0.5 of the panorama, and at 1 of the padded one.
         x = (self._position[..., 0] * width + 0.5).astype(np.float32)
         y = (self._position[..., 1] * height + 0.5).astype(np.float32)
         flat = (-1, self.size)
@@ -159,7 +159,7 @@ def _least_width(rays: Array) -> int:
     """The smallest width at which a panorama should be decoded.
 
     Views come out closest to their supersampled selves where the panorama's pixels are as fine as
-    the finest along the views' middle rows and columns. A decoder halves; of two neighbouring
+    the finest along the views' middle rows and columns. A decoder halves; of two neighboring
     sizes, the nearer by ratio is better, which is the smaller one down to 1/sqrt(2)."""
     middle = rays.shape[1] // 2
     lines = rays[:, middle], rays[:, :, middle]

@@ -3,25 +3,14 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from panollava import config
-from panollava.data.dialogue import Packed, Row, attention_mask, pack
+from panollava.data.packing import Packed, Row, attention_mask, pack
 from panollava.errors import UserError
 from panollava.geometry import sphere, views
-from panollava.model.encoder import (
-    from_pretrained_arguments,
-    load_encoder,
-    load_from,
-    load_model,
-    pool_tokens,
-    token_centres,
-)
+from panollava.model.encoder import load_encoder, pool_tokens, token_centers
+from panollava.model.language_model import load_language_model
 from panollava.model.resampler import build_resampler
 
 
@@ -124,8 +113,8 @@ def build_model(
     resampler that don't fit."""
     encoder = load_encoder(settings.encoder, layout_settings.size, weights)
     language, tokenizer = load_language_model(settings.language_model, weights)
-    centres = token_centres(encoder, layout_settings.size, settings.resampler.pool)
-    rays = views.token_rays(views.layout(layout_settings), centres)
+    centers = token_centers(encoder, layout_settings.size, settings.resampler.pool)
+    rays = views.token_rays(views.layout(layout_settings), centers)
     encoding = sphere.encode_direction(rays, settings.resampler.direction_degree)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -168,16 +157,3 @@ def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
             f"{own} gives packed rows other logits than each by itself (by {apart:.2g} of their "
             f"spread), so that it wouldn't learn what it is asked; {other}"
         )
-
-
-def end_tokens(language_model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens with which it ends what it says, by its generation_config.json."""
-    ends = language_model.generation_config.eos_token_id
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
-
-
-def load_language_model(pretrained: config.Pretrained, weights: bool = True):  # type: ignore[no-untyped-def]
-    """A causal language model in fp32, and its tokenizer."""
-    tokenizer = load_from(AutoTokenizer, from_pretrained_arguments(pretrained))
-    language = load_model(AutoModelForCausalLM, pretrained, weights, dtype=torch.float32)
-    return language, tokenizer

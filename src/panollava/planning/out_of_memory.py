@@ -11,19 +11,17 @@ import psutil
 import torch
 
 from panollava.config import Settings
-from panollava.errors import UserError
-from panollava.files import memory_fault
+from panollava.errors import UserError, out_of_memory_reason
+from panollava.model.device import choose_device, peak_memory
 from panollava.planning.plan import memory_if
 from panollava.stages import Stage
-from panollava.training.curves import peak_memory
-from panollava.training.features import choose_device
 
 _SAFE = 0.9  # share of the memory that a plan may fill: allocators waste some
 _LATER = 50_000_000  # bytes of modules that are imported after the start
 
 
 @contextlib.contextmanager
-def shortage_told(stage: Stage, settings: Settings) -> Iterator[None]:
+def explain_out_of_memory(stage: Stage, settings: Settings) -> Iterator[None]:
     """Raise too little memory in the block, which trains, as a UserError that names a value to
     set. The processes which load batches have a shortage of their own."""
     program = psutil.Process().memory_info().rss + _LATER
@@ -31,7 +29,7 @@ def shortage_told(stage: Stage, settings: Settings) -> Iterator[None]:
         yield
         return
     except (MemoryError, RuntimeError) as error:
-        reason = memory_fault(error)
+        reason = out_of_memory_reason(error)
         if reason is None or "DataLoader worker" in reason or "shared memory" in reason:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the model and the step

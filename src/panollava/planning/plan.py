@@ -2,7 +2,6 @@
 settings, the towers' configurations and, where there are any, the rows. No weights are loaded."""
 
 import dataclasses
-import importlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -17,16 +16,15 @@ from torch import nn
 
 from panollava.config import Settings
 from panollava.data.prepare import SPLITS
-from panollava.files import whole
+from panollava.files import atomic_write
 from panollava.geometry.views import layout
 from panollava.logs import table
+from panollava.model.device import choose_device
 from panollava.model.encoder import encoder_grid, load_encoder
-from panollava.model.precision import hold_as_computed
 from panollava.planning.step_memory import StepMemory, step_memory
 from panollava.planning.workload import Workload, find_workload, read_split
-from panollava.stages import STAGES, Stage, freeze_all_but
-from panollava.training.features import choose_device
-from panollava.training.gradient_checkpointing import checkpoint_layers
+from panollava.stages import STAGES, Stage
+from panollava.training.objective import load_objective, prepare_parts
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +114,14 @@ def memory_if(
 def _memory(settings: Settings, stage: Stage, work: Workload, checkpointed: bool) -> StepMemory:
     found = []
     for step in work.heaviest or [[]]:
-        objective = _objective(settings, stage)
-        if checkpointed:
-            checkpoint_layers(objective.model)
+        objective = _objective(settings, stage, checkpointed)
         found.append(step_memory(objective, step, settings.trainer.precision, _device(settings)))
     return max(found, key=lambda memory: memory.total)
 
 
-def _objective(settings: Settings, stage: Stage) -> Any:
-    objective = importlib.import_module(stage.objective).Objective(stage, settings, weights=False)
-    freeze_all_but(objective.model, stage.trains)
-    hold_as_computed(objective.model, settings.trainer.precision, (*stage.trains, *stage.saves))
+def _objective(settings: Settings, stage: Stage, checkpointing: bool = False) -> Any:
+    objective = load_objective(stage, settings, weights=False)
+    prepare_parts(objective.model, stage, settings.trainer.precision, checkpointing)
     return objective
 
 
@@ -202,5 +197,5 @@ def _line(name: str, own: StagePlan, program: int, checkpointed: bool) -> tuple[
 
 
 def write_json(planned: Plan, file: Path) -> None:
-    with whole(file) as beside:
+    with atomic_write(file) as beside:
         beside.write_text(json.dumps(dataclasses.asdict(planned), indent=2) + "\n")

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from panollava.data.dialogue import Row
-from panollava.model.precision import autocast
-from panollava.training.lightning_module import StageObjective
+from panollava.data.packing import Row
+from panollava.model.device import autocast
+from panollava.training.objective import StageObjective
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def step_memory(
     if not parts:
         return StepMemory(weights, 0, 0, 0)
     # Geometry is real, small, and taken as if it were fake.
-    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as alive:
         _make_fake(objective, device)
         held = alive.now
         batches = [_to(objective.blank(part), device) for part in parts]
@@ -75,7 +75,7 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-class Alive(TorchDispatchMode):
+class LiveStorage(TorchDispatchMode):
     """Counts the bytes of all storages that come up in the block and are alive, each once."""
 
     def __init__(self) -> None:

@@ -8,10 +8,9 @@ import pandas as pd
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import labelled_rows, read_prepared_rows
-from panollava.data.dialogue import Row
+from panollava.data.batches import Step, divide, labelled_rows, plan_epoch, read_prepared_rows
+from panollava.data.packing import Row
 from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, read_rows
-from panollava.data.steps import Step, divide, plan_epoch
 from panollava.stages import Stage
 
 Part = list[list[Row]]  # the rows of each of its panoramas

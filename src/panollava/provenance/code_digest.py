@@ -27,7 +27,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     ),
     "features": ("panollava.training.features:write_features",),
     "finetune": (_TRAIN, "panollava.training.answer_objective:Objective"),
-    "evaluate": ("panollava.evaluation.evaluate:evaluate",),
+    "evaluate": ("panollava.evaluation.evaluate:evaluate", "panollava.demo.facts:READER"),
     "demo-scenes": ("panollava.demo.dataset:make_scenes",),
     "demo-encoder": ("panollava.demo.encoder:make_encoder",),
     "demo-language-model": ("panollava.demo.language_model:make_language_model",),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 
-def remove_damaged(cache: Path) -> list[Path]:
+def delete_corrupted(cache: Path) -> list[Path]:
     """Remove the files under `cache` (such as .dvc/cache/files/md5) whose MD5 isn't their name,
     and return them. `dvc repro` makes them again."""
     files = sorted(file for file in cache.glob("??/*") if file.is_file())

@@ -3,7 +3,6 @@ to be made anew; where commands are run without it, what an earlier one left may
 views or weights."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,20 +13,20 @@ if TYPE_CHECKING:  # prepare needs no torch
 
 from panollava import config, paths
 from panollava.errors import UserError
-from panollava.files import whole
-from panollava.provenance.resume import fingerprint
+from panollava.files import write_json
+from panollava.provenance.fingerprint import file_sha256, fingerprint
 
 _NAME = "provenance.json"
 
 
-def forget(folder: Path) -> None:
+def invalidate(folder: Path) -> None:
     """Before what lies in the folder is made anew."""
     (folder / _NAME).unlink(missing_ok=True)
 
 
 def record_prepared(data: config.Data, views: config.Views, out: Path) -> None:
     """Write `out`/provenance.json, where `prepare` has written the rest."""
-    files = {str(file.relative_to(out)): _digest(file) for file in sorted(out.rglob("*.npy"))}
+    files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
     _write(out, {"data.dir": os.path.normpath(data.dir), **_flat(views), "files": files})
 
 
@@ -85,14 +84,8 @@ def _read(folder: Path, command: str) -> dict[str, Any]:
 
 
 def _write(folder: Path, described: dict[str, Any]) -> None:
-    with whole(folder / _NAME) as beside:
-        beside.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / _NAME, described)
 
 
 def _flat(views: config.Views) -> dict[str, Any]:
     return {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -11,11 +11,14 @@ from torch.nn import functional
 from panollava import paths
 from panollava.config import Settings, TextStage
 from panollava.data.batches import TextBatch, TextReader
-from panollava.data.dialogue import Dialogue, Row, pack
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import Row, pack
 from panollava.errors import UserError
 from panollava.geometry.views import layout
-from panollava.model.encoder import describe_config, encoder_grid
-from panollava.model.panollava import build_model, end_tokens
+from panollava.model.encoder import encoder_grid
+from panollava.model.language_model import end_tokens
+from panollava.model.panollava import build_model
+from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,7 @@
 """A training stage's checkpoints: when they are written and how, and which are kept and read."""
 
 import logging
-import pickle
 import signal
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from panollava.errors import UserError
-from panollava.files import whole
+from panollava.files import atomic_write
+from panollava.model.weights import read_checkpoint
 from panollava.training.lightning_module import LitStage
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class Checkpoints(pl.Callback):
             except UserError as error:
                 log.warning("%s", error)
                 continue
-            module.go_on_from(saved, file)
+            module.resume_from(saved, file)
             return True
         return False
 
@@ -108,28 +107,10 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         # To an opened file: what is written then doesn't depend on its name.
-        with whole(Path(path)) as beside, beside.open("wb") as file:
+        with atomic_write(Path(path)) as beside, beside.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's own, on top of the file's
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values alone. Raises UserError for a missing, damaged or foreign file."""
-    try:
-        if not zipfile.is_zipfile(path) and path.is_file():  # torch.load fails on such in many ways
-            raise EOFError("no zip archive, as torch.save writes it, or cut off")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: damaged, or no checkpoint ({reason}); a run that goes on leaves it out"
-        ) from None
-    if not isinstance(saved, dict) or not {"state_dict", "epoch_step", "best"} <= saved.keys():
-        raise UserError(f"{path}: not a checkpoint of PanoLLaVA")
-    return saved

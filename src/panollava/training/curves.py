@@ -1,19 +1,19 @@
 """The curves of a training stage: those that are the same for the same inputs, and apart from them
 those of this machine's speed and memory."""
 
-import re
-import resource
-import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from dvclive import Live
 
+from panollava.errors import UserError
+from panollava.model.device import peak_memory
 from panollava.training.lightning_module import LitStage
-from panollava.training.tracking import Track
+
+Track = Callable[[int, Mapping[str, float]], None]
 
 
 class Curves(pl.Callback):
@@ -77,13 +77,19 @@ def open_live(folder: Path) -> Live:
     return Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU that trains, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    # What follows knows no better than the largest of this program and the one that started it.
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def open_tracker(project: str | None, name: str, settings: dict[str, Any]) -> Track:
+    """What writes the values of a step to a new run `name`; nothing where there is no project.
+    A run ends when the next one starts, or with the process.
+
+    Raises UserError if wandb isn't installed."""
+    if project is None:
+        return lambda step, values: None
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError(
+            f"machine.wandb: '{project}' asks for Weights & Biases, which isn't installed: "
+            "pip install wandb, or set machine.wandb to null"
+        ) from None
+    run = wandb.init(project=project, name=name, config=settings, reinit="finish_previous")
+    return lambda step, values: run.log(dict(values), step=step)

@@ -9,15 +9,15 @@ from torch import nn
 from tqdm import tqdm
 
 from panollava import paths
-from panollava.arrays import open_array, write_array
 from panollava.config import Settings
 from panollava.data.batches import gather
 from panollava.errors import UserError
-from panollava.model.encoder import load_encoder, pool_tokens
-from panollava.model.precision import autocast
-from panollava.provenance import made_from as provenance
+from panollava.files import open_array, write_array
+from panollava.model.device import autocast, choose_device
+from panollava.model.encoder import EncoderOnly, load_encoder, pool_tokens
+from panollava.model.weights import load_start
+from panollava.provenance import made_from
 from panollava.stages import find_stage
-from panollava.training.start import load_start
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +34,16 @@ _BATCH = 8  # panoramas at once
 _TRAINED_BY = find_stage("resampler")  # the last stage that trains the encoder
 
 
-class _EncoderAlone(nn.Module):
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-
 def write_features(settings: Settings, source: Path | None = None) -> None:
     """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits,
     and rolled.npy, the same of turned panoramas.
 
     `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
     device = choose_device(settings.trainer.accelerator)
-    provenance.check_prepared(settings.views)
-    provenance.forget(paths.FEATURES)
+    made_from.check_prepared(settings.views)
+    made_from.invalidate(paths.FEATURES)
     torch.set_num_threads(settings.trainer.threads)
-    model = _EncoderAlone(load_encoder(settings.model.encoder, settings.views.size))
+    model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
     source = source or paths.weights_file(_TRAINED_BY.name)
     load_start(source, model, ("encoder",), _TRAINED_BY)
     model.eval().requires_grad_(False).to(device)
@@ -59,19 +53,7 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
         out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, views, out, device, settings)
         log.info("features of %d panoramas: %s", len(views), out)
-    provenance.record_features(settings, model.encoder)
-
-
-def choose_device(accelerator: str) -> torch.device:
-    """The device that Lightning would take for `trainer.accelerator`. Raises UserError for a GPU
-    that isn't there."""
-    there = torch.cuda.is_available()
-    if accelerator == "gpu" and not there:
-        raise UserError(
-            f"trainer.accelerator: found gpu, but torch {torch.__version__} finds no GPU that it "
-            "can use; set it to cpu, or to auto, which takes a GPU where there is one"
-        )
-    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
+    made_from.record_features(settings, model.encoder)
 
 
 @torch.inference_mode()

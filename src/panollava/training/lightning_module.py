@@ -8,34 +8,20 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panollava.config import Machine, Trainer
-from panollava.data.batches import Reader, StepDataset
-from panollava.data.loader import StepLoader
+from panollava.data.batches import StepDataset, StepLoader
 from panollava.errors import UserError
+from panollava.model.weights import copy_strictly
+from panollava.training.objective import StageObjective
 
 log = logging.getLogger(__name__)
-
-
-class StageObjective(Protocol):
-    """What a stage optimises: see `vicreg` and `autoregressive`."""
-
-    model: nn.Module
-    readers: dict[str, Reader]
-
-    def open_readers(self) -> None: ...
-    def describe(self) -> dict[str, Any]: ...
-    def blank(self, panoramas: list) -> Any: ...
-    def parameter_groups(self) -> list[dict]: ...
-    def count(self, batch: Any) -> int: ...
-    def step(self, parts: list, backward: Callable[[Tensor], None]) -> dict[str, Tensor]: ...
-    def validate(self, parts: list) -> tuple[dict[str, Tensor], int]: ...
 
 
 class LitStage(pl.LightningModule):
@@ -169,7 +155,7 @@ class LitStage(pl.LightningModule):
         checkpoint.clear()
         checkpoint.update(_canonical(kept))
 
-    def go_on_from(self, saved: dict[str, Any], path: Path) -> None:
+    def resume_from(self, saved: dict[str, Any], path: Path) -> None:
         """Take up a run where its checkpoint left it. `saved` is what `path` holds.
 
         Raises:
@@ -187,16 +173,8 @@ class LitStage(pl.LightningModule):
 
     def load_trained(self, weights: dict[str, Tensor], path: Path) -> None:
         """Load the trained parameters of a checkpoint, all of them and no other."""
-        own = dict(self.named_parameters())
-        if odd := sorted(weights.keys() ^ self._trained()):
-            raise UserError(f"{path}: of another model: '{odd[0]}' is in one of them alone")
-        for name, value in weights.items():
-            if own[name].shape != value.shape:
-                raise UserError(
-                    f"{path}: of another model: '{name}' has shape {tuple(value.shape)}, "
-                    f"expected {tuple(own[name].shape)}"
-                )
-            own[name].data.copy_(value)
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        copy_strictly(weights, trained, path)
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -67,7 +67,7 @@ def _variance(x: Tensor) -> Tensor:
 
 def _covariance(x: Tensor) -> Tensor:
     """Squared covariances between different features, over the number of features."""
-    centred = x - x.mean(dim=0)
+    centered = x - x.mean(dim=0)
     with torch.autocast(x.device.type, enabled=False):
-        matrix = centred.T @ centred / (len(x) - 1)
+        matrix = centered.T @ centered / (len(x) - 1)
     return (matrix.square().sum() - matrix.diagonal().square().sum()) / x.shape[1]

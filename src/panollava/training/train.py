@@ -1,7 +1,6 @@
 """Train one stage: from its row in `stage` to `runs/vlm_<stage>/model_final.safetensors`."""
 
 import dataclasses
-import importlib
 import logging
 import shutil
 import warnings
@@ -15,21 +14,19 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.errors import UserError
-from panollava.model.encoder import hub_commit
-from panollava.model.precision import hold_as_computed
-from panollava.model.weights import save_weights
+from panollava.model.device import choose_device
+from panollava.model.pretrained import hub_commit
+from panollava.model.weights import load_start, read_checkpoint, save_weights
 from panollava.provenance.code_digest import STAGES, digests
+from panollava.provenance.fingerprint import fingerprint
 from panollava.provenance.made_from import check_features
-from panollava.provenance.resume import check_unfinished, fingerprint, mark_finished, work_folder
-from panollava.stages import Stage, find_stage, freeze_all_but
-from panollava.training.checkpoints import Checkpoints, WholeFiles, read_checkpoint
-from panollava.training.compilation import compile_layers
-from panollava.training.curves import Curves, Speed
-from panollava.training.features import choose_device
-from panollava.training.gradient_checkpointing import checkpoint_layers
-from panollava.training.lightning_module import LitStage, StageObjective
-from panollava.training.start import load_start
-from panollava.training.tracking import open_tracker
+from panollava.provenance.resume import check_unfinished, mark_finished, work_folder
+from panollava.stages import Stage, find_stage
+from panollava.training.checkpoints import Checkpoints, WholeFiles
+from panollava.training.curves import Curves, Speed, open_tracker
+from panollava.training.lightning_module import LitStage
+from panollava.training.objective import StageObjective, load_objective, prepare_parts
+from panollava.training.tower_layers import compile_layers
 
 log = logging.getLogger(__name__)
 logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # its tips
@@ -52,7 +49,7 @@ def train(
     check_deterministic(settings.trainer, choose_device(settings.trainer.accelerator))
     torch.set_num_threads(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    objective = importlib.import_module(stage.objective).Objective(stage, settings)
+    objective = load_objective(stage, settings)
     header = _header(stage, settings, objective.model)
     objective.open_readers()
     if stage.starts_from is not None:
@@ -101,10 +98,8 @@ def check_deterministic(trainer: Trainer, device: torch.device) -> None:
 def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> LitStage:
     """The objective, whose readers are open and whose model has its weights, ready to be fitted."""
     own, model = getattr(settings.stage, stage.name), objective.model
-    log.info("%s", freeze_all_but(model, stage.trains))
-    hold_as_computed(model, settings.trainer.precision, keep=(*stage.trains, *stage.saves))
-    if settings.trainer.gradient_checkpointing:
-        checkpoint_layers(model)
+    checkpointing = settings.trainer.gradient_checkpointing
+    log.info("%s", prepare_parts(model, stage, settings.trainer.precision, checkpointing))
     if settings.trainer.compile:
         compile_layers(model)
     return LitStage(

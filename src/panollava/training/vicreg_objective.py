@@ -10,21 +10,13 @@ from torch import Tensor, nn
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import ViewReader
-from panollava.data.dialogue import Row
+from panollava.data.packing import Row
 from panollava.errors import UserError
 from panollava.geometry import views
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.model.encoder import load_encoder, token_centres
+from panollava.model.encoder import EncoderOnly, load_encoder, token_centers
 from panollava.stages import Stage
 from panollava.training import losses
-
-
-class VisionModel(nn.Module):
-    """The encoder alone, as a model with one part."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
 
 
 class Objective(nn.Module):
@@ -45,10 +37,10 @@ class Objective(nn.Module):
         layout = views.layout(settings.views)
         size = settings.views.size
         self.view_shape = (len(layout.projections), size, size, 3)
-        self.model = VisionModel(encoder)
+        self.model = EncoderOnly(encoder)
         if own.epochs:  # with none, views needn't overlap
             self.pairs = correspondences(
-                layout, token_centres(encoder, settings.views.size), own.overlap
+                layout, token_centers(encoder, settings.views.size), own.overlap
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -107,7 +99,7 @@ class Objective(nn.Module):
 
     def validate(self, parts: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         """Sums over panoramas of the loss and of the share of tokens whose counterpart in the
-        neighbouring view is the nearest of its panorama's, and the panoramas' number."""
+        neighboring view is the nearest of its panorama's, and the panoramas' number."""
         matched = [self._matched(part) for part in parts]
         x, y = (torch.cat(side) for side in zip(*matched, strict=True))
         found = torch.cat([losses.found(*map(self._by_panorama, pair)) for pair in matched])

@@ -1,11 +1,15 @@
-"""Gradient checkpointing: what a tower's layers compute on the way forward is thrown away, and is
-computed again on the way back: the same gradients with less memory, in more time."""
+"""The layers of the pretrained towers: gradient checkpointing (recompute activations in the
+backward pass instead of storing them) and torch.compile."""
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from panollava.errors import UserError
+
+# Compiled programs for both towers: with and without gradients, the first shape and others, one
+# sequence and several. Beyond its default limit of 8, torch silently stops compiling.
+_PROGRAMS = 64
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -28,6 +32,14 @@ def checkpoint_layers(model: nn.Module) -> None:
                 # A layer is checkpointed in training mode alone. It is put into that by itself:
                 # what is in it stays in evaluation mode, and drops nothing out.
                 layer.training = True
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer of all towers in `model`, in place, when it is first called. Parameters
+    keep their names."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(recompile_limit=_PROGRAMS)
 
 
 def _unusable(tower: PreTrainedModel, reason: str) -> UserError:
