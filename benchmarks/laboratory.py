@@ -8,7 +8,7 @@ that is evaluated.
 
     make laboratory                                     # all: hours
     make laboratory ARGS="--only default overlap --seeds 3"
-    make laboratory ARGS="--seeds 3 --report docs"      # a page of what is there
+    make laboratory ARGS="--seeds 3 --report docs/log"     # a page of what is there
 """
 
 import argparse
