@@ -1,17 +1,31 @@
-"""The English and the Korean README say the same, and what they name exists."""
+"""The README's commands run, both languages say the same, and what the pages name exists."""
 
 import re
+import shutil
+import tomllib
 from difflib import unified_diff
 from itertools import chain, zip_longest
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from ruamel.yaml import YAML
 
 from conftest import ROOT
 from panollava.cli import main as cli
+from project import Project, copy_project
 
 ENGLISH, KOREAN = "README.md", "README.ko.md"
 LINK_TO_OTHER = {ENGLISH: f"[한국어]({KOREAN})", KOREAN: f"[English]({ENGLISH})"}
-BLOCK = re.compile(r"^```.*?^```$", re.M | re.S)
+PAGES = [
+    *LINK_TO_OTHER,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/README.md")),
+]
+BLOCK = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+SHELL_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"(?:^|[ \t]+)#+ .*", re.M)
 CODE = re.compile(r"`[^`]+`")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -19,13 +33,81 @@ LINK = re.compile(r"(!?)\[[^]]*\](\([^)]+\))")
 PATH = r"(?<![\w./])(?:(?:docs|tests|src|presets|benchmarks)/[\w./*-]*|[\w./-]+\.md)"
 
 
+class NotRun(NamedTuple):
+    reason: str
+    instead: str  # a command that shows that the arguments are accepted
+    output: str  # must be in its output
+
+
+NOT_RUN = {
+    "make repro": NotRun("installs packages, takes minutes", "make -n repro", "dvc repro"),
+    "make test": NotRun("would run this test again", "make -n test", "pytest"),
+    "source .venv/bin/activate": NotRun(
+        "needs the environment that make installs", "make -n setup", "-m venv .venv"
+    ),
+}
+
+
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def commands() -> list[str]:
+    """All commands of the README, in their order."""
+    lines = COMMENT.sub("", "".join(SHELL_BLOCK.findall(read(ENGLISH)))).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def readers_project(tmp_path: Path, towers: Path, small_data: Path) -> Project:
+    """The project, and data/mine with a preset for it, with small towers and data."""
+    project = copy_project(tmp_path / "project", towers, small_data)
+    shutil.copytree(small_data, project.folder / "data/mine")
+    preset = (project.folder / "params.yaml").read_text().replace("small/data", "data/mine")
+    (project.folder / "presets/quic360.yaml").write_text(preset)
+    project.commit("data")
+    return project
+
+
+def run(project: Project, command: str) -> str:
+    # Make must not take over the options and job slots of a `make test` around it.
+    return project.run("env", "-u", "MAKEFLAGS", "-u", "MAKELEVEL", "bash", "-c", command)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_readme_s_commands_run_in_their_order(readers_project: Project) -> None:
+    output = {c: run(readers_project, c) for c in commands() if c not in NOT_RUN}
+    for number in ("best_epoch", "val_loss", "bleu_4", "grounding_gap"):
+        assert number in output["dvc metrics show"], number
+    assert "lr" in output["dvc exp show"]
+    for line in re.findall(r"^\| `((?:runs|metrics|logs)/[^`]*)`", read(ENGLISH), re.M):
+        assert any(readers_project.folder.glob(line)), f"the README promises {line}"
+
+
+def test_the_readme_s_commands_for_own_data_run(readers_project: Project) -> None:
+    for command in commands():
+        if command.startswith(("panollava ", "cp ")):
+            run(readers_project, command)
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_commands_that_are_not_run_are_accepted(command: str, tmp_path: Path) -> None:
+    assert command in commands(), "the README has no such command any more"
+    for file in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    _, instead, expected = NOT_RUN[command]
+    assert expected in run(Project(tmp_path), instead)
+
+
+@pytest.mark.parametrize("name", LINK_TO_OTHER)
+def test_the_readme_is_short(name: str) -> None:
+    assert len(read(name).splitlines()) <= 120
+
+
 def sections(name: str) -> list[str]:
     """From heading to heading, without the link to the other README and comments in code."""
-    text = read(name).replace(LINK_TO_OTHER[name], "")
+    text = read(name).replace(LINK_TO_OTHER.get(name, ""), "")
     text = BLOCK.sub(lambda block: COMMENT.sub("", block[0]), text)
     return re.split(r"^(?=#+ )", text, flags=re.M)
 
@@ -36,11 +118,11 @@ def title(section: str) -> str:
 
 def pairs() -> list[tuple[str, str]]:
     """Each section in English and in Korean."""
-    found = list(zip_longest(sections(ENGLISH), sections(KOREAN), fillvalue="no heading"))
-    for english, korean in found:
+    result = list(zip_longest(sections(ENGLISH), sections(KOREAN), fillvalue="no heading"))
+    for english, korean in result:
         same_level = english.partition(" ")[0] == korean.partition(" ")[0]
-        assert same_level, f"'{title(english)}' stands beside '{title(korean)}'"
-    return found
+        assert same_level, f"'{title(english)}' corresponds to '{title(korean)}'"
+    return result
 
 
 def table(section: str) -> list[list[str]]:
@@ -50,7 +132,7 @@ def table(section: str) -> list[list[str]]:
 
 
 def code_and_numbers(text: str) -> list[str]:
-    """In an order that doesn't depend on the language."""
+    """In an order that does not depend on the language."""
     return sorted(CODE.findall(text) + NUMBER.findall(CODE.sub("", text)))
 
 
@@ -67,12 +149,6 @@ def same_in_every_language(section: str) -> dict[str, list[str]]:
     }
 
 
-def named(pattern: str, section: str) -> list[str]:
-    """What a pattern finds in code blocks and inline code."""
-    code = BLOCK.findall(section) + CODE.findall(BLOCK.sub("", section))
-    return re.findall(pattern, "\n".join(code))
-
-
 @pytest.mark.parametrize("name", LINK_TO_OTHER)
 def test_a_link_under_the_title_leads_to_the_other_language(name: str) -> None:
     assert read(name).splitlines()[1:4] == ["", LINK_TO_OTHER[name], ""], (
@@ -80,12 +156,12 @@ def test_a_link_under_the_title_leads_to_the_other_language(name: str) -> None:
     )
 
 
-def test_sections_differ_in_their_language_alone() -> None:
+def test_the_two_readmes_differ_only_in_their_language() -> None:
     differences = []
     for english, korean in pairs():
-        expected, found = same_in_every_language(english), same_in_every_language(korean)
+        expected, actual = same_in_every_language(english), same_in_every_language(korean)
         for kind in expected:
-            lines = unified_diff(expected[kind], found[kind], ENGLISH, KOREAN, lineterm="", n=0)
+            lines = unified_diff(expected[kind], actual[kind], ENGLISH, KOREAN, lineterm="", n=0)
             if difference := "\n".join(lines):
                 differences.append(f"{title(english)} / {title(korean)}: {kind}\n{difference}")
     assert not differences, "\n\n".join(differences)
@@ -94,21 +170,27 @@ def test_sections_differ_in_their_language_alone() -> None:
 def test_cells_left_in_english_are_the_english_ones() -> None:
     for english, korean in pairs():
         cells = zip(chain(*table(english)), chain(*table(korean)), strict=False)
-        for expected, found in cells:
-            same = found == expected or re.search("[가-힣]", found)
-            assert same, f"{title(korean)}: expected '{expected}', found '{found}'"
+        for expected, actual in cells:
+            same = actual == expected or re.search("[가-힣]", actual)
+            assert same, f"{title(korean)}: expected '{expected}', found '{actual}'"
 
 
-@pytest.mark.parametrize("name", LINK_TO_OTHER)
-def test_make_s_targets_exist(name: str) -> None:
-    targets = re.findall(r"^([a-z]+):", read("Makefile"), re.M)
+def named(pattern: str, section: str) -> list[str]:
+    """What a pattern matches in code blocks and inline code."""
+    code = BLOCK.findall(section) + CODE.findall(BLOCK.sub("", section))
+    return re.findall(pattern, "\n".join(code))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_make_targets_exist(name: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.M)
     for section in sections(name):
         for target in named(r"\bmake ([a-z]\S*)\b", section):
             assert target in targets, f"{name}, {title(section)}: no target of make: {target}"
 
 
-@pytest.mark.parametrize("name", LINK_TO_OTHER)
-def test_panollava_s_commands_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_panollava_commands_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for section in sections(name):
         for command in named(r"\bpanollava ([a-z][\w-]*)", section):
@@ -117,9 +199,33 @@ def test_panollava_s_commands_exist(name: str, monkeypatch: pytest.MonkeyPatch) 
             assert end.value.code == 0, f"{name}, {title(section)}: no command: {command}"
 
 
-@pytest.mark.parametrize("name", LINK_TO_OTHER)
+@pytest.mark.parametrize("name", PAGES)
 def test_files_exist(name: str) -> None:
+    folder = (ROOT / name).parent
     for section in sections(name):
-        links = re.findall(r"\]\((?!\w+:)([^)#]+)", section)
-        for path in named(PATH, section) + links:
-            assert any(ROOT.glob(path)), f"{name}, {title(section)}: no such file: {path}"
+        for path in named(PATH, section):
+            exists = any(ROOT.glob(path)) or any(folder.glob(path))
+            assert exists, f"{name}, {title(section)}: no such file: {path}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files_and_headings(name: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", BLOCK.sub("", read(name))):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), f"{name}: no such file: {path}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+            assert anchor in anchors, f"{name}: no such heading in {path}: {anchor}"
+
+
+def test_the_code_page_has_one_line_for_each_module() -> None:
+    package = ROOT / "src/panollava"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    expected = sorted(module for module in modules if not module.endswith("__init__.py"))
+    assert sorted(re.findall(r"^- `([\w/]+\.py)`: ", read("docs/code.md"), re.M)) == expected
+
+
+def test_the_citation_names_the_package_s_version() -> None:
+    citation = YAML(typ="safe", pure=True).load(read("CITATION.cff"))
+    assert citation["version"] == tomllib.loads(read("pyproject.toml"))["project"]["version"]
