@@ -60,7 +60,7 @@ CODE_EDITS = {
         "training/train.py", '"wrote %s"', '"saved %s"', _TRAINING, _TRAINING
     ),
     "a log message of resume.py": CodeEdit(
-        "provenance/resume.py", '"removing %s', '"deleting %s', _TRAINING, _TRAINING
+        "provenance/resume.py", '"deleting %s', '"removing %s', _TRAINING, _TRAINING
     ),
     "a line of logs.py": CodeEdit(
         "logs.py", "%(asctime)s %(levelname)s", "%(levelname)s %(asctime)s", set(), set()
