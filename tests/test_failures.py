@@ -84,7 +84,7 @@ def test_what_other_code_has_done_is_not_gone_on_from(project: Project) -> None:
         project.replace(file, f"+{old}", old)
         gone_on = file == other[0]
         assert ("goes on from step" in output) == gone_on, file
-        assert ("work of another run" in output) != gone_on, file
+        assert ("the work of another run" in output) != gone_on, file
 
 
 def mounted(folder: Path, *options: str) -> bool:

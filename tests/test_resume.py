@@ -45,7 +45,7 @@ def test_work_of_another_run_of_the_stage_is_deleted(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO):
         work_folder("vision", "bbbb")
     assert work() == ["resampler-aaaa", "vision-bbbb"]
-    assert f"deleting {other}, unfinished work of another run (2.0 MB)" in caplog.text
+    assert f"deleting {other}, the work of another run (2.0 MB)" in caplog.text
 
 
 def test_resuming_without_work_is_an_error_that_deletes_nothing() -> None:

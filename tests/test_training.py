@@ -20,6 +20,7 @@ from panollava.data.batches import read_prepared_rows
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
+from panollava.provenance.resume import remove_finished
 from panollava.stages import find_stage
 from panollava.training import curves
 from panollava.training import lightning_module as lit
@@ -322,7 +323,7 @@ def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog
     run("vision", settings)
     with caplog.at_level(logging.INFO):
         run("vision", change(settings, stage__vision__lr=1e-3))
-    assert "goes on" not in caplog.text and "work of another run" in caplog.text
+    assert "goes on" not in caplog.text and "the work of another run" in caplog.text
     assert len(list(paths.RESUME.iterdir())) == 1
 
 
@@ -410,6 +411,15 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
         assert f"{file}: damaged" in caplog.text
     assert ("goes on from step" in caplog.text) == (damaged == "progress.ckpt")
     assert outputs("vision") == expected
+
+
+def test_finished_work_outlives_a_second_start_of_its_stage_alone(settings: Settings) -> None:
+    """DVC may have been killed before it recorded the outputs."""
+    run("vision", settings)
+    remove_finished(except_stage="vision")
+    assert list(paths.RESUME.glob("vision-*"))
+    remove_finished(except_stage="resampler")
+    assert not list(paths.RESUME.glob("vision-*"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(settings: Settings) -> None:

@@ -21,7 +21,7 @@ def work_folder(stage: str, fingerprint: str) -> Path:
     """The folder for a run's unfinished work. Deletes the work of the stage's other runs."""
     folder = paths.RESUME / f"{stage}-{fingerprint}"
     for other in _others(folder, stage):
-        log.info("deleting %s, unfinished work of another run (%s)", other, _size(other))
+        log.info("deleting %s, the work of another run (%s)", other, _size(other))
         shutil.rmtree(other)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
