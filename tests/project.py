@@ -19,8 +19,8 @@ class CodeEdit(NamedTuple):
     file: str
     old: str
     new: str
-    digests: set[str]  # stages whose code digest changes
-    reruns: set[str]  # stages that `dvc repro` runs; more where a stage's result changes too
+    digests: set[str]  # stages of the pipeline whose code digest changes
+    reruns: set[str]  # stages that `dvc repro` runs: also those that read a changed result
 
 
 _TRAINING = {"vision", "resampler", "finetune"}
@@ -35,7 +35,7 @@ CODE_EDITS = {
         "model/resampler.py",
         "nn.GELU()",
         "nn.SiLU()",
-        {"resampler", "finetune", "evaluate", "demo-language-model"},
+        {"resampler", "finetune", "evaluate"},
         {"resampler", "features", "finetune", "evaluate"},
     ),
     "a line of evaluate.py": CodeEdit(

@@ -225,6 +225,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def differing(source: Path, listings: dict[str, list[str]]) -> set[str]:
+    """Stages whose digest in the copy is not the project's."""
     after = digests(source)
     return {stage for stage, words in listings.items() if words[0] != after[stage]}
 
@@ -244,24 +245,27 @@ def test_an_edit_of_the_project_changes_these_digests(
     """The edits that test_pipeline.py makes under DVC."""
     code = CODE_EDITS[name]
     edit(source / code.file, code.old, code.new)
-    assert differing(source, listings) == code.digests
-    assert code.digests & set(STAGES) <= code.reruns
+    assert differing(source, listings) & set(STAGES) == code.digests
+    assert code.digests <= code.reruns
 
 
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("data.images", "prepare"),
+        ("data.images", "prepare demo-scenes"),
         ("data.rows", "prepare"),
-        ("data.dialogue", "resampler finetune evaluate"),
+        ("data.dialogue", "resampler finetune evaluate demo-language-model"),
         ("geometry.overlap", "vision"),
         ("training.vicreg_objective", "vision"),
         ("training.losses", "vision"),
         ("training.answer_objective", "resampler finetune"),
-        ("model.encoder", "vision resampler features finetune evaluate"),
-        ("model.resampler", "resampler finetune evaluate"),
-        ("model.panollava", "resampler finetune evaluate"),
-        ("model.generate", "evaluate"),
+        (
+            "model.encoder",
+            "vision resampler features finetune evaluate demo-encoder demo-language-model",
+        ),
+        ("model.resampler", "resampler finetune evaluate demo-language-model"),
+        ("model.panollava", "resampler finetune evaluate demo-language-model"),
+        ("model.generate", "evaluate demo-language-model"),
         ("evaluation.captions", "evaluate"),
         ("demo.facts", "evaluate"),
         ("provenance.resume", "vision resampler finetune"),
@@ -274,5 +278,5 @@ def test_a_module_counts_for_these_stages(
     listings: dict[str, list[str]], module: str, stages: str
 ) -> None:
     assert (PROJECT / f"{module.replace('.', '/')}.py").is_file()
-    reached = {stage for stage in STAGES if f"panollava.{module}" in listings[stage]}
+    reached = {stage for stage in listings if f"panollava.{module}" in listings[stage]}
     assert reached == set(stages.split())
