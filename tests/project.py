@@ -7,8 +7,66 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+STAGES = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
+
+
+class CodeEdit(NamedTuple):
+    """An edit of src/panollava, and what it changes."""
+
+    file: str
+    old: str
+    new: str
+    digests: set[str]  # stages of the pipeline whose code digest changes
+    reruns: set[str]  # stages that `dvc repro` runs: also those that read a changed result
+
+
+_TRAINING = {"vision", "resampler", "finetune"}
+CODE_EDITS = {
+    "a comment in the model": CodeEdit(
+        "model/panollava.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA", set(), set()
+    ),
+    "a docstring of the training": CodeEdit(
+        "training/train.py", '"""', '"""Changed: ', set(), set()
+    ),
+    "a line of resampler.py": CodeEdit(
+        "model/resampler.py",
+        "nn.GELU()",
+        "nn.SiLU()",
+        {"resampler", "finetune", "evaluate"},
+        {"resampler", "features", "finetune", "evaluate"},
+    ),
+    "a line of evaluate.py": CodeEdit(
+        "evaluation/evaluate.py",
+        "getLogger(__name__)",
+        'getLogger("evaluate")',
+        {"evaluate"},
+        {"evaluate"},
+    ),
+    "a line of overlap.py": CodeEdit(
+        "geometry/overlap.py",
+        "return grid * position - 0.5, inside",
+        "return grid * position - 0.51, inside",
+        {"vision"},
+        set(STAGES) - {"prepare"},
+    ),
+    "a line of captions.py": CodeEdit(
+        "evaluation/captions.py", "lower case", "lower-case", {"evaluate"}, {"evaluate"}
+    ),
+    # The weights stay the same, so that features and evaluate have nothing to do.
+    "a log message of the training": CodeEdit(
+        "training/train.py", '"wrote %s"', '"saved %s"', _TRAINING, _TRAINING
+    ),
+    "a log message of resume.py": CodeEdit(
+        "provenance/resume.py", '"deleting %s', '"removing %s', _TRAINING, _TRAINING
+    ),
+    "a line of logs.py": CodeEdit(
+        "logs.py", "%(asctime)s %(levelname)s", "%(levelname)s %(asctime)s", set(), set()
+    ),
+    "a line of files.py": CodeEdit("files.py", "indent=2", "indent=1", set(STAGES), set(STAGES)),
+}
 
 
 class Project:

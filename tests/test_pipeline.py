@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from project import Project, copy_project
+from project import CODE_EDITS, STAGES, Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STAGES = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
 AFTER_VISION = set(STAGES[2:])
 
 
@@ -86,7 +85,6 @@ def edit_machine(project: Project) -> None:
     project.replace("params.yaml", "wandb: null", "wandb: panoramas")
 
 
-SOURCE = "src/panollava"
 EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "vision's lr": (edit_param("vision", "lr", "2e-4"), set(STAGES[1:])),
     "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
@@ -113,34 +111,10 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
     "all that belongs to the machine": (edit_machine, set()),
-    "a comment in the model": (
-        edit(f"{SOURCE}/model/panollava.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA"),
-        set(),
-    ),
-    "a docstring of the training": (
-        edit(f"{SOURCE}/training/train.py", '"""Train one stage', '"""Trains one stage'),
-        set(),
-    ),
-    "a line of resampler.py": (
-        edit(f"{SOURCE}/model/resampler.py", "nn.GELU()", "nn.SiLU()"),
-        AFTER_VISION,
-    ),
-    "a line of evaluate.py": (
-        edit(f"{SOURCE}/evaluation/evaluate.py", '"references": sum', '"all_references": sum'),
-        {"evaluate"},
-    ),
-    "a line of overlap.py": (
-        edit(
-            f"{SOURCE}/geometry/overlap.py",
-            "return grid * position - 0.5, inside",
-            "return grid * position - 0.51, inside",
-        ),
-        set(STAGES[1:]),
-    ),
-    "a line of captions.py": (
-        edit(f"{SOURCE}/evaluation/captions.py", "lower case", "lower-case"),
-        {"evaluate"},
-    ),
+    **{
+        name: (edit(f"src/panollava/{code.file}", code.old, code.new), code.reruns)
+        for name, code in CODE_EDITS.items()
+    },
 }
 
 

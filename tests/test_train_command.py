@@ -88,7 +88,7 @@ class Killed(BaseException):
 def test_all_stages_go_on_where_they_were_killed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "stage 'vision' has no unfinished work" in fails("all", "--resume")
+    assert "nothing to resume for stage 'vision'" in fails("all", "--resume")
     train("all")
     expected = results()
     with monkeypatch.context() as patch:
@@ -192,7 +192,7 @@ def test_prepared_data_of_other_settings_is_not_trained_on(project: Path, small_
     train("vision", "--data-dir", "other", "--epochs", "0")
     said = fails("resampler")
     assert f"runs/prepared: made with data.dir other, now {small_data}; run: dvc" in said
-    assert "or go on with --data-dir other" in said
+    assert "or pass --data-dir other" in said
     cli.main(["prepare"])
     train("resampler", "--epochs", "0")
     params = project / "params.yaml"
@@ -262,7 +262,7 @@ def test_a_run_must_go_on_if_told_so(
 
     settings = cli.load_settings(paths.PARAMS)
     prepare_project(settings)
-    assert "no unfinished work to go on from" in fails("vision", "--resume")
+    assert "nothing to resume for stage 'vision'" in fails("vision", "--resume")
 
     def stop_at(moment: str) -> None:
         def die(*_: object) -> None:
@@ -275,10 +275,10 @@ def test_a_run_must_go_on_if_told_so(
 
     stop_at("on_train_start")
     said = fails("vision", "--epochs", "2", "--resume")
-    assert "stopped before a step was saved" in said
+    assert "stopped before its first save" in said
     stop_at("on_validation_start")
     (work,) = paths.RESUME.glob("vision-*")
-    assert f"{work} is of other parameters" in fails("vision", "--resume", "--epochs", "3")
+    assert f"{work} belongs to other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there
     train("vision", "--epochs", "2", "--resume")
     assert "goes on from step 1 of 4" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Packed, Row, pack
 from panollava.errors import UserError
 from panollava.files import open_array
+
+if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision stage
+    from panollava.data.dialogue import Dialogue
 
 Step = list[tuple[int, list[int]]]  # (panorama, its rows), each panorama once
 
@@ -155,7 +157,7 @@ class TextReader:
         self,
         vision: Path,
         rows: Path,
-        dialogue: Dialogue,
+        dialogue: "Dialogue",
         vision_tokens: int,
         batch_size: int,
         seed: int,

@@ -1,7 +1,7 @@
-"""DVC's cache, looked through for files that are not what their names say.
+"""Finds corrupted files in DVC's cache: those whose content does not match their name, an MD5.
 
-DVC believes a cache file that is read-only, as it leaves them: one that was changed by hand, or by
-a bad disk, is handed out again, and even takes the place of a good result of the same name."""
+DVC does not check read-only cache files. It restores a corrupted one into the workspace, and does
+not replace it when the stage writes the correct result again."""
 
 import hashlib
 import logging
@@ -13,20 +13,21 @@ log = logging.getLogger(__name__)
 
 
 def delete_corrupted(cache: Path) -> list[Path]:
-    """Remove the files under `cache` (such as .dvc/cache/files/md5) whose MD5 isn't their name,
-    and return them. `dvc repro` makes them again."""
+    """Delete and return the files of `cache` (such as .dvc/cache/files/md5) whose MD5 does not
+    match their name. `dvc repro` recreates them."""
     files = sorted(file for file in cache.glob("??/*") if file.is_file())
-    damaged = []
+    corrupted = []
     for file in tqdm(files, desc="cache", delay=2, disable=None):
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "md5").hexdigest()
-        if found != file.parent.name + file.name.removesuffix(".dir"):
-            damaged.append(file)
+        with file.open("rb") as content:
+            md5 = hashlib.file_digest(content, "md5").hexdigest()
+        if md5 != file.parent.name + file.name.removesuffix(".dir"):
+            corrupted.append(file)
             file.unlink()
-            log.warning("%s: damaged, and removed", file)
-    log.info("%d files in %s, %d damaged", len(files), cache, len(damaged))
-    if damaged:
+            log.warning("%s: corrupted; deleted", file)
+    log.info("%d files in %s, %d corrupted", len(files), cache, len(corrupted))
+    if corrupted:
         log.info(
-            "remove the results that are damaged as well (dvc status names them), then: dvc repro"
+            "delete the corrupted results in the workspace too (dvc status lists them), then run: "
+            "dvc repro"
         )
-    return damaged
+    return corrupted

@@ -1,6 +1,7 @@
-"""What the prepared data and the features were made of, kept beside them. DVC knows when they have
-to be made anew; where commands are run without it, what an earlier one left may be of other data,
-views or weights."""
+"""Records what `runs/prepared` and `runs/features` were made from (data, views, encoder weights),
+in `provenance.json` in each folder, and raises an error where these have changed since.
+
+DVC reruns what is outdated. Commands that run without DVC rely on these checks."""
 
 import dataclasses
 import json
@@ -8,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # prepare needs no torch
+if TYPE_CHECKING:  # torch is slow to import, and `prepare` does not need it
     from torch import nn
 
 from panollava import config, paths
@@ -20,36 +21,35 @@ _NAME = "provenance.json"
 
 
 def invalidate(folder: Path) -> None:
-    """Before what lies in the folder is made anew."""
+    """Delete the folder's record, before the other files are overwritten."""
     (folder / _NAME).unlink(missing_ok=True)
 
 
 def record_prepared(data: config.Data, views: config.Views, out: Path) -> None:
-    """Write `out`/provenance.json, where `prepare` has written the rest."""
+    """Write `out`/provenance.json, after `prepare` has written the other files."""
     files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
-    _write(out, {"data.dir": os.path.normpath(data.dir), **_flat(views), "files": files})
+    write_json(out / _NAME, {**_data_parameters(data), **_view_parameters(views), "files": files})
 
 
 def check_prepared(views: config.Views, data: config.Data | None = None) -> None:
-    """Raises UserError if `runs/prepared` is of other views, or of other data than `data`."""
-    expected = _flat(views)
-    if data is not None:
-        expected["data.dir"] = os.path.normpath(data.dir)
+    """Raises UserError if `runs/prepared` was made with other view parameters, or from another
+    `data.dir`."""
+    expected = {**_view_parameters(views), **(_data_parameters(data) if data else {})}
     _check(paths.PREPARED, expected, "prepare")
 
 
 def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
     """Write runs/features/provenance.json."""
-    _write(paths.FEATURES, _features(settings, encoder))
+    write_json(paths.FEATURES / _NAME, _describe_features(settings, encoder))
 
 
 def check_features(settings: config.Settings, encoder: "nn.Module") -> None:
-    """Raises UserError if `runs/features` is of another encoder than this, or of other views than
-    those of `runs/prepared`."""
-    _check(paths.FEATURES, _features(settings, encoder), "features")
+    """Raises UserError if `runs/features` was made with other encoder weights, or from views other
+    than those in `runs/prepared`."""
+    _check(paths.FEATURES, _describe_features(settings, encoder), "features")
 
 
-def _features(settings: config.Settings, encoder: "nn.Module") -> dict[str, Any]:
+def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[str, Any]:
     return {
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         "model.resampler.pool": settings.model.resampler.pool,
@@ -58,17 +58,23 @@ def _features(settings: config.Settings, encoder: "nn.Module") -> dict[str, Any]
     }
 
 
+def _data_parameters(data: config.Data) -> dict[str, Any]:
+    return {"data.dir": os.path.normpath(data.dir)}
+
+
+def _view_parameters(views: config.Views) -> dict[str, Any]:
+    return {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
+
+
 def _check(folder: Path, expected: dict[str, Any], command: str) -> None:
-    found = _read(folder, command)
+    recorded = _read(folder, command)
     for key, value in expected.items():
-        if found.get(key) != value:
-            of_params = "." in key
-            difference = f"{key} {found.get(key)}, now {value}" if of_params else f"other {key}"
-            option = f", or go on with --data-dir {found.get(key)}" if key == "data.dir" else ""
-            raise UserError(
-                f"{folder}: made with {difference}; run: dvc repro {command} "
-                f"(without DVC: panollava {command}{option})"
-            )
+        before = recorded.get(key)
+        if before != value:
+            is_parameter = "." in key
+            difference = f"{key} {before}, now {value}" if is_parameter else f"other {key}"
+            option = f", or pass --data-dir {before}" if key == "data.dir" else ""
+            raise UserError(f"{folder}: made with {difference}; {_remedy(command)}{option}")
 
 
 def _read(folder: Path, command: str) -> dict[str, Any]:
@@ -76,16 +82,10 @@ def _read(folder: Path, command: str) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{file}: no such file; run: dvc repro {command} (without DVC: panollava {command})"
-        ) from None
+        raise UserError(f"{file}: no such file; {_remedy(command)}") from None
     except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); remove it and run: dvc repro") from None
+        raise UserError(f"{file}: not valid JSON ({error}); {_remedy(command)}") from None
 
 
-def _write(folder: Path, described: dict[str, Any]) -> None:
-    write_json(folder / _NAME, described)
-
-
-def _flat(views: config.Views) -> dict[str, Any]:
-    return {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
+def _remedy(command: str) -> str:
+    return f"run: dvc repro {command} (without DVC: panollava {command})"

@@ -1,9 +1,9 @@
-"""Unfinished work: where it lies, what it belongs to, and when it is thrown away.
+"""Unfinished work of a training stage: its folder, which run it belongs to, when it is deleted.
 
-DVC deletes a stage's outputs before it runs the stage, so that what a killed run has done is kept
-in `.resume/<stage>-<fingerprint>/`. The fingerprint covers everything that the result depends on;
-work of another fingerprint is never used. Finished work stays until another command starts,
-because DVC may still be killed before it has recorded the stage's outputs."""
+DVC deletes a stage's outputs before it runs the stage. A run therefore saves its progress in
+`.resume/<stage>-<fingerprint>/`. The fingerprint covers everything that the result depends on, and
+work with another fingerprint is never used. Finished work stays until another command starts,
+because DVC may still be killed before it records the stage's outputs."""
 
 import logging
 import shutil
@@ -17,32 +17,31 @@ log = logging.getLogger(__name__)
 _FINISHED = "finished"
 
 
-def work_folder(stage: str, key: str) -> Path:
-    """The folder of a run's unfinished work; that of other runs of the stage is removed."""
-    own = paths.RESUME / f"{stage}-{key}"
-    for other in sorted(paths.RESUME.glob(f"{stage}-*")):
-        if other != own:
-            log.info("removing %s, the work of another run (%s)", other, _size(other))
-            shutil.rmtree(other)
-    own.mkdir(parents=True, exist_ok=True)
-    return own
+def work_folder(stage: str, fingerprint: str) -> Path:
+    """The folder for a run's unfinished work. Deletes the work of the stage's other runs."""
+    folder = paths.RESUME / f"{stage}-{fingerprint}"
+    for other in _others(folder, stage):
+        log.info("deleting %s, the work of another run (%s)", other, _size(other))
+        shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def check_unfinished(stage: str, key: str) -> None:
-    """Raises UserError if this run of the stage has no work to go on from."""
-    own = paths.RESUME / f"{stage}-{key}"
-    if any(own.glob("*.ckpt")):
+def check_unfinished(stage: str, fingerprint: str) -> None:
+    """Raises UserError if there is nothing to resume for this run."""
+    folder = paths.RESUME / f"{stage}-{fingerprint}"
+    if any(folder.glob("*.ckpt")):
         return
-    if own.is_dir():
+    if folder.is_dir():
         raise UserError(
-            f"--resume: stage '{stage}' was stopped before a step was saved (every "
-            "machine.save_every steps, and at Ctrl-C); leave out --resume to start anew"
+            f"--resume: stage '{stage}' was stopped before its first save (every "
+            "machine.save_every steps, and at Ctrl-C); leave out --resume to start again"
         )
-    others = ", ".join(str(path) for path in sorted(paths.RESUME.glob(f"{stage}-*")))
+    others = ", ".join(map(str, _others(folder, stage)))
     raise UserError(
-        f"--resume: stage '{stage}' has no unfinished work to go on from"
-        + (f"; {others} is of other parameters, data or code" if others else "")
-        + "; give the options of the run that was stopped, or leave out --resume to start anew"
+        f"--resume: nothing to resume for stage '{stage}'"
+        + (f"; {others} belongs to other parameters, data or code" if others else "")
+        + ". Give the options of the interrupted run, or leave out --resume to start again"
     )
 
 
@@ -51,11 +50,15 @@ def mark_finished(folder: Path) -> None:
 
 
 def remove_finished(except_stage: str | None) -> None:
-    """Called when a command starts: what was finished before it has been recorded by now, but
-    perhaps not the work of the same stage, `except_stage`."""
+    """Delete finished work when a command starts. By then DVC has recorded its outputs, unless
+    DVC was killed and now runs the same stage (`except_stage`) again."""
     for mark in sorted(paths.RESUME.glob(f"*/{_FINISHED}")):
         if not mark.parent.name.startswith(f"{except_stage}-"):
             shutil.rmtree(mark.parent)
+
+
+def _others(folder: Path, stage: str) -> list[Path]:
+    return sorted(path for path in paths.RESUME.glob(f"{stage}-*") if path != folder)
 
 
 def _size(folder: Path) -> str:

@@ -17,7 +17,7 @@ from panollava.errors import UserError
 from panollava.model.device import choose_device
 from panollava.model.pretrained import hub_commit
 from panollava.model.weights import load_start, read_checkpoint, save_weights
-from panollava.provenance.code_digest import STAGES, digests
+from panollava.provenance.code_digest import digests
 from panollava.provenance.fingerprint import fingerprint
 from panollava.provenance.made_from import check_features
 from panollava.provenance.resume import check_unfinished, mark_finished, work_folder
@@ -140,7 +140,7 @@ def _fingerprint(stage: Stage, settings: Settings, module: LitStage) -> str:
     described = {
         "stage": repr(stage),
         "settings": {key: repr(_read(settings, key)) for key in stage.reads},
-        "code": digests(Path(__file__).parents[1], {stage.name: STAGES[stage.name]}),
+        "code": digests()[stage.name],
         "towers": module.objective.describe(),
         "torch": torch.__version__,
     }
