@@ -13,7 +13,7 @@ def tokenizer(towers) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(towers / "language_model")
 
 
-def test_the_prompt_is_the_tokenizer_s_own_chat_template(tokenizer) -> None:
+def test_the_prompt_is_the_tokenizer_s_chat_template(tokenizer) -> None:
     dialogue = Dialogue(tokenizer, 64)
     row = dialogue.row("what is red", "the box.")
     text = tokenizer.decode(dialogue.prefix) + "IMAGE" + tokenizer.decode(row.query + row.answer)

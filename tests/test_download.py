@@ -376,6 +376,12 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     assert set(server.served.values()) == {1}
 
 
+@pytest.mark.parametrize(("connections", "rate"), [(0, 10), (1, 0)])
+def test_an_invalid_option_is_an_error(tmp_path: Path, connections: int, rate: float) -> None:
+    with pytest.raises(UserError, match=r"--(connections: expected at least 1|rate: .* above 0)"):
+        get(tmp_path, connections=connections, rate=rate)
+
+
 def published(server: Server) -> dict[str, list[tuple[str, str, str]]]:
     """QuIC-360's rows with links to the local server: one in ten is dead, one in five needs a
     second attempt or a redirect."""

@@ -24,9 +24,9 @@ _BLOCK_ROWS = 64  # a multiple of the block height for every chroma subsampling
 class PictureError(UserError):
     """A picture that is not a usable panorama. The message is `path: kind: detail`.
 
-    Kinds are "picture missing", "picture cannot be read" (a system error), "not a picture", "broken
-    picture", "not 2:1" and "not 8 bits". `reason` is kind and detail; it names no folder, so that
-    it is the same on every machine."""
+    Kinds are "picture missing", "link not downloaded", "picture cannot be read" (a system error),
+    "not a picture", "broken picture", "not 2:1" and "not 8 bits". `reason` is kind and detail; it
+    names no folder, so that it is the same on every machine."""
 
     def __init__(self, path: Path, kind: str, detail: str = "") -> None:
         self.kind = kind

@@ -26,7 +26,7 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Good rows, with columns row, url, query, annotation and picture (an absolute path), and
     rejected ones, with row, url, query, annotation, kind and reason.
 
-    `row` counts the rows below the header from 0, like QuIC-360's own lists. `kind` is one of a
+    `row` counts the rows below the header from 0, like QuIC-360's lists. `kind` is one of a
     few phrases; `reason` adds details. Neither names a folder, so that both are the same on every
     machine. `root`: the project's folder.
 
