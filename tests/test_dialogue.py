@@ -16,7 +16,8 @@ def tokenizer(towers) -> PreTrainedTokenizerBase:
 def test_the_prompt_is_the_tokenizer_s_chat_template(tokenizer) -> None:
     dialogue = Dialogue(tokenizer, 64)
     row = dialogue.row("what is red", "the box.")
-    text = tokenizer.decode(dialogue.prefix) + "IMAGE" + tokenizer.decode(row.query + row.answer)
+    before, after = dialogue.text_prefix, row.query + row.answer
+    text = tokenizer.decode(before) + "IMAGE" + tokenizer.decode(after)
     messages = [
         {"role": "user", "content": "IMAGE\nwhat is red"},
         {"role": "assistant", "content": "the box."},
@@ -29,7 +30,7 @@ def test_the_prompt_for_generation_equals_the_one_in_training(tokenizer) -> None
     messages = [{"role": "user", "content": "IMAGE\nwhere"}]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert (
-        tokenizer.decode(dialogue.prefix) + "IMAGE" + tokenizer.decode(dialogue.query("where"))
+        tokenizer.decode(dialogue.text_prefix) + "IMAGE" + tokenizer.decode(dialogue.query("where"))
         == expected
     )
     assert dialogue.row("where", "left").query == dialogue.query("where")
@@ -67,7 +68,7 @@ def test_long_answers_are_truncated_and_a_row_without_room_is_an_error(tokenizer
 
 def test_a_date_in_the_template_is_the_same_every_day(tokenizer) -> None:
     tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. " + tokenizer.chat_template
-    assert "Today is 26 Jul 2024. " in tokenizer.decode(Dialogue(tokenizer).prefix)
+    assert "Today is 26 Jul 2024. " in tokenizer.decode(Dialogue(tokenizer).text_prefix)
 
 
 def test_a_template_that_rejects_the_messages_is_an_error(tokenizer) -> None:

@@ -16,9 +16,9 @@ def dialogue(towers) -> Dialogue:
 
 def test_a_row_attends_only_to_the_prefix_and_to_itself(dialogue) -> None:
     rows = [dialogue.row("what", "the red box"), dialogue.row("where", "left")]
-    packed = pack(dialogue.prefix, 5, [rows, rows[:1]], dialogue.pad)
+    packed = pack(dialogue.text_prefix, 5, [rows, rows[:1]], dialogue.pad)
     mask = attention_mask(packed.segments)[:, 0]
-    start = len(dialogue.prefix) + 5
+    start = len(dialogue.text_prefix) + 5
     for sequence in range(2):
         for i in range(mask.shape[1]):
             query = packed.segments[sequence, i]
@@ -33,7 +33,7 @@ def test_a_row_attends_only_to_the_prefix_and_to_itself(dialogue) -> None:
 
 def test_only_answer_tokens_are_supervised(dialogue) -> None:
     rows = [dialogue.row("what", "the red box"), dialogue.row("where", "left")]
-    packed = pack(dialogue.prefix, 5, [rows], dialogue.pad)
+    packed = pack(dialogue.text_prefix, 5, [rows], dialogue.pad)
     assert packed.labels.tolist() == rows[0].answer + rows[1].answer
     following = packed.tokens.flatten()[packed.predicts + 1]
     assert torch.equal(following, packed.labels)

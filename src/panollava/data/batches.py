@@ -172,7 +172,7 @@ class TextReader:
             dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
             for row in table.itertuples()
         ]
-        self.cut = sum(row.answer[-1] != dialogue.stop for row in self.rows)
+        self.truncated = sum(row.answer[-1] != dialogue.stop for row in self.rows)
         if table["panorama"].max() >= len(self.array):
             raise UserError(
                 f"{vision}: contains {len(self.array)} panoramas, but {rows} refers to panorama "
@@ -187,7 +187,7 @@ class TextReader:
 
     def load(self, part: Step) -> TextBatch:
         packed = pack(
-            self.dialogue.prefix,
+            self.dialogue.text_prefix,
             self.vision_tokens,
             [[self.rows[index] for index in rows] for _, rows in part],
             self.dialogue.pad,

@@ -37,7 +37,7 @@ class Dialogue:
         self.max_text_length = max_text_length
         self._cache: dict[str, list[int]] = {}  # texts repeat, and tokenizing is slow
         before, between, opening, closing = self._render()
-        self.prefix = self._tokens(before)
+        self.text_prefix = self._tokens(before)
         self._between, self._opening = between, opening
         stop = self._tokens(closing.strip()) if closing.strip() else []
         if not stop:
