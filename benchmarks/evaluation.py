@@ -114,7 +114,7 @@ def one_by_one(
         texts = []
         for query in own:
             vision = model.vision_tokens(features[[index]])
-            before = model.embed(torch.tensor([dialogue.prefix], device=vision.device))
+            before = model.embed(torch.tensor([dialogue.text_prefix], device=vision.device))
             after = model.embed(torch.tensor([dialogue.query(query)], device=vision.device))
             produced = model.language_model.generate(  # type: ignore[operator]
                 inputs_embeds=torch.cat([before, vision, after], dim=1),

@@ -1,6 +1,7 @@
-"""The check finds everything at once, and tells faults from what only looks odd."""
+"""`check` reports everything at once, and separates faults from suspicions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(folder: Path, split: str, more: list[tuple[str, str, str]]) -> None:
-    """Twenty good rows, and more behind them."""
+    """Twenty good rows, and more after them."""
     rows = [
         (f"images/{split}_{'ab'[row % 2]}.jpg", "weather", f"The sky is grey {row}.")
         for row in range(20)
@@ -45,9 +46,9 @@ def test_a_good_folder_passes(folder: Path) -> None:
 
 
 def test_all_faults_of_rows_and_pictures_are_listed_at_once(folder: Path) -> None:
-    save_panorama(folder / "images/whole.jpg", seed=3, height=256)
-    whole = (folder / "images/whole.jpg").read_bytes()
-    (folder / "images/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    save_panorama(folder / "images/cut.jpg", seed=3, height=256)
+    complete = (folder / "images/cut.jpg").read_bytes()
+    (folder / "images/cut.jpg").write_bytes(complete[: len(complete) // 2])
     (folder / "images/page.jpg").write_text("<html>")
     more = [
         ("images/gone.jpg", "q", "a"),
@@ -65,32 +66,32 @@ def test_all_faults_of_rows_and_pictures_are_listed_at_once(folder: Path) -> Non
         ("train", 20, "picture missing"),
         ("train", 21, "broken picture"),
         ("train", 22, "empty annotation"),
-        ("train", 23, "not a picture that can be read"),
+        ("train", 23, "not a picture"),
         ("train", 24, "link not downloaded"),
         ("train", 25, "broken picture"),
-        ("valid", None, "valid.csv"),
+        ("valid", None, f"{folder}/valid.csv"),
         ("test", 20, "empty url"),
     ]
     assert not report.passed
 
 
-def test_links_are_no_fault_before_the_download_and_are_one_after_it(folder: Path) -> None:
-    alone = folder.parent / "links"
+def test_links_are_faults_only_after_the_download(folder: Path) -> None:
+    linked = folder.parent / "links"
     for split in ("train", "valid", "test"):
-        write_rows(alone / f"{split}.csv", [(LINK.format(split + c), "q", c) for c in "xyz"])
-    report = run(alone, max_rejected=0)
+        write_rows(linked / f"{split}.csv", [(LINK.format(split + c), "q", c) for c in "xyz"])
+    report = run(linked, max_rejected=0)
     assert report.passed and report.links == {"train": 3, "valid": 3, "test": 3}
     for split in ("train", "valid", "test"):
         for c in "xy":
-            save_panorama(picture_file(LINK.format(split + c), alone), seed=1)
-    report = run(alone, max_rejected=0.3)
+            save_panorama(picture_file(LINK.format(split + c), linked), seed=1)
+    report = run(linked, max_rejected=0.3)
     assert [(fault.row, fault.reason) for fault in report.faults] == [
         (2, "link not downloaded")
     ] * 3
-    assert not report.passed and run(alone, max_rejected=0.34).passed
+    assert not report.passed and run(linked, max_rejected=0.34).passed
 
 
-def test_what_looks_odd_is_listed_and_fails_nothing(folder: Path) -> None:
+def test_suspicions_are_listed_but_fail_nothing(folder: Path) -> None:
     one, other = (f"https://example.org/{side}/same.jpg" for side in (1, 2))
     save_panorama(plain_file(one, folder), seed=9)
     rewrite(
@@ -109,7 +110,7 @@ def test_what_looks_odd_is_listed_and_fails_nothing(folder: Path) -> None:
     expected = (
         "query 'wether' (1 rows): is 'weather'",
         "train: row 21 repeats an earlier one",
-        "1 pictures are both in train and in valid",
+        "1 pictures are in both train and valid",
         "2 links share the picture same.jpg",
     )
     assert len(report.suspicions) == len(expected)
@@ -117,17 +118,17 @@ def test_what_looks_odd_is_listed_and_fails_nothing(folder: Path) -> None:
         assert text.startswith(start)
 
 
-def test_a_query_that_most_rows_misspell_shows_in_the_annotations(folder: Path) -> None:
+def test_a_query_that_most_rows_misspell_is_detected_from_the_annotations(folder: Path) -> None:
     texts = ["The architecture is gothic."] * 20
     write_rows(
         folder / "train.csv",
         [("images/train_a.jpg", "arthitecture", f"{text} {i}") for i, text in enumerate(texts)],
     )
-    (found,) = run(folder).suspicions
-    assert "'arthitecture' in queries" in found and "is 'architecture'" in found
+    (suspicion,) = run(folder).suspicions
+    assert "'arthitecture' in queries" in suspicion and "is 'architecture'" in suspicion
 
 
-def test_the_command_ends_with_1_for_too_many_faults_and_writes_json(
+def test_the_command_writes_json_and_exits_with_status_1_for_too_many_faults(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(folder, "test", [("images/gone.jpg", "q", "a")])
@@ -135,20 +136,21 @@ def test_the_command_ends_with_1_for_too_many_faults_and_writes_json(
     command = ["check", str(folder), "--json", str(file)]
     cli.main(command)
     assert json.loads(file.read_text())["passed"] is True
-    shown = capsys.readouterr().err
-    assert "test    20  picture missing  images/gone.jpg" in shown
-    assert "data.max_rejected: 0.0477 on" in shown  # 1 of 21
-    with pytest.raises(SystemExit) as ended:
+    output = capsys.readouterr().err
+    assert re.search(r"test +20  picture missing +images/gone\.jpg\n", output)
+    assert re.search(r"test +21 +1 +4\.76% +2 +0\n", output)
+    assert "data.max_rejected >= 0.0477" in output  # 1 of 21
+    with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--max-rejected", "0.04"])
-    assert ended.value.code == 1
-    found = json.loads(file.read_text())
-    assert found["passed"] is False
-    assert found["faults"] == [
+    assert stopped.value.code == 1
+    report = json.loads(file.read_text())
+    assert report["passed"] is False
+    assert report["faults"] == [
         {"split": "test", "row": 20, "url": "images/gone.jpg", "reason": "picture missing"}
     ]
 
 
-def test_a_missing_folder_is_named(folder: Path) -> None:
+def test_a_missing_folder_is_an_error(folder: Path) -> None:
     with pytest.raises(SystemExit):
         cli.main(["check", "no/such/folder"])
     (log,) = (folder.parent / "logs").glob("check_*.log")
@@ -162,16 +164,16 @@ def test_a_missing_folder_is_named(folder: Path) -> None:
         ("--max-rejected", "1.5", "expected from 0 to 1, found 1.5"),
     ],
 )
-def test_an_impossible_option_is_named(
+def test_an_invalid_option_is_an_error(
     folder: Path, option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stopped:
         cli.main(["check", str(folder), option, value])
-    assert ended.value.code == 1
+    assert stopped.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {option}: {expected}"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 def test_the_published_data_passes_with_its_known_faults() -> None:
     report = check(SHARED / "quic360_full", Path(), 2, 0.15)
     assert report.passed
@@ -180,12 +182,12 @@ def test_the_published_data_passes_with_its_known_faults() -> None:
     ]
     assert report.links == {"train": 3007, "valid": 400, "test": 393}
     assert [text.split(" (")[0] for text in report.suspicions] == [
-        "'arthitecture' in queries, and in 4 annotations: is 'architecture'",
+        "'arthitecture' in queries and in 4 annotations: is 'architecture'",
         "test: row 2426 repeats an earlier one",
     ]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 def test_the_small_real_data_passes_without_a_fault() -> None:
     report = check(SHARED / "quic360_mini", Path(), 2, 0)
     assert report.passed and not report.faults and not report.suspicions

@@ -1,4 +1,4 @@
-"""The download against a real server on the loopback address that behaves as badly as real ones."""
+"""Downloads from a local HTTP server that misbehaves like real ones."""
 
 import csv
 import hashlib
@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, SHARED, write_rows
-from panollava.data.download import ATTEMPTS, _Gate, download
+from panollava.data.download import download
+from panollava.data.http_client import ATTEMPTS
 from panollava.data.rows import picture_file, plain_file, read_rows
 from panollava.errors import UserError
 
@@ -40,13 +41,13 @@ def number(path: str) -> int:
 
 
 def content(path: str) -> bytes:
-    """Each picture is another one, by its path and query."""
-    return jpeg(number(path) % 50) + path.encode()  # what stands behind a JPEG's end is ignored
+    """A different picture for each path and query."""
+    return jpeg(number(path) % 50) + path.encode()  # bytes after a JPEG's end are ignored
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by name of the path's first folder. `asked` counts requests, `served` whole
-    pictures; `longest` is the largest number of requests within a second."""
+    """Its response depends on the first folder of the path. `requested` counts requests, `served`
+    complete pictures."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -54,11 +55,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock = threading.Lock()
-        self.asked: Counter[str] = Counter()
+        self.requested: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.times: list[float] = []
         self.closed_until = 0.0
-        self.too_early = 0  # requests while all had been asked to wait
+        self.too_early = 0  # requests while clients should wait
         self.agent = ""
 
     @property
@@ -66,7 +67,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client that was killed
+        pass  # the client was killed
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,16 +79,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with self.server.lock:
-            self.server.asked[self.path] += 1
-            count = self.server.asked[self.path]
+            self.server.requested[self.path] += 1
+            count = self.server.requested[self.path]
             self.server.times.append(time.monotonic())
             self.server.agent = self.headers["User-Agent"]
         kind, first = self.path.split("/")[1], count == 1
-        answer = getattr(self, f"_{kind}", None)
-        if answer is not None:
-            answer(first)
-        else:
-            self._good(first)
+        getattr(self, f"_{kind}", self._good)(first)
 
     def _good(self, first: bool = True) -> None:
         self._send(content(self.path))
@@ -122,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _cutquietly(self, first: bool) -> None:
-        """Without a length, so that only the picture tells that something is missing."""
+        """Without a length, so that only the picture shows that bytes are missing."""
         if not first:
             return self._good()
         self.send_response(200)
@@ -150,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(b"", 302, Location=self.path)
 
     def _busy(self, first: bool) -> None:
-        """The first one asks all to wait for a second."""
+        """The first request makes the server ask all clients to wait for a second."""
         with self.server.lock:
             now = time.monotonic()
             if self.server.closed_until == 0:
@@ -196,8 +193,8 @@ def server() -> Iterator[Server]:
 def write_links(folder: Path, links: list[str], rows: int = 1) -> None:
     """The links over three splits, `rows` rows each."""
     for index, split in enumerate(SPLITS):
-        own = [(link, "what", f"answer {row}") for link in links[index::3] for row in range(rows)]
-        write_rows(folder / f"{split}.csv", own)
+        cells = [(link, "what", f"answer {row}") for link in links[index::3] for row in range(rows)]
+        write_rows(folder / f"{split}.csv", cells)
 
 
 def get(folder: Path, give_up: bool = False, connections: int = 8, rate: float = 1000) -> None:
@@ -215,7 +212,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def check_pictures(folder: Path, server: Server, links: list[str]) -> None:
-    """Exactly these links are fetched, each with its own content."""
+    """Exactly these links are downloaded, each with its content."""
     files = {picture_file(link, folder): link for link in links}
     assert set((folder / "images").iterdir()) == files.keys()
     for file, link in files.items():
@@ -223,7 +220,7 @@ def check_pictures(folder: Path, server: Server, links: list[str]) -> None:
         assert file.read_bytes() == content(path), link
 
 
-def test_each_link_is_fetched_once_through_all_that_servers_do(
+def test_each_link_is_downloaded_once_from_a_server_that_misbehaves(
     server: Server, tmp_path: Path
 ) -> None:
     kinds = ["at", "drop", "late", "cut", "cutquietly", "error", "moved"]
@@ -231,8 +228,8 @@ def test_each_link_is_fetched_once_through_all_that_servers_do(
     dead = {
         "gone": "HTTP 404",
         "removed": "HTTP 410",
-        "page": "not a picture that can be read",
-        "narrow": "not 2:1: 60 x 45 pixels",
+        "page": "not a picture",
+        "narrow": "not 2:1: 60 x 45 pixels; an equirectangular panorama is twice as wide as high",
         "spoilt": "broken picture",
         "round": "too many redirects",
         "astray": "not an address",
@@ -245,18 +242,18 @@ def test_each_link_is_fetched_once_through_all_that_servers_do(
     write_links(tmp_path, links, rows=3)
     get(tmp_path)
     check_pictures(tmp_path, server, good)
-    found = {link.split("/")[-2]: reason for link, reason in rejects(tmp_path).items()}
-    assert found == dead | dict.fromkeys(hosts, "not an address")
+    reasons = {link.split("/")[-2]: reason for link, reason in rejects(tmp_path).items()}
+    assert reasons == dead | dict.fromkeys(hosts, "not an address")
     assert set(server.served.values()) == {1}
-    assert max(server.asked[f"/{kind}/a.jpg"] for kind in kinds) == 2
-    assert server.asked["/gone/d.jpg"] == server.asked["/narrow/d.jpg"] == 1
+    assert max(server.requested[f"/{kind}/a.jpg"] for kind in kinds) == 2
+    assert server.requested["/gone/d.jpg"] == server.requested["/narrow/d.jpg"] == 1
     for split in SPLITS:
         rows, bad = read_rows(tmp_path / f"{split}.csv", tmp_path)
         assert set(bad["url"]) == set(bad["url"]) & rejects(tmp_path).keys()
         assert len(rows) + len(bad) == 3 * len(links[SPLITS.index(split) :: 3])
 
 
-def test_the_order_of_arrival_changes_nothing(server: Server, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_order_of_arrival(server: Server, tmp_path: Path) -> None:
     kinds = ["late", "at", "drop", "gone", "narrow", "cut", "removed"]
     links = [f"{server.address}/{kind}/{name}.jpg" for name in range(9) for kind in kinds]
     trees = []
@@ -265,13 +262,13 @@ def test_the_order_of_arrival_changes_nothing(server: Server, tmp_path: Path) ->
         write_links(folder, links)
         get(folder, connections=connections)
         trees.append(tree(folder))
-        server.asked.clear()
+        server.requested.clear()
     assert trees[0] == trees[1] == trees[2]
     order = [link for index in range(3) for link in links[index::3]]
     assert list(rejects(folder)) == [link for link in order if re.search("gone|narrow|rem", link)]
 
 
-def test_a_second_run_fetches_only_what_is_missing(server: Server, tmp_path: Path) -> None:
+def test_a_second_run_downloads_only_missing_pictures(server: Server, tmp_path: Path) -> None:
     links = [f"{server.address}/at/{name}.jpg" for name in range(9)]
     write_links(tmp_path, links)
     get(tmp_path)
@@ -281,15 +278,7 @@ def test_a_second_run_fetches_only_what_is_missing(server: Server, tmp_path: Pat
     picture_file("http://x/no_row_names_it.jpg", tmp_path).touch()
     get(tmp_path)
     assert tree(tmp_path) == before
-    assert {path for path, count in server.asked.items() if count == 2} == {"/at/4.jpg"}
-
-
-def test_who_is_asked_to_wait_asks_half_as_often_and_never_more_often() -> None:
-    for rate, then in ((10, 5), (4, 2), (1.5, 1), (0.2, 0.2)):
-        gate = _Gate(rate)
-        gate.close(0.5)
-        gate.close(0.5)  # another request of the same moment
-        assert 1 / gate._interval == pytest.approx(then)
+    assert {path for path, count in server.requested.items() if count == 2} == {"/at/4.jpg"}
 
 
 def test_links_that_end_in_the_same_name_are_different_pictures(
@@ -303,43 +292,41 @@ def test_links_that_end_in_the_same_name_are_different_pictures(
     assert len(names) == len(links)
 
 
-def test_a_picture_that_was_there_before_is_used_and_kept(server: Server, tmp_path: Path) -> None:
+def test_a_picture_from_another_source_is_used_and_kept(server: Server, tmp_path: Path) -> None:
     links = [f"{server.address}/at/{name}.jpg" for name in range(6)]
     write_links(tmp_path, links)
-    own = plain_file(links[0], tmp_path)
-    own.parent.mkdir()
-    own.write_bytes(b"collected by hand")
+    picture = plain_file(links[0], tmp_path)
+    picture.parent.mkdir()
+    picture.write_bytes(b"from another source")
     get(tmp_path)
-    assert own.read_bytes() == b"collected by hand"
-    assert server.asked.keys() == {f"/at/{name}.jpg" for name in range(1, 6)}
+    assert picture.read_bytes() == b"from another source"
+    assert server.requested.keys() == {f"/at/{name}.jpg" for name in range(1, 6)}
 
 
-def test_a_picture_that_any_row_names_is_kept_whatever_its_name_and_the_row_s_faults(
+def test_a_picture_in_any_row_is_kept_even_if_the_row_is_bad(
     server: Server, tmp_path: Path
 ) -> None:
-    """Under names as the download gives them."""
+    """The names look like those of downloaded pictures."""
     link, images = f"{server.address}/at/fetched.jpg", tmp_path / "images"
-    own = [f"pano-{number:016x}.jpg" for number in range(4)]
-    rows = [(f"images/{own[0]}", "q", "a"), (f"images/{own[1]}", "q", ""), (link, "q", "")]
-    rows += [(f"{images}/{own[2]}", "q", "a"), ("images/linked.jpg", "q", "a")]
+    names = [f"pano-{number:016x}.jpg" for number in range(4)]
+    rows = [(f"images/{names[0]}", "q", "a"), (f"images/{names[1]}", "q", ""), (link, "q", "")]
+    rows += [(f"{images}/{names[2]}", "q", "a"), ("images/linked.jpg", "q", "a")]
     for split in SPLITS:
         write_rows(tmp_path / f"{split}.csv", rows)
     images.mkdir()
-    kept = [*(images / name for name in own), picture_file(link, tmp_path)]
+    kept = [*(images / name for name in names), picture_file(link, tmp_path)]
     for picture in kept:
         picture.write_bytes(jpeg(1))
-    (images / "linked.jpg").symlink_to(own[3])
+    (images / "linked.jpg").symlink_to(names[3])
     unnamed = images / f"pano-{4:016x}.jpg"
     unnamed.touch()
     get(tmp_path)
     assert set(images.iterdir()) == {*kept, images / "linked.jpg"}
-    assert not server.asked
+    assert not server.requested
 
 
-def test_a_second_run_keeps_pictures_that_are_links_into_a_cache(
-    server: Server, tmp_path: Path
-) -> None:
-    """As DVC leaves them where cache.type is symlink."""
+def test_a_second_run_keeps_symbolic_links_into_a_cache(server: Server, tmp_path: Path) -> None:
+    """DVC creates them if cache.type is symlink."""
     links = [f"{server.address}/at/{name}.jpg" for name in range(3)]
     write_links(tmp_path, links)
     get(tmp_path)
@@ -349,21 +336,21 @@ def test_a_second_run_keeps_pictures_that_are_links_into_a_cache(
         picture.symlink_to(tmp_path / str(number(link)))
     get(tmp_path)
     check_pictures(tmp_path, server, links)
-    assert set(server.asked.values()) == {1}
+    assert set(server.requested.values()) == {1}
 
 
-def test_a_server_that_asks_to_wait_is_left_alone(server: Server, tmp_path: Path) -> None:
+def test_no_requests_are_sent_while_a_server_asks_to_wait(server: Server, tmp_path: Path) -> None:
     links = [f"{server.address}/busy/{name}.jpg" for name in range(60)]
     write_links(tmp_path, links)
     started = time.monotonic()
     get(tmp_path, connections=4)
     assert time.monotonic() - started > 1
     check_pictures(tmp_path, server, links)
-    assert server.too_early <= 4  # those that were under way
+    assert server.too_early <= 4  # already under way
     assert rejects(tmp_path) == {}
 
 
-def test_no_more_requests_a_second_than_allowed(server: Server, tmp_path: Path) -> None:
+def test_the_rate_limit_is_kept(server: Server, tmp_path: Path) -> None:
     write_links(tmp_path, [f"{server.address}/at/{name}.jpg" for name in range(30)])
     get(tmp_path, rate=20)
     assert server.times[-1] - server.times[0] > 29 / 20 * 0.95
@@ -372,39 +359,33 @@ def test_no_more_requests_a_second_than_allowed(server: Server, tmp_path: Path) 
     assert "PanoLLaVA" in server.agent
 
 
-def test_a_server_without_an_answer_is_an_error_and_nothing_is_lost(
+def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     server: Server, tmp_path: Path
 ) -> None:
-    """A network that is down must not make dead links."""
+    """A network that is down must not cause dead links."""
     good = [f"{server.address}/at/{name}.jpg" for name in range(5)]
     links = [*good, f"{server.address}/never/a.jpg"]
     write_links(tmp_path, links)
-    with pytest.raises(UserError, match=r"1 of 6 links gave no whole answer.*/never/a.jpg.*again"):
+    with pytest.raises(UserError, match=r"1 of 6 downloads failed after 6 .*/never/a.jpg.*re-run"):
         get(tmp_path)
-    assert server.asked["/never/a.jpg"] == ATTEMPTS
+    assert server.requested["/never/a.jpg"] == ATTEMPTS
     assert not (tmp_path / "rejects.csv").exists()
     check_pictures(tmp_path, server, good)
     get(tmp_path, give_up=True)
-    assert rejects(tmp_path) == {links[-1]: "no whole answer"}
+    assert rejects(tmp_path) == {links[-1]: "no complete response"}
     assert set(server.served.values()) == {1}
 
 
+@pytest.mark.parametrize(("connections", "rate"), [(0, 10), (1, 0)])
+def test_an_invalid_option_is_an_error(tmp_path: Path, connections: int, rate: float) -> None:
+    with pytest.raises(UserError, match=r"--(connections: expected at least 1|rate: .* above 0)"):
+        get(tmp_path, connections=connections, rate=rate)
+
+
 def published(server: Server) -> dict[str, list[tuple[str, str, str]]]:
-    """QuIC-360's rows, their links mapped onto the server: one in ten is dead, and one in five
-    makes trouble of some kind."""
-    kinds = [
-        "gone",
-        "at",
-        "drop",
-        "cut",
-        "at",
-        "moved",
-        "at",
-        "error",
-        "at",
-        "narrow",
-        *["at"] * 10,
-    ]
+    """QuIC-360's rows with links to the local server: one in ten is dead, one in five needs a
+    second attempt or a redirect."""
+    kinds = "gone at drop cut at moved at error at narrow".split() + ["at"] * 10
 
     def place(link: str) -> str:
         kind = kinds[number(link) % len(kinds)]
@@ -426,8 +407,8 @@ def published(server: Server) -> dict[str, list[tuple[str, str, str]]]:
 
 
 @pytest.mark.slow
-def test_all_links_of_the_published_data_survive_kills(server: Server, tmp_path: Path) -> None:
-    """Nothing lost, nothing fetched twice, the rejects exactly the dead ones."""
+def test_downloading_the_published_data_survives_kills(server: Server, tmp_path: Path) -> None:
+    """No picture is lost or downloaded twice, and exactly the dead links are rejected."""
     tables = published(server)
     for split, rows in tables.items():
         write_rows(tmp_path / f"data/{split}.csv", rows)
@@ -446,11 +427,11 @@ def test_all_links_of_the_published_data_survive_kills(server: Server, tmp_path:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert kills == 3 and not (tmp_path / "data/rejects.csv").exists()
-    done = subprocess.run(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE, check=False)
-    assert done.returncode == 0, done.stderr
+    last = subprocess.run(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE, check=False)
+    assert last.returncode == 0, last.stderr
     check_pictures(tmp_path / "data", server, good)
     assert list(rejects(tmp_path / "data")) == dead
-    # Only what was under way when it was killed has been fetched again.
+    # Only downloads under way at a kill were repeated.
     again = [path for path, count in server.served.items() if count > 1]
     assert len(again) <= 16 * kills
     assert set(server.served.values()) <= {1, 2}

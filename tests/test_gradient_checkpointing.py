@@ -55,8 +55,8 @@ def loss_gradients_and_kept(
         features = model.features(random_views(2))
         if "encoder" not in trains:
             features = features.detach()
-        packed = pack(dialogue.prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
-        loss = model.loss_sum(features, packed, len(dialogue.prefix))
+        packed = pack(dialogue.text_prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
+        loss = model.loss_sum(features, packed, len(dialogue.text_prefix))
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return loss.item(), gradients, kept.bytes

@@ -92,7 +92,7 @@ def test_it_is_trained_and_asked_as_it_would_be_alone(
             for query, text in zip(own, said[panorama], strict=True):
                 tokens = list(text)
                 after = model.embed(torch.tensor([dialogue.query(query) + tokens]))
-                before = model.embed(torch.tensor([dialogue.prefix]))
+                before = model.embed(torch.tensor([dialogue.text_prefix]))
                 embedded = torch.cat([before, vision[panorama : panorama + 1], after], dim=1)
                 logits = model.language_model(inputs_embeds=embedded).logits[0]
                 assert logits[-len(tokens) - 1 : -1].argmax(dim=-1).tolist() == tokens
@@ -132,6 +132,6 @@ def test_a_panorama_that_is_too_long_for_it_is_an_error(
     with pytest.raises(UserError, match=r"attends to 40 tokens.*lower evaluate.max_new_tokens"):
         answer(model, dialogue, features, [["what"]], max_new_tokens=8)
     rows = [[dialogue.row("what", "left")]]
-    packed = pack(dialogue.prefix, 4 * 8, rows, dialogue.pad)
+    packed = pack(dialogue.text_prefix, 4 * 8, rows, dialogue.pad)
     with pytest.raises(UserError, match="attends to 40 tokens"):
         model.check_length(packed.tokens.shape[1], "")

@@ -46,8 +46,8 @@ def loss_of(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor, rows: lis
     tokenized = [[dialogue.row(*row) for row in own] for own in rows]
     features = model.features(views)
     tokens = model.vision_tokens(features).shape[1]
-    packed = pack(dialogue.prefix, tokens, tokenized, dialogue.pad)
-    return model.loss_sum(features, packed, len(dialogue.prefix))
+    packed = pack(dialogue.text_prefix, tokens, tokenized, dialogue.pad)
+    return model.loss_sum(features, packed, len(dialogue.text_prefix))
 
 
 def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -> list[float]:
@@ -58,7 +58,7 @@ def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -
     for panorama, own in enumerate(ROWS):
         for query, text in own:
             row = dialogue.row(query, text)
-            before = embed(torch.tensor([dialogue.prefix]))
+            before = embed(torch.tensor([dialogue.text_prefix]))
             after = embed(torch.tensor([row.query + row.answer]))
             embedded = torch.cat([before, vision[panorama : panorama + 1], after], dim=1)
             labels = torch.full(embedded.shape[:2], -100)
@@ -152,7 +152,7 @@ def test_batched_answers_are_those_of_generate_row_by_row(
     asked = [spell(query) for query in QUERIES.values()]
     queries = [asked, asked[:1], asked[4:]]
     embed = model.language_model.get_input_embeddings()
-    before = embed(torch.tensor([dialogue.prefix]))
+    before = embed(torch.tensor([dialogue.text_prefix]))
     model.language_model.generation_config.eos_token_id = None
     endless = []
     for vision, own in zip(model.vision_tokens(features), queries, strict=True):

@@ -50,8 +50,8 @@ def step(
     model.zero_grad()
     with autocast(CPU, precision):
         features = model.features(views)
-        packed = pack(dialogue.prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
-        loss = model.loss_sum(features, packed, len(dialogue.prefix))
+        packed = pack(dialogue.text_prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
+        loss = model.loss_sum(features, packed, len(dialogue.text_prefix))
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), grads

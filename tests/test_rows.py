@@ -1,11 +1,14 @@
-"""Every row of a CSV file is either read as it stands or set aside with its reason."""
+"""Every row of a CSV file is either read unchanged or rejected with its reason."""
 
 import csv
+import errno
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from panollava.data.images import PictureError
 from panollava.data.rows import find_picture, read_rows
 from panollava.errors import UserError
 
@@ -15,10 +18,10 @@ HEADER = "url,query,annotation\n"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project with data/train.csv to be written, and pictures at several places."""
+    """A project with empty picture files at several places, for a data/train.csv."""
     for name in ("data/images/a.jpg", "data/b.jpg", "photos/c.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()  # what is in it is not looked at here
+        (tmp_path / name).touch()  # no test here opens it
     return tmp_path
 
 
@@ -28,18 +31,18 @@ def read(folder: Path, text: str | bytes) -> tuple[pd.DataFrame, pd.DataFrame]:
     return read_rows(file, folder)
 
 
-def test_rows_are_read_as_they_stand(folder: Path) -> None:
+def test_texts_are_read_unchanged(folder: Path) -> None:
     rows, rejects = read(folder, HEADER + "b.jpg,weather,It rains.\nb.jpg,NA,null\n")
     assert list(rows) == ["row", "url", "query", "annotation", "picture"]
     assert rows.drop(columns="picture").values.tolist() == [
         [0, "b.jpg", "weather", "It rains."],
         [1, "b.jpg", "NA", "null"],
     ]
-    assert list(rejects) == ["row", "url", "query", "annotation", "reason"]
+    assert list(rejects) == ["row", "url", "query", "annotation", "kind", "reason"]
     assert rejects.empty
 
 
-def test_quotes_commas_and_line_breaks_stay_in_their_cells(folder: Path) -> None:
+def test_cells_may_contain_quotes_commas_and_line_breaks(folder: Path) -> None:
     cells = ['He said "yes", twice', "two\nlines", "two\r\nDOS lines", " spaces ", "ünï 全景 🏔"]
     file = folder / "data" / "train.csv"
     with file.open("w", newline="", encoding="utf-8") as lines:
@@ -59,12 +62,12 @@ def test_other_columns_and_a_byte_order_mark_are_ignored(folder: Path) -> None:
     ]
 
 
-def test_instruction_and_response_are_query_and_annotation(folder: Path) -> None:
+def test_instruction_and_response_mean_query_and_annotation(folder: Path) -> None:
     rows, _ = read(folder, "url,instruction,response\nb.jpg,weather,It rains.\n")
     assert rows[["query", "annotation"]].values.tolist() == [["weather", "It rains."]]
 
 
-def test_a_picture_is_found_wherever_its_url_may_point(folder: Path) -> None:
+def test_a_url_is_a_path_from_either_folder_or_a_link(folder: Path) -> None:
     data = folder / "data"
     for url, place in [
         ("b.jpg", "data/b.jpg"),
@@ -81,19 +84,19 @@ def test_a_picture_is_found_wherever_its_url_may_point(folder: Path) -> None:
         assert find_picture(url, data, folder) is None, url
 
 
-def test_the_csv_folder_comes_before_the_project(folder: Path) -> None:
+def test_the_folder_of_the_csv_file_takes_precedence_over_the_project(folder: Path) -> None:
     (folder / "b.jpg").touch()
     assert find_picture("b.jpg", folder / "data", folder) == (folder / "data/b.jpg").resolve()
 
 
-def test_one_picture_under_several_names_is_one(folder: Path) -> None:
+def test_different_paths_to_one_picture_are_one_picture(folder: Path) -> None:
     names = ["b.jpg", "images/../b.jpg", "data/b.jpg", str(folder / "data" / "b.jpg")]
     rows, _ = read(folder, HEADER + "".join(f"{name},q,a\n" for name in names))
     assert len(set(rows["picture"])) == 1
     assert rows["url"].tolist() == names
 
 
-def test_a_bad_row_is_set_aside_with_its_reason(folder: Path) -> None:
+def test_a_bad_row_is_rejected_with_its_reason(folder: Path) -> None:
     long = "an annotation among the urls " * 20  # too long for a file name
     rows, rejects = read(
         folder,
@@ -107,7 +110,7 @@ def test_a_bad_row_is_set_aside_with_its_reason(folder: Path) -> None:
         + f"{long},q,a\n"
         + "b.jpg,q,an annotation, not quoted\n"
         + "b.jpg,q\n"
-        + "\n"  # no row, and not counted
+        + "\n"  # a blank line is not a row
         + "b.jpg,q,good too\n",
     )
     assert rows["row"].tolist() == [0, 9]
@@ -123,6 +126,29 @@ def test_a_bad_row_is_set_aside_with_its_reason(folder: Path) -> None:
         [8, "2 cells instead of 3"],
     ]
     assert rejects["url"][3] == "gone.jpg"
+    assert rejects["kind"].equals(rejects["reason"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_picture_in_a_folder_without_search_permission_is_not_reported_as_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    url = "https://example.org/a.jpg" if link else "images/a.jpg"
+    stat = Path.stat
+
+    def denied(path: Path, **options: bool) -> os.stat_result:
+        if path.parent == folder / "data/images":  # root may search any folder
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    rows, rejects = read(folder, HEADER + f"{url},q,a\nb.jpg,q,a\n")
+    assert rows["url"].tolist() == ["b.jpg"]
+    assert rejects[["row", "kind", "reason"]].values.tolist() == [
+        [0, "picture cannot be read", "picture cannot be read: Permission denied"]
+    ]
+    with pytest.raises(PictureError, match=r"data/images/a.*: picture cannot be read: Permission"):
+        find_picture(url, folder / "data", folder)
 
 
 @pytest.mark.parametrize(
@@ -135,43 +161,48 @@ def test_a_bad_row_is_set_aside_with_its_reason(folder: Path) -> None:
         ),
         ("URL,query,annotation\nb.jpg,q,a\n", r"no column 'url'.*is 'URL' meant\?"),
         ("url,instructon,response\nb.jpg,q,a\n", r"no column 'query'.*is 'instructon' meant\?"),
-        ('url\tquery\tannotation\nb.jpg\tq\t"a" b\n', r"its columns are separated by tabs; exp"),
+        (
+            'url\tquery\tannotation\nb.jpg\tq\t"a" b\n',
+            r"columns are separated by tabs",
+        ),
         ("url;query;annotation\nb.jpg;q;a\n", r"no column 'url' among 'url;query;annotation'"),
         (
             "b.jpg,q,a\nb.jpg,q,a\n",
             r"no column 'url'.*url,query,annotation or url,instruction,resp",
         ),
         ("url,query,query,annotation\nb.jpg,q,q,a\n", r"2 columns 'query'; keep one"),
-        ("", r"empty; expected a header url,query,annotation"),
-        ("\n\n", r"empty; expected a header"),
-        (HEADER, r"a header without rows"),
+        ("", r"no rows; expected a header url,query,annotation and rows"),
+        ("\n\n", r"no rows; expected a header"),
+        (HEADER, r"no rows; expected a header"),
         (HEADER + 'b.jpg,q,"open\nb.jpg,q,a\n', r"not a CSV file, at line 3.*quotation mark"),
         (HEADER + 'b.jpg,q,"a" b\n', r"not a CSV file, at line 2.*quotation mark"),
         (HEADER.encode() + b"b.jpg,q,caf\xe9\n", r"not a CSV file in UTF-8.*at byte \d+; save it"),
         (HEADER.encode("utf-16"), r"not a CSV file in UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(folder: Path, text: str | bytes, message: str) -> None:
+def test_a_file_in_another_format_is_an_error(
+    folder: Path, text: str | bytes, message: str
+) -> None:
     with pytest.raises(UserError, match=rf"data/train\.csv: {message}"):
         read(folder, text)
 
 
-def test_a_missing_file_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data/valid\.csv: no such file; data\.dir must hold"):
+def test_a_missing_file_is_an_error(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data/valid\.csv: no such file; data\.dir must contain"):
         read_rows(folder / "data" / "valid.csv", folder)
-    with pytest.raises(UserError, match=r"data: can't be read"):
+    with pytest.raises(UserError, match=r"data: cannot be read"):
         read_rows(folder / "data", folder)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize(
     ("split", "total", "links", "empty"),
     [("train", 9459, 3007, []), ("valid", 1251, 400, []), ("test", 6246, 393, [2068, 3539, 4363])],
 )
-def test_all_rows_of_the_published_data_are_read(
+def test_every_row_of_the_published_data_is_read(
     split: str, total: int, links: int, empty: list[int]
 ) -> None:
-    """Without the pictures, all are rejected, each for its reason."""
+    """Without pictures, all are rejected, each with its reason."""
     rows, rejects = read_rows(SHARED / "quic360_full" / f"{split}.csv", Path())
     assert rows.empty
     assert rejects["row"].tolist() == list(range(total))
@@ -182,7 +213,7 @@ def test_all_rows_of_the_published_data_are_read(
     assert rejects[rejects["reason"] == "empty annotation"]["row"].tolist() == empty
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data isn't here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize(
     ("split", "total", "pictures"), [("train", 87, 5), ("valid", 18, 1), ("test", 33, 2)]
 )

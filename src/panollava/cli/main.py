@@ -158,11 +158,12 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from panollava.data.check import check, show, write_json
+    from panollava.data.check import check, show
+    from panollava.files import write_json
 
     report = check(options.data_dir, Path(), options.workers, options.max_rejected)
     if options.json:
-        write_json(report, options.json)
+        write_json(options.json, report.as_json())
     show(report)
 
 

@@ -1,11 +1,11 @@
-"""Batches: the plan of an epoch, readers of what `prepare` and `features` wrote, and the loader.
+"""Batches: the plan of an epoch, readers for what `prepare` and `features` wrote, and a DataLoader.
 
-An epoch's plan says which panoramas, and which of their rows, make each optimizer step. It is a
-function of (seed, epoch) alone, so that resuming needs no stored state.
+An epoch's plan lists, for each optimizer step, the panoramas and their rows. It is a function of
+(seed, epoch), so that resuming needs no stored state.
 
-Worker processes of the loader ignore Ctrl-C and SIGTERM; only the main process reacts to them,
-because it needs its workers for the step that it saves. It ends them with a SIGTERM of its own. A
-worker whose main process was killed exits by itself."""
+The loader's workers ignore Ctrl-C and SIGTERM; only the main process reacts to them, because it
+needs the workers until it has saved its work. Then it sends them SIGTERM itself. Workers exit when
+the main process is killed."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision st
 Step = list[tuple[int, list[int]]]  # (panorama, its rows), each panorama once
 
 _LOOK_AHEAD = 64  # panoramas searched for one that fills a step
-# On other systems than Linux, a worker cannot see who sent a signal.
+# Only on Linux can a worker see which process sent a signal.
 _BLOCKED = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else set()
 _POLL_SECONDS = 2.0
 
@@ -44,8 +44,8 @@ def plan_epoch(
 ) -> list[Step]:
     """Divide all rows into steps of at most `batch_size` rows.
 
-    A panorama's rows stay together in a step unless there are more than `batch_size` of them.
-    `rows` maps each panorama to its rows; `epoch` None keeps their order (validation).
+    A panorama's rows stay in one step unless there are more than `batch_size` of them. `rows` maps
+    each panorama to its rows; `epoch` None keeps their order (validation).
     """
     order = list(rows)
     if epoch is not None:
@@ -60,10 +60,10 @@ def plan_epoch(
         step: Step = []
         room, at = batch_size, 0
         while room and at < min(len(pending), _LOOK_AHEAD):
-            panorama, own = pending[at]
-            if len(own) <= room and all(panorama != other for other, _ in step):
+            panorama, indices = pending[at]
+            if len(indices) <= room and all(panorama != other for other, _ in step):
                 step.append(pending.pop(at))
-                room -= len(own)
+                room -= len(indices)
             else:
                 at += 1
         steps.append(step)
@@ -82,9 +82,9 @@ def divide(step: Step, parts: int) -> list[Step]:
 
 
 class Reader(Protocol[BatchT]):
-    """Plans a split's epochs, and loads the parts of a step."""
+    """Plans a split's epochs and loads the parts of a step."""
 
-    files: tuple[Path, ...]  # all that it reads
+    files: tuple[Path, ...]  # the files it reads
 
     def plan(self, epoch: int | None) -> list[Step]: ...
 
@@ -110,7 +110,7 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
 
 
 def read_prepared_rows(path: Path) -> pd.DataFrame:
-    """Columns panorama, row, url, query, annotation; all text as it stands."""
+    """Columns panorama, row, url, query, annotation; all text unchanged."""
     try:
         return pd.read_csv(
             path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False
@@ -120,15 +120,15 @@ def read_prepared_rows(path: Path) -> pd.DataFrame:
 
 
 def labelled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
-    """The rows of a random share of the panoramas, at least of one; those of a smaller share are
-    among those of a larger one."""
+    """The rows of a random share of the panoramas, at least one. A larger share includes a smaller
+    one."""
     panoramas = np.random.default_rng(0).permutation(rows["panorama"].unique())
     kept = panoramas[: max(1, round(share * len(panoramas)))]
     return rows[rows["panorama"].isin(kept)]
 
 
 class ViewReader:
-    """Views alone; a step's batch size counts panoramas."""
+    """Reads views without rows; the batch size counts panoramas."""
 
     def __init__(self, views: Path, batch_size: int, seed: int) -> None:
         self.files = (views,)
@@ -151,7 +151,7 @@ class TextBatch(NamedTuple):
 
 
 class TextReader:
-    """Rows packed behind their panoramas; a step's batch size counts rows."""
+    """Reads panoramas (views or features) with their rows packed; the batch size counts rows."""
 
     def __init__(
         self,
@@ -163,8 +163,8 @@ class TextReader:
         seed: int,
         labelled: float,
     ) -> None:
-        """Tokenizes the rows of the share `labelled` of the panoramas. Raises UserError for one
-        that leaves no answer."""
+        """Tokenizes the rows of a share `labelled` of the panoramas. Raises UserError for a row
+        without room for its answer."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
@@ -174,10 +174,10 @@ class TextReader:
             dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
             for row in table.itertuples()
         ]
-        self.cut = sum(row.answer[-1] != dialogue.stop for row in self.rows)
+        self.truncated = sum(row.answer[-1] != dialogue.stop for row in self.rows)
         if table["panorama"].max() >= len(self.array):
             raise UserError(
-                f"{vision}: holds {len(self.array)} panoramas, but {rows} has rows of panorama "
+                f"{vision}: contains {len(self.array)} panoramas, but {rows} refers to panorama "
                 f"{table['panorama'].max()}; run: dvc repro"
             )
         self.by_panorama: dict[int, list[int]] = {}
@@ -189,7 +189,7 @@ class TextReader:
 
     def load(self, part: Step) -> TextBatch:
         packed = pack(
-            self.dialogue.prefix,
+            self.dialogue.text_prefix,
             self.vision_tokens,
             [[self.rows[index] for index in rows] for _, rows in part],
             self.dialogue.pad,
@@ -199,13 +199,13 @@ class TextReader:
 
 
 def gather(array: NDArray, index: list[int]) -> Tensor:
-    """Rows of a memory-mapped array, copied into memory; half precision becomes single."""
+    """Rows of a memory-mapped array, copied into memory; float16 becomes float32."""
     rows = np.stack([array[i] for i in index])
     return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
 
 class StepLoader(DataLoader):
-    """One item of the dataset is a whole batch."""
+    """A DataLoader over a dataset of batches, whose workers ignore Ctrl-C and SIGTERM."""
 
     def __init__(self, dataset: Any, workers: int, pin_memory: bool) -> None:
         super().__init__(
@@ -217,7 +217,7 @@ class StepLoader(DataLoader):
         )
 
     def __iter__(self) -> Any:
-        # Workers inherit what is held back, from their first moment on.
+        # Workers inherit the blocked signals from their start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             return super().__iter__()
@@ -231,12 +231,12 @@ def _init_worker(worker: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    # PyTorch's own watch takes the parent that it finds for the main process, also where that is
-    # gone by then, and it looks between two items only.
+    # PyTorch's own watchdog runs only between two items. It also misses a main process that was
+    # killed before the watchdog started.
     parent = multiprocessing.parent_process()
     assert parent is not None
     while os.getppid() == parent.pid:
-        told = signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS)
-        if told is not None and told.si_pid == parent.pid:
+        received = signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS)
+        if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Reading panoramas: the one place that opens an image file."""
+"""Reads panoramas from image files, checks them, and rolls them. Only this module opens images."""
 
 import math
 from pathlib import Path
@@ -10,110 +10,71 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from panollava.errors import UserError
 
-# A panorama may be larger than what Pillow takes for an attack; this is 32,768 x 16,384.
+# Pillow refuses large images as decompression bombs; this allows 32,768 x 16,384 pixels.
 Image.MAX_IMAGE_PIXELS = 1 << 29
 
 _RATIO_TOLERANCE = 0.01
-# Of JPEG (ITU-T T.81, table B.1): markers of a frame's header, without those of tables among them.
+# JPEG markers (ITU-T T.81, table B.1). The range of frame headers includes three other markers.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset(range(0xC0)) | frozenset(range(0xD0, 0xDB))  # or a scan's start
+_WITHOUT_LENGTH = frozenset(range(0xC0)) | frozenset(range(0xD0, 0xDB))  # or the start of a scan
 _END_OF_IMAGE = b"\xff\xd9"
-_BLOCKS = 64  # rows
+_BLOCK_ROWS = 64  # a multiple of the block height for every chroma subsampling
 
 
-def read_panorama(path: Path, width: int, until: float = 1.0) -> NDArray[np.uint8]:
-    """Decode at the smallest scale whose width is at least `width` (or in full, if that is less):
-    uint8 (height, width, 3), upright as its EXIF data says. Rows below the share `until` of the
-    height may be left black.
+class PictureError(UserError):
+    """A picture that is not a usable panorama. The message is `path: kind: detail`.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size; what is left of the scale, and the whole of
-    it in other formats, is averaged. A scale that doesn't divide the width stretches the panorama
-    by less than one of its pixels.
+    Kinds are "picture missing", "link not downloaded", "picture cannot be read" (a system error),
+    "not a picture", "broken picture", "not 2:1" and "not 8 bits". `reason` is kind and detail; it
+    names no folder, so that it is the same on every machine."""
+
+    def __init__(self, path: Path, kind: str, detail: str = "") -> None:
+        self.kind = kind
+        self.reason = f"{kind}: {detail}" if detail else kind
+        super().__init__(f"{path}: {self.reason}")
+
+
+def read_panorama(path: Path, width: int, visible_fraction: float = 1.0) -> NDArray[np.uint8]:
+    """Decode at the smallest scale that is at least `width` wide, or at full size if the picture is
+    narrower: uint8 (height, width, 3), upright according to its EXIF orientation.
+
+    `visible_fraction`: the share of the height, from the top, that is needed. Rows below it may
+    stay black.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size. The rest of the scale, or all of it for other
+    formats, is box-averaged. A scale that does not divide the width stretches the panorama by less
+    than one of its pixels.
 
     Raises:
-        UserError: missing, broken, cut off, of more than 8 bits, or not 2:1. The message is
-            `path: reason`.
+        PictureError: missing, unreadable, broken, truncated, not 2:1, or more than 8 bits.
     """
     try:
         with Image.open(path) as picture:
             _check(path, picture)
-            ordinary = _is_ordinary(picture)
-            full = picture.height
+            upright = _is_upright_jpeg(picture)
+            full_height = picture.height
             picture.draft("RGB", (width, 1))
-            if ordinary and picture.width < 2 * width:
-                panorama = _decode(path.read_bytes(), full, picture.size, until)
+            if upright and picture.width < 2 * width:
+                jpeg = path.read_bytes()
+                panorama = _decode_jpeg(jpeg, full_height, picture.size, visible_fraction)
                 if panorama is not None:
                     return panorama
-            return _read(picture, width)
+            return _decode(picture, width)
     except FileNotFoundError:
-        raise UserError(f"{path}: picture missing") from None
+        raise PictureError(path, "picture missing") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read") from None
+        raise PictureError(path, "not a picture") from None
     except OSError as error:
-        # Of an error of the system only what doesn't name the file once more.
-        raise UserError(f"{path}: broken picture: {error.strerror or error}") from None
+        if error.strerror:  # from the system; Pillow's have none
+            raise PictureError(path, "picture cannot be read", error.strerror) from None
+        raise PictureError(path, "broken picture", str(error)) from None
     except (EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: broken picture: {error}") from None
-
-
-def _read(picture: Image.Image, width: int) -> NDArray[np.uint8]:
-    ImageOps.exif_transpose(picture, in_place=True)
-    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-    factor = rgb.width // width
-    return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
-
-
-def _is_ordinary(picture: Image.Image) -> bool:
-    """A JPEG, in color or grey, that is stored upright."""
-    jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
-    return jpeg and _orientation(picture) == 1
-
-
-def _decode(
-    jpeg: bytes, full: int, size: tuple[int, int], until: float
-) -> NDArray[np.uint8] | None:
-    """What `_read` gives of an ordinary JPEG of `full` rows, rows below `until` left black, sooner:
-    libjpeg-turbo without Pillow's copies, and without those rows. `size`: width and height to
-    decode at. None where something is wrong, which is for Pillow to say."""
-    if not jpeg.endswith(_END_OF_IMAGE):
-        return None
-    width, height = size
-    panorama = np.zeros((height, width, 3), np.uint8)
-    # A row's colors are of the next one too.
-    rows = math.ceil(full * until + 4 * full / height)
-    shortened = _with_height(jpeg, rows)
-    try:
-        simplejpeg.decode_jpeg_header(shortened)
-    except ValueError:  # of the same words, but before a pixel is decoded
-        return None
-    try:
-        simplejpeg.decode_jpeg(shortened, "RGB", min_width=width, buffer=panorama)
-    except ValueError as error:
-        # The rows that the header doesn't claim are such data, found when all others are decoded.
-        if not str(error).startswith("Corrupt JPEG data: "):
-            return None
-    return panorama
-
-
-def _with_height(jpeg: bytes, rows: int) -> bytes:
-    """A JPEG whose header claims `rows` of its rows, or some more: a decoder stops there."""
-    at = 2
-    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) not in _WITHOUT_LENGTH:
-        if marker == 0xFF:  # filled up
-            at += 1
-            continue
-        if marker in _START_OF_FRAME:
-            place = slice(at + 5, at + 7)
-            height = int.from_bytes(jpeg[place])
-            # Whole blocks of any subsampling.
-            claimed = min(height, -(-rows // _BLOCKS) * _BLOCKS)
-            return jpeg[: place.start] + claimed.to_bytes(2) + jpeg[place.stop :]
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
-    return jpeg
+        raise PictureError(path, "broken picture", str(error)) from None
 
 
 def roll(panorama: NDArray, degrees: float) -> NDArray:
-    """The panorama turned to the right, by whole pixels: what was in front is then at `degrees`."""
+    """Rotate a panorama about the vertical axis, by whole pixels: its front moves to yaw
+    `degrees`, which is to the right."""
     columns = round(degrees / 360 * panorama.shape[1])
     return np.roll(panorama, columns, axis=1) if columns else panorama
 
@@ -123,16 +84,76 @@ def _check(path: Path, picture: Image.Image) -> None:
     if _orientation(picture) >= 5:  # stored on its side
         width, height = height, width
     if abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
-        raise UserError(
-            f"{path}: not 2:1: {width} x {height} pixels, "
-            "where a whole equirectangular panorama is twice as wide as high"
+        raise PictureError(
+            path,
+            "not 2:1",
+            f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high",
         )
-    if picture.mode.startswith(("I", "F")):  # converting them would cut off all above 255
-        raise UserError(
-            f"{path}: not 8 bits: pixels of mode {picture.mode}; save it with 8 bits a channel"
+    if picture.mode.startswith(("I", "F")):  # converting would clip all values above 255
+        raise PictureError(
+            path, "not 8 bits", f"pixels of mode {picture.mode}; save it with 8 bits per channel"
         )
 
 
 def _orientation(picture: Image.Image) -> int:
-    """1..8: 1 is upright, 2 mirrored."""
+    """EXIF orientation, 1..8: 1 is upright, 2 mirrored."""
     return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _is_upright_jpeg(picture: Image.Image) -> bool:
+    """A JPEG in RGB or gray whose rows are stored from top to bottom."""
+    jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
+    return jpeg and _orientation(picture) == 1
+
+
+def _decode(picture: Image.Image, width: int) -> NDArray[np.uint8]:
+    ImageOps.exif_transpose(picture, in_place=True)
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    factor = rgb.width // width
+    return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
+
+
+def _decode_jpeg(
+    jpeg: bytes, full_height: int, size: tuple[int, int], visible_fraction: float
+) -> NDArray[np.uint8] | None:
+    """Same pixels as `_decode`, but faster: libjpeg-turbo without Pillow's copies and without the
+    rows below `visible_fraction`, which stay black.
+
+    `size`: width and height to decode at. Returns None for a faulty file: Pillow decides then
+    whether it is broken."""
+    if not jpeg.endswith(_END_OF_IMAGE):
+        return None
+    width, height = size
+    panorama = np.zeros((height, width, 3), np.uint8)
+    # Chroma upsampling reads the next row too.
+    rows = math.ceil(full_height * visible_fraction + 4 * full_height / height)
+    shortened = _with_height(jpeg, rows)
+    try:
+        simplejpeg.decode_jpeg_header(shortened)
+    except ValueError:  # the same messages as below, but before any pixel is decoded
+        return None
+    try:
+        simplejpeg.decode_jpeg(shortened, "RGB", min_width=width, buffer=panorama)
+    except ValueError as error:
+        # Expected: the rows that the header leaves out are extra data to the decoder. It finds
+        # them after decoding all other rows.
+        if not str(error).startswith("Corrupt JPEG data: "):
+            return None
+    return panorama
+
+
+def _with_height(jpeg: bytes, rows: int) -> bytes:
+    """The JPEG with a header that claims only `rows` rows (rounded up to whole blocks), where a
+    decoder stops."""
+    at = 2
+    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) not in _WITHOUT_LENGTH:
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in _START_OF_FRAME:
+            place = slice(at + 5, at + 7)
+            height = int.from_bytes(jpeg[place])
+            claimed = min(height, -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS)
+            return jpeg[: place.start] + claimed.to_bytes(2) + jpeg[place.stop :]
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg

@@ -1,9 +1,9 @@
-"""Packing: all rows of a panorama in one sequence, behind one prefix.
+"""Sequence packing: all rows of a panorama in one sequence, after a shared prefix.
 
     [text before the image][vision tokens][query 1, answer 1][query 2, answer 2] ...
 
-Each row attends to the prefix and to itself only, and its positions restart after the prefix, so
-that its loss equals that of a sequence with this row only."""
+Each row attends only to the prefix and to itself, and its positions restart after the prefix. Its
+loss therefore equals that of an unpacked sequence."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from panollava.errors import UserError
 
-IGNORED = -1  # segment of padding
+PADDING = -1  # segment number
 
 
 @dataclass(frozen=True)
@@ -21,34 +21,38 @@ class Row:
     """One query and its answer as tokens."""
 
     query: list[int]
-    answer: list[int]  # ends with the stop token unless it was cut
+    answer: list[int]  # ends with the stop token unless it is truncated
 
     def __len__(self) -> int:
         return len(self.query) + len(self.answer)
 
 
 class Packed(NamedTuple):
-    """Rows of several panoramas, one sequence each. The prefix has the same length in all."""
+    """Rows of several panoramas, one sequence each. All prefixes have the same length."""
 
-    tokens: Tensor  # (batch, length) int64; what stands at vision tokens isn't read
+    tokens: Tensor  # (batch, length) int64; values at vision tokens are not read
     positions: Tensor  # (batch, length) int64
     segments: Tensor  # (batch, length) int64: 0 prefix, 1.. rows, -1 padding
     predicts: Tensor  # (answers,) int64: flat positions whose next token is supervised
     labels: Tensor  # (answers,) int64
 
 
-def pack(prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad: int) -> Packed:
-    """Pack the rows of each panorama behind the prefix, padded at the end to one length.
+def pack(
+    text_prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad: int
+) -> Packed:
+    """Pack the rows of each panorama after the prefix, and pad the sequences at their ends.
+
+    `text_prefix`: tokens of the text before the image.
 
     Raises:
         UserError: a row without a supervised token.
     """
-    start = len(prefix) + vision_tokens
+    start = len(text_prefix) + vision_tokens
     length = start + max(sum(len(row) for row in rows) for rows in panoramas)
     tokens = torch.full((len(panoramas), length), pad)
     positions = torch.zeros((len(panoramas), length), dtype=torch.int64)
-    segments = torch.full((len(panoramas), length), IGNORED)
-    tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    segments = torch.full((len(panoramas), length), PADDING)
+    tokens[:, : len(text_prefix)] = torch.tensor(text_prefix, dtype=torch.int64)
     positions[:, :start] = torch.arange(start)
     segments[:, :start] = 0
     predicts: list[int] = []
@@ -57,7 +61,7 @@ def pack(prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad:
         at = start
         for segment, row in enumerate(rows, start=1):
             if not row.answer:
-                raise UserError("a row without a supervised answer token can't be trained on")
+                raise UserError("a row has no supervised answer token; remove it")
             end = at + len(row)
             tokens[sequence, at:end] = torch.tensor(row.query + row.answer)
             positions[sequence, at:end] = torch.arange(start, start + len(row))
@@ -73,9 +77,9 @@ def pack(prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad:
 def attention_mask(segments: Tensor) -> Tensor:
     """What each token may attend to: (batch, length) -> bool (batch, 1, length, length).
 
-    Padding attends to itself, because attention over nothing is not a number."""
+    Padding attends to itself, because attention over no tokens gives NaN."""
     length = segments.shape[1]
     index = torch.arange(length, device=segments.device)
     query, key = segments[:, :, None], segments[:, None, :]
-    allowed = (index[:, None] >= index) & ((key == 0) | (key == query)) & (key != IGNORED)
+    allowed = (index[:, None] >= index) & ((key == 0) | (key == query)) & (key != PADDING)
     return (allowed | (index[:, None] == index))[:, None]

@@ -1,55 +1,67 @@
-"""Rows in QuIC-360's format: reading and checking. A bad row is set aside with its reason; what
-the pictures hold is checked by whoever opens them."""
+"""Reads rows in QuIC-360's CSV format and finds their pictures, without opening these. A bad row is
+set aside with its reason."""
 
-import contextlib
 import csv
 import difflib
+import errno
 import hashlib
 import re
+import stat
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from panollava.data.images import PictureError
 from panollava.errors import UserError
 
 COLUMNS = ("url", "query", "annotation")
 NOT_DOWNLOADED = "link not downloaded"
 _ALIASES = {"query": "instruction", "annotation": "response"}
 _LINKS = ("http://", "https://")
+_NO_SUCH_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Good rows, with columns row, url, query, annotation and picture (an absolute path), and
-    rejected ones, with row, url, query, annotation and reason. `row` counts the rows below the
-    header from 0, as QuIC-360's own lists do. `root`: the project's folder.
+    rejected ones, with row, url, query, annotation, kind and reason.
 
-    A reason names no folder, so that it is the same on every machine.
+    `row` counts the rows below the header from 0, like QuIC-360's lists. `kind` is one of a
+    few phrases; `reason` adds details. Neither names a folder, so that both are the same on every
+    machine. `root`: the project's folder.
 
     Raises:
-        UserError: no file, not CSV in UTF-8, a missing column, or no row at all.
+        UserError: no file, not CSV in UTF-8, a missing column, or no rows.
     """
     header, records = _read(file)
     places = _find_columns(file, header)
-    pictures: dict[str, Path | None] = {}
+
+    @cache
+    def locate(url: str) -> Path | PictureError:
+        try:
+            picture = find_picture(url, file.parent, root)
+        except PictureError as error:
+            return error
+        kind = NOT_DOWNLOADED if is_link(url) else "picture missing"
+        return picture or PictureError(Path(url), kind)
+
     rows, rejects = [], []
     for number, record in enumerate(records):
         padded = record + [""] * (len(header) - len(record))
         cells = {"row": number} | {name: padded[place] for name, place in places.items()}
-        url = padded[places["url"]]
-        if url not in pictures:
-            pictures[url] = find_picture(url, file.parent, root)
+        picture = locate(padded[places["url"]])
         if len(record) != len(header):
-            rejects.append(cells | {"reason": f"{len(record)} cells instead of {len(header)}"})
+            reason = f"{len(record)} cells instead of {len(header)}"
+            rejects.append(cells | {"kind": reason, "reason": reason})
         elif empty := [name for name in COLUMNS if not padded[places[name]].strip()]:
-            rejects.append(cells | {"reason": f"empty {empty[0]}"})
-        elif pictures[url] is None:
-            missing = NOT_DOWNLOADED if is_link(url) else "picture missing"
-            rejects.append(cells | {"reason": missing})
+            rejects.append(cells | {"kind": f"empty {empty[0]}", "reason": f"empty {empty[0]}"})
+        elif isinstance(picture, PictureError):
+            rejects.append(cells | {"kind": picture.kind, "reason": picture.reason})
         else:
-            rows.append(cells | {"picture": pictures[url]})
+            rows.append(cells | {"picture": picture})
     return (
         pd.DataFrame(rows, columns=["row", *COLUMNS, "picture"]),
-        pd.DataFrame(rejects, columns=["row", *COLUMNS, "reason"]),
+        pd.DataFrame(rejects, columns=["row", *COLUMNS, "kind", "reason"]),
     )
 
 
@@ -58,62 +70,72 @@ def is_link(url: str) -> bool:
 
 
 def picture_file(link: str, folder: Path) -> Path:
-    """Where the download leaves the picture of `link`, for a CSV in `folder`: no other link has
-    the same file, also where a file system takes `A.jpg` and `a.jpg` for one."""
-    name = PurePosixPath(_own_name(link))
+    """Where `download` stores the picture of `link`, for a CSV file in `folder`. No other link has
+    the same file, even if the file system ignores case."""
+    name = PurePosixPath(_last_part(link))
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", name.stem)[:100]
     suffix = name.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,5}", name.suffix) else ""
     return folder / "images" / f"{stem}-{hashlib.sha256(link.encode()).hexdigest()[:16]}{suffix}"
 
 
 def plain_file(link: str, folder: Path) -> Path:
-    """Where a picture of `link` may lie that was collected in another way: under its own name,
-    which other links may have as well."""
-    return folder / "images" / _own_name(link)
+    """Where a picture of `link` may be that was collected in another way: under the last part of
+    its address, which other links may share."""
+    return folder / "images" / _last_part(link)
 
 
-def _own_name(link: str) -> str:
+def _last_part(link: str) -> str:
     return re.split(r"[?#]", link, maxsplit=1)[0].rsplit("/", 1)[-1]
 
 
 def find_picture(url: str, folder: Path, root: Path) -> Path | None:
-    """The file that `url` stands for: a path, absolute or from the CSV's folder or the project's
-    root, or a link, whose picture lies in `images` beside the CSV."""
+    """The file for `url`; None if there is none. A path is absolute or relative to the CSV file's
+    folder or the project's root. The picture of a link is in `images` beside the CSV file.
+
+    Raises:
+        PictureError: a file that may exist cannot be examined, such as one in a folder without
+            search permission.
+    """
     if is_link(url):
         candidates = [picture_file(url, folder), plain_file(url, folder)]
     else:
-        candidates = [folder / url, root / url]  # an absolute path stands for itself
+        candidates = [folder / url, root / url]  # both are `url` itself if it is absolute
     for path in candidates:
-        # No path at all, such as an annotation among the urls, which is too long a name.
-        with contextlib.suppress(OSError):
-            if path.is_file():
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
                 return path.resolve()
+        except ValueError:  # not a path: it contains a null character
+            pass
+        except OSError as error:
+            # A url that is too long for a path may be an annotation in the wrong column.
+            if error.errno not in _NO_SUCH_PATH:
+                detail = error.strerror or str(error)
+                raise PictureError(path, "picture cannot be read", detail) from None
     return None
 
 
 def _read(file: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and all other records; blank lines are none."""
+    """The header and all other records, without blank lines."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             first = lines.readline()
             if "\t" in first and "," not in first:
                 raise UserError(
-                    f"{file}: its columns are separated by tabs; expected commas "
-                    "(data/quic360/README.md has the lines that convert such a file)"
+                    f"{file}: columns are separated by tabs instead of commas; convert the file "
+                    "as data/quic360/README.md shows"
                 )
             lines.seek(0)
             # Strict: an open quotation mark would swallow all rows up to the next one.
             reader = csv.reader(lines, strict=True)
-            try:
-                records = [record for record in reader if record]
-            except csv.Error as error:
-                raise UserError(
-                    f"{file}: not a CSV file, at line {reader.line_num}: {error}; "
-                    "look for a quotation mark too many or too few above it"
-                ) from None
+            records = [record for record in reader if record]
+    except csv.Error as error:
+        raise UserError(
+            f"{file}: not a CSV file, at line {reader.line_num}: {error}; "
+            "look for a missing or extra quotation mark above it"
+        ) from None
     except FileNotFoundError:
         raise UserError(
-            f"{file}: no such file; data.dir must hold train.csv, valid.csv and test.csv"
+            f"{file}: no such file; data.dir must contain train.csv, valid.csv and test.csv"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -121,29 +143,27 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
             "save it as UTF-8"
         ) from None
     except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from None
-    if not records:
-        raise UserError(f"{file}: empty; expected a header {','.join(COLUMNS)} and rows")
-    if len(records) == 1:
-        raise UserError(f"{file}: a header without rows; expected at least one row")
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if len(records) < 2:
+        raise UserError(f"{file}: no rows; expected a header {','.join(COLUMNS)} and rows")
     return records[0], records[1:]
 
 
 def _find_columns(file: Path, header: list[str]) -> dict[str, int]:
-    """Where each of COLUMNS stands."""
+    """The index of each of COLUMNS."""
     places = {}
     for name in COLUMNS:
         names = [name, _ALIASES.get(name, name)]
-        found = next((known for known in names if known in header), None)
-        if found is None:
+        title = next((title for title in names if title in header), None)
+        if title is None:
             by_lower = {title.strip().lower(): title for title in header}
             near = [difflib.get_close_matches(known, by_lower, n=1) for known in names]
-            hint = next((f" (is '{by_lower[title[0]]}' meant?)" for title in near if title), "")
+            hint = next((f" (is '{by_lower[match[0]]}' meant?)" for match in near if match), "")
             raise UserError(
                 f"{file}: no column '{name}' among '{', '.join(header)}'{hint}; expected "
                 "url,query,annotation or url,instruction,response; rename the column"
             )
-        if header.count(found) > 1:
-            raise UserError(f"{file}: {header.count(found)} columns '{found}'; keep one")
-        places[name] = header.index(found)
+        if header.count(title) > 1:
+            raise UserError(f"{file}: {header.count(title)} columns '{title}'; keep one")
+        places[name] = header.index(title)
     return places

@@ -176,8 +176,8 @@ def _loss(
         [dialogue.row(query, text) for _, query, text in rows(scene, "", 1, int(seed))]
         for scene, seed in zip(scenes, random.integers(1 << 31, size=len(scenes)), strict=True)
     ]
-    packed = pack(dialogue.prefix, CONTEXT, asked, dialogue.pad)
-    return model.loss_sum(context, packed, len(dialogue.prefix)) / len(packed.labels)
+    packed = pack(dialogue.text_prefix, CONTEXT, asked, dialogue.pad)
+    return model.loss_sum(context, packed, len(dialogue.text_prefix)) / len(packed.labels)
 
 
 def context_tokens(

@@ -64,7 +64,7 @@ def _read_prefix(
 ) -> tuple[DynamicCache, int]:
     """The cache of [text before the image][vision tokens], and its length."""
     vision = model.vision_tokens(features)
-    before = torch.tensor(dialogue.prefix, dtype=torch.int64, device=features.device)
+    before = torch.tensor(dialogue.text_prefix, dtype=torch.int64, device=features.device)
     text = model.embed(before).expand(len(features), -1, -1)
     embedded = torch.cat([text, vision.to(text.dtype)], dim=1)
     length = embedded.shape[1]

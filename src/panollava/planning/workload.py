@@ -64,7 +64,7 @@ def find_workload(objective: Any, settings: Settings, stage: Stage, accumulate: 
         for epoch in range(own.epochs)
         for step in plan_epoch(numbers, own.batch_size, settings.seed, epoch)
     ]
-    prefix = len(dialogue.prefix) + objective.vision_tokens if dialogue else 0
+    prefix = len(dialogue.text_prefix) + objective.vision_tokens if dialogue else 0
     divided = [_divide(step, panoramas, accumulate) for step in steps]
     return Workload(None if train is None else len(steps), _heaviest(divided, prefix), prefix)
 

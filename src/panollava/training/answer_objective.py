@@ -44,7 +44,7 @@ class Objective(nn.Module):
         )
         ends = end_tokens(self.model.language_model)
         self.dialogue = Dialogue(tokenizer, own.max_text_length, ends)
-        self.prefix = len(self.dialogue.prefix)
+        self.prefix = len(self.dialogue.text_prefix)
         # A frozen encoder has run already: its features are read instead of views.
         self.sees = not stage.reads_features
         self.size = settings.views.size
@@ -70,11 +70,11 @@ class Objective(nn.Module):
                 own.labelled if split == "train" else 1.0,
             )
             self.readers[split] = reader
-            if reader.cut:
+            if reader.truncated:
                 log.warning(
                     "%s: %d of %d answers are cut to max_text_length %d",
                     split,
-                    reader.cut,
+                    reader.truncated,
                     len(reader.rows),
                     own.max_text_length,
                 )
@@ -90,7 +90,7 @@ class Objective(nn.Module):
         return {
             "encoder": encoder.describe(),
             "language_model": describe_config(self.model.language_model),
-            "prefix": self.dialogue.prefix,
+            "prefix": self.dialogue.text_prefix,
             "rows": {
                 split: [(row.query, row.answer) for row in reader.rows]
                 for split, reader in self.readers.items()
@@ -105,7 +105,7 @@ class Objective(nn.Module):
             vision = torch.empty(shape, dtype=torch.uint8)
         else:
             vision = torch.empty((count, *self.features))
-        packed = pack(self.dialogue.prefix, self.vision_tokens, panoramas, self.dialogue.pad)
+        packed = pack(self.dialogue.text_prefix, self.vision_tokens, panoramas, self.dialogue.pad)
         return TextBatch(vision, packed, sum(map(len, panoramas)))
 
     def parameter_groups(self) -> list[dict]:

@@ -1,0 +1,178 @@
+"""Plans of an epoch divide all rows into steps. The loader's workers are tested as real processes
+with real signals."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from conftest import ROOT
+from panollava.data.batches import divide, plan_epoch
+
+
+def random_rows(seed: int) -> dict[int, list[int]]:
+    """1 to 9 rows for each of 200 panoramas."""
+    generator, rows, at = random.Random(seed), {}, 0
+    for panorama in range(200):
+        count = generator.randint(1, 9)
+        rows[panorama] = list(range(at, at + count))
+        at += count
+    return rows
+
+
+def test_every_row_is_in_exactly_one_step_of_an_epoch() -> None:
+    rows = random_rows(0)
+    for epoch in (None, 0, 1):
+        steps = plan_epoch(rows, 8, seed=0, epoch=epoch)
+        pairs = [(panorama, row) for step in steps for panorama, part in step for row in part]
+        assert sorted(pairs) == [(panorama, row) for panorama in rows for row in rows[panorama]]
+        assert all(sum(len(part) for _, part in step) <= 8 for step in steps)
+
+
+def test_a_panorama_s_rows_stay_in_one_step_if_they_fit() -> None:
+    rows = {panorama: numbers[:8] for panorama, numbers in random_rows(1).items()}
+    steps = plan_epoch(rows, 8, seed=0, epoch=0)
+    assert sorted(panorama for step in steps for panorama, _ in step) == list(rows)
+
+
+def test_steps_are_nearly_full() -> None:
+    rows = random_rows(2)
+    steps = plan_epoch(rows, 16, seed=0, epoch=0)
+    assert len(steps) <= 1.05 * sum(map(len, rows.values())) / 16
+
+
+def test_an_epoch_s_plan_is_a_function_of_seed_and_epoch() -> None:
+    rows = random_rows(3)
+    assert plan_epoch(rows, 8, 0, 1) == plan_epoch(rows, 8, 0, 1)
+    assert plan_epoch(rows, 8, 0, 1) != plan_epoch(rows, 8, 0, 2)
+    assert plan_epoch(rows, 8, 0, 1) != plan_epoch(rows, 8, 1, 1)
+
+
+def test_a_panorama_with_more_rows_than_a_step_is_divided() -> None:
+    steps = plan_epoch({0: list(range(20))}, 8, seed=0, epoch=0)
+    assert [len(part) for step in steps for _, part in step] == [8, 8, 4]
+
+
+def test_the_parts_of_a_step_contain_all_its_rows() -> None:
+    step = plan_epoch(random_rows(4), 16, seed=0, epoch=0)[0]
+    for parts in (1, 2, 3, 50):
+        shares = divide(step, parts)
+        assert all(shares) and len(shares) <= parts
+        assert sorted(sum(shares, [])) == sorted(step)
+
+
+MAIN = """
+import time
+from multiprocessing import active_children
+from panollava.data.batches import StepLoader
+class Slow:
+    def __len__(self):
+        return 10
+    def __getitem__(self, index):
+        time.sleep(1000)
+batches = iter(StepLoader(DATASET, workers=2, pin_memory=False))
+START
+print(*(worker.pid for worker in active_children()), flush=True)
+if input() == "continue":
+    print(sum(batches))
+"""
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+Main = tuple[subprocess.Popen[str], list[psutil.Process]]
+
+
+WAIT = pytest.param(("range(1000)", "next(batches)"), id="workers wait")
+
+
+@pytest.fixture(params=[WAIT])
+def main(request: pytest.FixtureRequest) -> Iterator[Main]:
+    """A process with two loader workers, and the workers."""
+    dataset, start = request.param
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN.replace("DATASET", dataset).replace("START", start)],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    yield process, workers
+    for one in (process, *workers):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_ignore_signals_to_the_process_group(main: Main, number: signal.Signals) -> None:
+    process, workers = main
+    for worker in workers:
+        worker.send_signal(number)
+    output, errors = process.communicate("continue\n", timeout=30)
+    assert process.returncode == 0 and int(output) == sum(range(1000)) and not errors
+
+
+def test_workers_exit_with_a_main_process_that_stops_early(main: Main) -> None:
+    process, workers = main
+    _, errors = process.communicate("end\n", timeout=30)
+    assert process.returncode == 0 and not errors
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        WAIT,
+        pytest.param(("range(1000)", ""), id="workers start"),
+        pytest.param(("Slow()", "time.sleep(1)"), id="workers load"),
+    ],
+    indirect=True,
+)
+def test_workers_exit_when_the_main_process_is_killed(main: Main) -> None:
+    process, workers = main
+    process.kill()
+    process.wait()
+    _, running = psutil.wait_procs(workers, timeout=30)
+    assert not running
+
+
+KILLED_WORKER = """
+import os
+from panollava.errors import system_errors_as_user_errors
+from panollava.data.batches import StepLoader
+class Kills:
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        os.kill(os.getpid(), NUMBER)
+with system_errors_as_user_errors("lower machine.loader_workers"):
+    list(StepLoader(Kills(), workers=1, pin_memory=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "is_memory"),
+    [(signal.SIGKILL, True), (signal.SIGBUS, True), (signal.SIGSEGV, False)],
+)
+def test_a_worker_killed_by_the_system_is_reported_as_out_of_memory(
+    number: signal.Signals, is_memory: bool
+) -> None:
+    # In a new process: Lightning resets signal handlers after a training, and so removes PyTorch's
+    # handler, which reports how a worker exited.
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED_WORKER.replace("NUMBER", str(int(number)))],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "killed by signal" in result.stderr
+    message = result.stderr.splitlines()[-1]
+    assert ("UserError: out of memory: lower machine.loader_workers" in message) == is_memory
