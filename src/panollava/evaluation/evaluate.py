@@ -21,15 +21,7 @@ from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.evaluation.facts import Key, find_reader
-from panollava.evaluation.metrics import (
-    PREDICTION,
-    SWAPPED,
-    Answers,
-    compute_details,
-    flatten,
-    headline,
-    rolled_name,
-)
+from panollava.evaluation.metrics import PREDICTION, SWAPPED, compute_details, headline, rolled_name
 from panollava.files import open_array, write_csv, write_json
 from panollava.model.device import autocast, cast_frozen_linears, choose_device
 from panollava.model.generate import answer
@@ -41,14 +33,8 @@ from panollava.stages import find_stage
 
 log = logging.getLogger(__name__)
 
-READS = (
-    "views",
-    "model",
-    "evaluate",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.precision",
-)
+_TRAINER = ("trainer.accelerator", "trainer.threads", "trainer.precision")
+READS = ("views", "model", "evaluate", *_TRAINER)
 _EVALUATED = find_stage("finetune")
 
 
@@ -78,7 +64,7 @@ def evaluate(settings: Settings) -> None:
     reader = None if facts is None else find_reader(facts)
     details = compute_details(answers, references, settings.evaluate.rolls, reader)
     metrics = headline(details)
-    log.info("%s", tabulate([*flatten(metrics)], tablefmt="plain", floatfmt=".3f"))
+    log.info("%s", tabulate(pd.json_normalize(metrics).T, tablefmt="plain", floatfmt=".3f"))
     write_json(paths.EVALUATION_DETAILS, details)
     write_json(paths.EVALUATION, metrics)
 
@@ -147,7 +133,9 @@ def _answer_all(
 
 
 def _write_predictions(
-    answers: Answers, references: Mapping[Key, list[str]], urls: Mapping[int, str]
+    answers: Mapping[str, Mapping[Key, str]],
+    references: Mapping[Key, list[str]],
+    urls: Mapping[int, str],
 ) -> None:
     table = pd.DataFrame(
         {

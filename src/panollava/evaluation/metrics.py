@@ -1,7 +1,7 @@
 """Metrics of a model's answers: `compute_details` measures everything, `headline` selects the few
 numbers that people compare. How the answers are generated is in `evaluate`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,17 +36,17 @@ def compute_details(
         "captions": len(references),
         "panoramas": len({panorama for panorama, _ in references}),
         "references": sum(map(len, references.values())),
-        **scores.values,
-        "interval": _intervals(scores.each),
+        **_with_intervals(scores),
     }
     if SWAPPED in answers:
         swapped = score(answers[SWAPPED], references)
         details["swapped"] = {k: v for k, v in swapped.values.items() if isinstance(v, float)}
         details["grounding_gap"] = _grounding_gap(scores, swapped)
     if rolls:
+        rolled = {f"{degrees:g}": answers[rolled_name(degrees)] for degrees in rolls}
         details["rotation"] = {
-            f"{degrees:g}": _agreement(answers[rolled_name(degrees)], answers[PREDICTION])
-            for degrees in rolls
+            angle: _with_intervals(agreement(texts, answers[PREDICTION]))
+            for angle, texts in rolled.items()
         }
     if reader is not None:
         _add_facts(details, answers, references, rolls, reader)
@@ -54,27 +54,23 @@ def compute_details(
 
 
 def headline(details: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of `details` that people compare, at most 16 for the demo. Those that could not
-    be computed are left out."""
-    gap, seam_gap = details.get("grounding_gap", {}), (details.get("seam") or {}).get("gap", {})
-    facts = {kind: result["f1"] for kind, result in details.get("facts", {}).items()}
-    selected = {
-        **{name: details.get(name) for name in ("bleu_4", "rouge_l", "cider_d")},
-        "grounding_gap": gap.get(gap.get("headline")),
-        "rotation": _mean_over_rolls([*details.get("rotation", {}).values()]),
-        "seam": seam_gap.get("value"),
-        "facts": {kind: f1 for kind, f1 in facts.items() if f1 is not None},
-    }
-    return {name: value for name, value in selected.items() if value not in (None, {})}
-
-
-def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """("rotation.stays", value) for every number in nested metrics."""
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    """The numbers of `details` that people compare: 14 for the demo. `rotation` is the mean over
+    angles. Numbers that could not be computed are left out."""
+    gap, seam_f1 = details.get("grounding_gap", {}), details.get("seam") or {"gap": {}}
+    rolls = details.get("rotation", {}).values()
+    if "facts" in details:
+        rotations = {k: [r[k]["f1"] for r in rolls if k in r] for k in ("stays", "turns")}
+    else:
+        rotations = {"rouge_l": [result.get("rouge_l") for result in rolls]}
+    return _drop_missing(
+        {
+            **{name: details.get(name) for name in ("bleu_4", "rouge_l", "cider_d")},
+            "grounding_gap": gap.get(gap.get("headline")),
+            "rotation": {name: _mean(values) for name, values in rotations.items()},
+            "seam": seam_f1["gap"].get("value"),
+            "facts": {kind: result["f1"] for kind, result in details.get("facts", {}).items()},
+        }
+    )
 
 
 def _grounding_gap(scores: Scores, swapped: Scores) -> dict[str, Any]:
@@ -90,12 +86,12 @@ def _grounding_gap(scores: Scores, swapped: Scores) -> dict[str, Any]:
         if name in swapped.each
     }
     reported = next((name for name in ("cider_d", "rouge_l") if name in gaps), None)
-    return {**gaps, "interval": _intervals(each), "headline": reported}
+    return {**_with_intervals(Scores(gaps, each)), "headline": reported}
 
 
-def _agreement(rolled: Mapping[Key, str], original: Mapping[Key, str]) -> dict[str, Any]:
-    scores = agreement(rolled, original)
-    return {**scores.values, "interval": _intervals(scores.each)}
+def _with_intervals(scores: Scores) -> dict[str, Any]:
+    intervals = {name: interval_of_mean(values) for name, values in scores.each.items()}
+    return {**scores.values, "interval": intervals}
 
 
 def _add_facts(
@@ -119,17 +115,11 @@ def _add_facts(
     details["seam"] = seam(reader, reference, {0.0: predicted[PREDICTION], **rolled})
 
 
-def _mean_over_rolls(by_angle: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean F1 of the facts that should stay and of those that should turn. Without facts, the mean
-    ROUGE-L agreement."""
-    f1 = {
-        name: [r[name]["f1"] for r in by_angle if name in r and r[name]["f1"] is not None]
-        for name in ("stays", "turns")
-    }
-    rouge = [result["rouge_l"] for result in by_angle if "rouge_l" in result]
-    values = f1 if any("stays" in result for result in by_angle) else {"rouge_l": rouge}
-    return {name: float(np.mean(v)) for name, v in values.items() if v}
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
-def _intervals(each: Mapping[str, Mapping[Key, float]]) -> dict[str, dict[str, float | None]]:
-    return {name: interval_of_mean(values) for name, values in each.items()}
+def _drop_missing(metrics: dict[str, Any]) -> dict[str, Any]:
+    pruned = {k: _drop_missing(v) if isinstance(v, dict) else v for k, v in metrics.items()}
+    return {name: value for name, value in pruned.items() if value not in (None, {})}
