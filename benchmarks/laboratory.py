@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "few-loss-infonce": {**FEW, "stage.vision.objective": "infonce"},
     "loss-vicreg-expander": {"stage.vision.expander": 512},
 }
-SCORES = {  # what is shown: a place in metrics/evaluate/metrics.json
+SCORES = {  # what is shown: a place in runs/evaluate/details.json
     "color by direction": "facts.color_by_direction.f1",
     "color, shape by direction": "facts.color_shape_by_direction.f1",
     "colors": "facts.colors.f1",
@@ -67,7 +67,7 @@ SCORES = {  # what is shown: a place in metrics/evaluate/metrics.json
     "stays, turned by 45°": "rotation.45.stays.f1",
     "turns, by 180°": "rotation.180.turns.f1",
 }
-METRICS = "metrics/evaluate/metrics.json"
+DETAILS = "runs/evaluate/details.json"
 
 
 def main() -> None:
@@ -124,15 +124,12 @@ def read_results(
     results: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in variants}
     there = [name for own in repo.experiments.ls(rev="HEAD").values() for name, _ in own]
     for name in filter(names.__contains__, there):
-        ((_, shown),) = [
-            (rev, own) for rev, own in repo.metrics.show(revs=[name]).items() if rev == name
-        ]
-        metrics = shown["data"][METRICS]["data"]
+        details = repo.metrics.show([DETAILS], revs=[name])[name]["data"][DETAILS]["data"]
         variant, seed = names[name]
         results[variant][seed] = {
             score: value
             for score, at in SCORES.items()
-            if (value := look_up(metrics, at)) is not None
+            if (value := look_up(details, at)) is not None
         }
     return {variant: own for variant, own in results.items() if own}
 

@@ -119,5 +119,5 @@ def test_all_stages_run_over_all_rows_of_real_panoramas(tmp_path: Path) -> None:
         losses = [float(line.split("\t")[1]) for line in curve.splitlines()[1:]]
         quarter = len(losses) // 4
         assert sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter]), (stage, losses)
-    metrics = json.loads((tmp_path / "metrics/evaluate/metrics.json").read_text())
-    assert metrics["panoramas"] == 2 and metrics["references"] == 33
+    details = json.loads((tmp_path / "runs/evaluate/details.json").read_text())
+    assert details["panoramas"] == 2 and details["references"] == 33

@@ -12,7 +12,8 @@ ROLLED = PREPARED / "rolled.npy"  # the evaluated split, turned by each of evalu
 FEATURES = Path("runs/features")  # <split>.npy, rolled.npy
 DIGESTS = Path("runs/digest")  # <stage>.txt
 PREDICTIONS = Path("runs/evaluate/predictions.csv")
-EVALUATION = Path("metrics/evaluate/metrics.json")
+EVALUATION_DETAILS = Path("runs/evaluate/details.json")
+EVALUATION = Path("metrics/evaluate/metrics.json")  # the headline numbers
 
 
 def run_folder(stage: str) -> Path:

@@ -190,15 +190,18 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from panollava.planning.plan import plan, show, write_json
+    from dataclasses import asdict
+
+    from panollava.files import write_json
+    from panollava.planning.plan import make_plan, show
     from panollava.stages import STAGES, find_stage
 
     settings = load_settings(options.params)
     stages = list(STAGES.values()) if options.stage is None else [find_stage(options.stage)]
-    planned = plan(settings, stages)
-    show(planned, settings.trainer.gradient_checkpointing)
+    plan = make_plan(settings, stages)
+    show(plan, settings.trainer.gradient_checkpointing)
     if options.json:
-        write_json(planned, options.json)
+        write_json(options.json, asdict(plan))
 
 
 def _features(options: argparse.Namespace) -> None:

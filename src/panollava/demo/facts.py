@@ -1,4 +1,4 @@
-"""What an answer of the demo states, read back out of its words."""
+"""The demo's fact reader: parses the facts that an answer states from its text."""
 
 import re
 from collections.abc import Collection
@@ -10,15 +10,15 @@ from panollava.evaluation.facts import FactReader, Facts
 DIRECTED = frozenset({"color_by_direction", "color_shape_by_direction", "largest", "around"})
 
 _TOPICS = {spell(query): topic for topic, query in QUERIES.items()}
-_DIRECTION = {place: direction for direction, said in PLACES.items() for place in said}
+_DIRECTION = {place: direction for direction, places in PLACES.items() for place in places}
 _THING = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _PLACE = rf"({'|'.join(_DIRECTION)})"
 _NUMBER = rf"\b({'|'.join(NUMBERS)}) objects?\b"
 
 
 def read_facts(query: str, answer: str) -> Facts:
-    """Kind of fact -> the facts of it that `answer` states. Every answer to the same query speaks
-    of the same kinds; it may state nothing of them."""
+    """The facts that `answer` states, by kind. The kinds depend on the query only; a kind without
+    facts has an empty set."""
     topic = _TOPICS.get(query)
     if topic in DIRECTIONS:
         things = re.findall(_THING, answer)[:1]
@@ -37,8 +37,8 @@ def read_facts(query: str, answer: str) -> Facts:
         things = re.findall(_THING, answer)[:1]
         return {"largest": frozenset((*thing, *places) for thing in things)}
     if topic == "around":
-        found = re.findall(rf"{_PLACE} an? {_THING}", answer)
-        return {"around": frozenset((_DIRECTION[place], *thing) for place, *thing in found)}
+        objects = re.findall(rf"{_PLACE} an? {_THING}", answer)
+        return {"around": frozenset((_DIRECTION[place], *thing) for place, *thing in objects)}
     return {}
 
 

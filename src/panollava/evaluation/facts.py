@@ -1,8 +1,8 @@
-"""How many of the facts that answers state are true, for data whose answers can be read so; and
-whether they turn when the panorama does.
+"""F1 of the facts that answers state, for data whose answers can be parsed into facts, and
+whether these facts rotate with the panorama.
 
-A reader turns a query and an answer into facts of several kinds; those of the reference are the
-true ones."""
+A fact reader parses a query and an answer into facts of several kinds. The facts of the reference
+answer are the correct ones."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,58 +16,58 @@ from panollava.evaluation.confidence import interval
 
 Key = tuple[int, str]  # (panorama, query)
 Fact = tuple[str, ...]
-Facts = dict[str, frozenset[Fact]]  # of each kind
-FactsOf = dict[int, Facts]  # of each panorama
+Facts = dict[str, frozenset[Fact]]  # by kind
+PanoramaFacts = dict[int, Facts]  # by panorama
+
+READERS = {"demo": "panollava.demo.facts"}  # modules with a READER, by `evaluate.facts`
 
 
 @dataclass(frozen=True)
 class FactReader:
-    """`read`: a query and an answer to facts, no two queries to the same fact; every answer to the
-    same query speaks of the same kinds. `directions`: the words for them in facts, from the front
-    to the right, in equal steps. `directed`: the kinds of facts that name one."""
+    """`read` maps a query and an answer to facts. Different queries must give different facts, and
+    all answers to one query the same kinds. `directions` are the words for directions in facts,
+    from the front clockwise in equal steps. `directed` are the kinds of facts that name one."""
 
     read: Callable[[str, str], Facts]
     directions: tuple[str, ...]
     directed: frozenset[str]
 
-    def of_panoramas(self, answers: Mapping[Key, str], keys: Iterable[Key]) -> FactsOf:
-        """All that `answers` state of each panorama, of `keys` alone."""
-        stated: FactsOf = {}
+    def read_all(self, answers: Mapping[Key, str], keys: Iterable[Key]) -> PanoramaFacts:
+        """The union of the facts in the answers to `keys`, by panorama."""
+        result: PanoramaFacts = {}
         for panorama, query in keys:
-            own = stated.setdefault(panorama, {})
+            by_kind = result.setdefault(panorama, {})
             for kind, facts in self.read(query, answers[panorama, query]).items():
-                own[kind] = own.get(kind, frozenset()) | facts
-        return stated
+                by_kind[kind] = by_kind.get(kind, frozenset()) | facts
+        return result
 
-    def turn(self, stated: FactsOf, degrees: float) -> FactsOf:
-        """What is to be stated of panoramas turned by `degrees` to the right. Where no direction
-        turns into another, only the kinds of facts that name none are left."""
-        steps = degrees * len(self.directions) / 360
-        if steps != round(steps):
-            return {
-                panorama: {kind: facts for kind, facts in own.items() if kind not in self.directed}
-                for panorama, own in stated.items()
-            }
+    def roll(self, facts: PanoramaFacts, degrees: float) -> PanoramaFacts:
+        """The facts of the panoramas rolled by `degrees` to the right. Kinds that name a direction
+        are dropped if `degrees` is not a multiple of the step between directions."""
         count = len(self.directions)
-        turned = {
+        steps = degrees * count / 360
+        exact = steps == round(steps)
+        rolled = {
             word: self.directions[(index + round(steps)) % count]
             for index, word in enumerate(self.directions)
         }
+
+        def roll_kind(kind: str, facts: frozenset[Fact]) -> frozenset[Fact]:
+            if kind not in self.directed:
+                return facts
+            return frozenset(tuple(rolled.get(word, word) for word in fact) for fact in facts)
+
         return {
             panorama: {
-                kind: frozenset(tuple(turned.get(word, word) for word in fact) for fact in facts)
-                if kind in self.directed
-                else facts
-                for kind, facts in own.items()
+                kind: roll_kind(kind, kind_facts)
+                for kind, kind_facts in by_kind.items()
+                if exact or kind not in self.directed
             }
-            for panorama, own in stated.items()
+            for panorama, by_kind in facts.items()
         }
 
-    def names_directions(self, stated: FactsOf) -> bool:
-        return any(kind in self.directed for own in stated.values() for kind in own)
-
-
-READERS = {"demo": "panollava.demo.facts"}  # modules with a READER, by `evaluate.facts`
+    def has_directed(self, facts: PanoramaFacts) -> bool:
+        return any(kind in self.directed for by_kind in facts.values() for kind in by_kind)
 
 
 def find_reader(name: str) -> FactReader:
@@ -75,92 +75,93 @@ def find_reader(name: str) -> FactReader:
     return importlib.import_module(READERS[name]).READER
 
 
-def compare(said: FactsOf, true: FactsOf) -> dict[str, dict[str, Any]]:
-    """For each kind of fact in `true`: `f1` over all facts, the 95% interval of it when panoramas
-    are drawn anew (bootstrap, 1000 times, seeded), and the number of true facts. None where there
-    is no fact, true or said.
+def compare(predicted: PanoramaFacts, reference: PanoramaFacts) -> dict[str, dict[str, Any]]:
+    """For each kind in `reference`: micro-averaged `f1`, its 95% interval (`low`, `high`) and
+    `facts`, the number of reference facts. `f1` is None if there are no facts on either side.
 
-    Where every answer states one fact, as a count, F1 is the share of right answers."""
-    kinds = sorted({kind for own in true.values() for kind in own})
+    If every answer states one fact, such as a count, F1 equals accuracy."""
+    kinds = sorted({kind for by_kind in reference.values() for kind in by_kind})
 
-    def summary(kind: str) -> dict[str, Any]:
-        return _summary(_counts(said, true, lambda own, _: own == kind))
+    def f1_of(kind: str) -> dict[str, Any]:
+        return _f1_interval(_counts(predicted, reference, lambda k, _: k == kind))
 
-    return {kind: summary(kind) for kind in kinds}
+    return {kind: f1_of(kind) for kind in kinds}
 
 
 def rotation(
-    reader: FactReader, said: FactsOf, said_of_turned: Mapping[float, FactsOf]
+    reader: FactReader, facts: PanoramaFacts, facts_of_rolled: Mapping[float, PanoramaFacts]
 ) -> dict[str, Any]:
-    """Whether answers follow the panorama as it turns. For each angle, F1 of what is said of the
-    turned panorama against what is said of it as it is, turned in thought: `stays`, for facts that
-    name no direction, and `turns`, for those that do, where a direction turns into another."""
+    """Consistency of the answers when the panorama is rolled, by angle in degrees: F1 of the facts
+    stated for the rolled panorama against the rolled facts of the original one.
+
+    `stays`: invariance of the facts that name no direction. `turns`: equivariance of those that
+    do, for angles that map directions to directions."""
     results: dict[str, Any] = {}
-    for degrees, stated in said_of_turned.items():
-        expected = reader.turn(said, degrees)
-        own = results[f"{degrees:g}"] = {
-            "stays": _summary(_counts(stated, expected, lambda k, _: k not in reader.directed))
-        }
-        if reader.names_directions(expected):
-            own["turns"] = _summary(_counts(stated, expected, lambda k, _: k in reader.directed))
+    for degrees, predicted in facts_of_rolled.items():
+        expected = reader.roll(facts, degrees)
+        counts = _counts(predicted, expected, lambda kind, _: kind not in reader.directed)
+        result = results[f"{degrees:g}"] = {"stays": _f1_interval(counts)}
+        if reader.has_directed(expected):
+            counts = _counts(predicted, expected, lambda kind, _: kind in reader.directed)
+            result["turns"] = _f1_interval(counts)
     return results
 
 
 def seam(
-    reader: FactReader,
-    true: FactsOf,
-    said_of_turned: Mapping[float, FactsOf],
+    reader: FactReader, reference: PanoramaFacts, predicted_by_roll: Mapping[float, PanoramaFacts]
 ) -> dict[str, Any] | None:
-    """Whether what lies at the panorama's seam, which is behind, is told as well as the rest: F1
-    of the facts that name that direction (`at_seam`) and of those that name another (`elsewhere`),
-    and the second less the first (`gap`), over all turns of the same panoramas that put one
-    direction in another's place. None if no fact names a direction.
+    """Accuracy at the panorama's seam (±180°, behind) compared with the other directions: F1 of the
+    facts that name it (`at_seam`), of those that name another direction (`elsewhere`), and the
+    second minus the first (`gap`). None if no fact names a direction.
 
-    `said_of_turned`: by angle, 0 among them."""
-    back = reader.directions[len(reader.directions) // 2]
-    counts = []
-    for degrees, stated in said_of_turned.items():
-        expected = reader.turn(true, degrees)
-        if not reader.names_directions(expected):
-            continue
-        counts.append(
-            [
-                _counts(stated, expected, lambda k, f: k in reader.directed and back in f),
-                _counts(stated, expected, lambda k, f: k in reader.directed and back not in f),
-            ]
-        )
-    if not counts:
+    `predicted_by_roll`: facts by angle, including 0. Angles that do not map directions to
+    directions are left out."""
+    behind = reader.directions[len(reader.directions) // 2]
+    pairs = [(facts, reader.roll(reference, roll)) for roll, facts in predicted_by_roll.items()]
+    pairs = [(facts, expected) for facts, expected in pairs if reader.has_directed(expected)]
+    if not pairs:
         return None
-    at_seam, elsewhere = np.sum(counts, axis=0)
+
+    def total(counted: Callable[[Fact], bool]) -> NDArray:
+        """Counts of the directed facts that are `counted`, summed over rolls."""
+
+        def directed(kind: str, fact: Fact) -> bool:
+            return kind in reader.directed and counted(fact)
+
+        return np.sum([_counts(facts, expected, directed) for facts, expected in pairs], axis=0)
+
+    at_seam, elsewhere = total(lambda fact: behind in fact), total(lambda fact: behind not in fact)
     return {
-        "at_seam": _summary(at_seam),
-        "elsewhere": _summary(elsewhere),
-        "gap": interval(lambda own: _f1(own[1]) - _f1(own[0]), np.stack([at_seam, elsewhere])),
+        "at_seam": _f1_interval(at_seam),
+        "elsewhere": _f1_interval(elsewhere),
+        "gap": interval(lambda sums: _f1(sums[1]) - _f1(sums[0]), np.stack([at_seam, elsewhere])),
     }
 
 
-def _counts(said: FactsOf, true: FactsOf, counted: Callable[[str, Fact], bool]) -> NDArray:
-    """(panoramas, 3): the counted facts that are said and true, said, and true."""
+def _counts(
+    predicted: PanoramaFacts, reference: PanoramaFacts, counted: Callable[[str, Fact], bool]
+) -> NDArray:
+    """(panoramas, 3): numbers of correct, predicted and reference facts, of those `counted`."""
 
-    def chosen(stated: Facts, kind: str) -> set[Fact]:
-        return {fact for fact in stated.get(kind, ()) if counted(kind, fact)}
+    def select(facts: Facts, kind: str) -> set[Fact]:
+        return {fact for fact in facts.get(kind, ()) if counted(kind, fact)}
 
-    counts = np.zeros((len(true), 3), int)
-    for row, (panorama, own) in enumerate(sorted(true.items())):
-        for kind in own:
-            stated, held = chosen(said[panorama], kind), chosen(own, kind)
-            counts[row] += len(stated & held), len(stated), len(held)
+    counts = np.zeros((len(reference), 3), int)
+    for row, (panorama, by_kind) in enumerate(sorted(reference.items())):
+        for kind in by_kind:
+            outputs, targets = select(predicted[panorama], kind), select(by_kind, kind)
+            counts[row] += len(outputs & targets), len(outputs), len(targets)
     return counts
 
 
-def _summary(counts: NDArray) -> dict[str, Any]:
+def _f1_interval(counts: NDArray) -> dict[str, Any]:
     """`counts`: (panoramas, 3), see `_counts`."""
-    f1 = interval(lambda own: _f1(own[0]), counts[None])
-    return {"f1": f1.pop("value"), **f1, "facts": int(counts[:, 2].sum())}
+    result = interval(lambda sums: _f1(sums[0]), counts[None])
+    return {"f1": result.pop("value"), **result, "facts": int(counts[:, 2].sum())}
 
 
 def _f1(counts: NDArray) -> NDArray:
-    """F1 of (..., 3) counts; NaN where nothing is true and nothing is said."""
-    both, said, true = np.moveaxis(counts, -1, 0)
-    total = said + true
-    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan)
+    """F1 of (..., 3) counts; NaN if nothing is predicted and nothing is in the reference."""
+    correct, predicted, reference = np.moveaxis(counts, -1, 0)
+    total = predicted + reference
+    return np.where(total > 0, 2 * correct / np.maximum(total, 1), np.nan)

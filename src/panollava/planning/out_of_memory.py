@@ -1,5 +1,5 @@
-"""Where memory runs out in a training: what was used, and which parameter to set to what, by the
-figures of the plan. It stands around `train`, not in it: no result depends on it."""
+"""Turns out-of-memory errors of a training into a UserError that names the parameter to change,
+using the plan's estimates. It wraps `train` from outside, so no result depends on it."""
 
 import contextlib
 import gc
@@ -13,18 +13,18 @@ import torch
 from panollava.config import Settings
 from panollava.errors import UserError, out_of_memory_reason
 from panollava.model.device import choose_device, peak_memory
-from panollava.planning.plan import memory_if
+from panollava.planning.plan import memory_with
 from panollava.stages import Stage
 
-_SAFE = 0.9  # share of the memory that a plan may fill: allocators waste some
-_LATER = 50_000_000  # bytes of modules that are imported after the start
+_USABLE = 0.9  # share of the available memory that a plan may fill: allocators waste some
+_LATE_IMPORTS = 50_000_000  # bytes of modules that are imported after the start
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(stage: Stage, settings: Settings) -> Iterator[None]:
-    """Raise too little memory in the block, which trains, as a UserError that names a value to
-    set. The processes which load batches have a shortage of their own."""
-    program = psutil.Process().memory_info().rss + _LATER
+    """Raise out-of-memory errors in the block, which trains, as UserErrors with advice. Errors of
+    data loader processes pass unchanged: they have another cause."""
+    program = psutil.Process().memory_info().rss + _LATE_IMPORTS
     try:
         yield
         return
@@ -36,53 +36,49 @@ def explain_out_of_memory(stage: Stage, settings: Settings) -> Iterator[None]:
     gc.collect()
     device = choose_device(settings.trainer.accelerator)
     on_gpu = device.type == "cuda"
-    peak, free = peak_memory(device), _free(on_gpu)
-    advice = _advice(stage, settings, free, 0 if on_gpu else program)
+    peak, available = peak_memory(device), _available(on_gpu)
+    advice = _advice(stage, settings, available, 0 if on_gpu else program)
     raise UserError(
-        f"out of memory: {peak / 1e9:.2f} GB were used at the peak, and {free / 1e9:.2f} GB are "
-        f"there for this run. {advice}. With other parameters the stage starts anew; with more "
-        f"memory, the same command goes on where it was. ({reason})"
+        f"out of memory: peak use was {peak / 1e9:.2f} GB of the {available / 1e9:.2f} GB "
+        f"available. {advice}. Changed parameters restart the stage; with more memory, the same "
+        f"command resumes it. ({reason})"
     )
 
 
-def _free(on_gpu: bool) -> int:
-    """Bytes that this run can have, those that it has included."""
+def _available(on_gpu: bool) -> int:
+    """Bytes that this process can use, including those that it uses already."""
     if on_gpu:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    own = psutil.Process().memory_info()
-    free = own.rss + psutil.virtual_memory().available
+    used = psutil.Process().memory_info()
+    available = used.rss + psutil.virtual_memory().available
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:  # it counts what is mapped and not in memory as well
-        free = min(free, limit - (own.vms - own.rss))
-    return free
+    if limit != resource.RLIM_INFINITY:  # it also counts memory that is mapped but not resident
+        available = min(available, limit - (used.vms - used.rss))
+    return available
 
 
-def _advice(stage: Stage, settings: Settings, free: int, program: int) -> str:
-    """Smaller parts of a step first, which leave the effective batch size as it is, then gradient
-    checkpointing."""
+def _advice(stage: Stage, settings: Settings, available: int, program: int) -> str:
+    """The first change that fits: more parts per step, then gradient checkpointing as well. Both
+    keep the effective batch size."""
     key = f"stage.{stage.name}.accumulate"
-    now = getattr(settings.stage, stage.name).accumulate
-    checkpointed = settings.trainer.gradient_checkpointing
-    _, work = memory_if(settings, stage, now, checkpointed)
-    values = [now]
-    while values[-1] < work.panoramas:
-        values.append(min(2 * values[-1], work.panoramas))
-    options = [(value, checkpointed) for value in values[1:]]
-    if not checkpointed:
-        options.append((values[-1], True))
-    for value, twice in options:
-        need = program + memory_if(settings, stage, value, twice)[0].total
-        if need <= _SAFE * free:
-            changes = [f"{key} to {value} (now {now})"] if value != now else []
-            changes += ["trainer.gradient_checkpointing to true"] if twice != checkpointed else []
+    stage_settings = getattr(settings.stage, stage.name)
+    current, checkpointing = stage_settings.accumulate, settings.trainer.gradient_checkpointing
+    values = [current]
+    while values[-1] < stage_settings.batch_size:
+        values.append(min(2 * values[-1], stage_settings.batch_size))
+    for value, checkpointed in [*((v, checkpointing) for v in values[1:]), (values[-1], True)]:
+        need = program + memory_with(settings, stage, value, checkpointed).total
+        changes = [f"{key} to {value} (now {current})"] if value != current else []
+        if checkpointed != checkpointing:
+            changes.append("trainer.gradient_checkpointing to true")
+        if changes and need <= _USABLE * available:
             return (
-                f"Set {' and '.join(changes)}: that takes about {need / 1e9:.2f} GB, and gives "
-                "the same result"
+                f"Set {' and '.join(changes)}: this needs about {need / 1e9:.2f} GB and gives the "
+                "same result"
             )
-    need = program + memory_if(settings, stage, values[-1], True)[0].total
     return (
-        f"{key} {values[-1]} with trainer.gradient_checkpointing true takes about "
-        f"{need / 1e9:.2f} GB, and is the least that this batch can do with: lower "
-        f"stage.{stage.name}.batch_size, take smaller towers, or a machine with more memory"
+        f"Even {key} {values[-1]} with trainer.gradient_checkpointing true needs about "
+        f"{need / 1e9:.2f} GB: lower stage.{stage.name}.batch_size, or use smaller towers or a "
+        "machine with more memory"
     )

@@ -1,28 +1,28 @@
-"""What a training will take, before it starts: parameters, steps, memory and disk, from the
-settings, the towers' configurations and, where there are any, the rows. No weights are loaded."""
+"""What a training needs: parameters, steps, memory and disk, computed from the settings, the
+towers' configurations and, if there are any, the rows. No weights are loaded."""
 
-import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
+from tabulate import tabulate
 from torch import nn
 
+from panollava import paths
 from panollava.config import Settings
+from panollava.data.batches import read_prepared_rows
 from panollava.data.prepare import SPLITS
-from panollava.files import atomic_write
+from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, read_rows
 from panollava.geometry.views import layout
-from panollava.logs import table
 from panollava.model.device import choose_device
 from panollava.model.encoder import encoder_grid, load_encoder
-from panollava.planning.step_memory import StepMemory, step_memory
-from panollava.planning.workload import Workload, find_workload, read_split
+from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
 from panollava.stages import STAGES, Stage
 from panollava.training.objective import load_objective, prepare_parts
 
@@ -34,15 +34,15 @@ _FP32 = 4  # bytes
 @dataclass(frozen=True)
 class StagePlan:
     parameters: dict[str, int]  # of each part of the model
-    trained: int
-    steps: int | None  # None: there are no rows to count
-    panoramas_at_once: int  # in the heaviest part of a step
-    vision_tokens: int  # of a panorama in a sequence; 0: the stage has no sequences
+    trained: int  # number of parameters
+    steps: int | None  # None: unknown without rows
+    panoramas_at_once: int  # maximum per part of a step
+    vision_tokens: int  # per panorama in a sequence; 0: the stage has no sequences
     longest_sequence: int
     memory: StepMemory
     memory_checkpointed: StepMemory  # with trainer.gradient_checkpointing
-    checkpoint: int  # bytes, as the next
-    model_final: int
+    checkpoint: int  # bytes
+    model_final: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,73 +50,75 @@ class Plan:
     stages: dict[str, StagePlan]
     device: str
     precision: str
-    program: int  # bytes of memory beside tensors; 0 on a GPU, which has its own memory
-    files: dict[str, str]  # that the rows are read from, by split that has rows, as the next two
+    program: int  # bytes of memory besides tensors; 0 on a GPU, which has its own memory
+    files: dict[str, str]  # of rows, by split; splits without rows are left out
     rows: dict[str, int]
     panoramas: dict[str, int]
-    views: int  # bytes on disk of all splits and turned panoramas, as the next
-    features: int
+    views: int  # bytes on disk of all splits and rolled panoramas
+    features: int  # the same
 
 
-def plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
+def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     """Raises UserError for settings, towers or rows that a training would refuse as well."""
-    found = {split: own for split in SPLITS if (own := read_split(settings, split))}
-    tables = {split: rows for split, (rows, _) in found.items()}
-    panoramas = {split: int(rows["panorama"].nunique()) for split, rows in tables.items()}
-    planned = {stage.name: plan_stage(settings, stage) for stage in stages}
-    size, count = settings.views.size, len(layout(settings.views).projections)
+    splits = {split: read_split(settings, split) for split in SPLITS}
+    rows = {split: table for split, (table, _) in splits.items() if table is not None}
+    panoramas = {split: int(table["panorama"].nunique()) for split, table in rows.items()}
+    size, views = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
     feature = encoder.width * np.dtype(settings.model.features).itemsize
     rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
-    seen = sum(panoramas.values()) + rolled
+    images = (sum(panoramas.values()) + rolled) * views
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
-        stages=planned,
+        stages={stage.name: _plan_stage(settings, stage, rows.get("train")) for stage in stages},
         device=device,
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device == "cpu" else 0,
-        files={split: str(file) for split, (_, file) in found.items()},
-        rows={split: len(rows) for split, rows in tables.items()},
+        files={split: str(splits[split][1]) for split in rows},
+        rows={split: len(table) for split, table in rows.items()},
         panoramas=panoramas,
-        views=seen * count * size * size * 3,
-        features=seen * count * grid * grid * feature,
+        views=images * size * size * 3,
+        features=images * grid * grid * feature,
     )
 
 
-def plan_stage(settings: Settings, stage: Stage) -> StagePlan:
+def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) -> StagePlan:
     objective = _objective(settings, stage)
-    work = find_workload(objective, settings, stage, getattr(settings.stage, stage.name).accumulate)
-    parts = dict(objective.model.named_children())
+    accumulate = getattr(settings.stage, stage.name).accumulate
+    work = find_workload(objective, settings, stage, accumulate, train)
+    parts = {name: _count(part.parameters()) for name, part in objective.model.named_children()}
     trained = _count(p for p in objective.parameters() if p.requires_grad)
     return StagePlan(
-        parameters={name: _count(part.parameters()) for name, part in parts.items()},
+        parameters=parts,
         trained=trained,
         steps=work.steps,
         panoramas_at_once=work.panoramas_at_once,
         vision_tokens=getattr(objective, "vision_tokens", 0),
         longest_sequence=work.longest_sequence,
-        memory=_memory(settings, stage, work, checkpointed=False),
-        memory_checkpointed=_memory(settings, stage, work, checkpointed=True),
+        memory=_memory(settings, stage, work, checkpointing=False),
+        memory_checkpointed=_memory(settings, stage, work, checkpointing=True),
         checkpoint=3 * _FP32 * trained,  # with AdamW's two moments
-        model_final=_FP32 * sum(_count(parts[name].parameters()) for name in stage.saves),
+        model_final=_FP32 * sum(parts[name] for name in stage.saves),
     )
 
 
-def memory_if(
-    settings: Settings, stage: Stage, accumulate: int, checkpointed: bool
-) -> tuple[StepMemory, Workload]:
+def memory_with(
+    settings: Settings, stage: Stage, accumulate: int, checkpointing: bool
+) -> StepMemory:
     """The memory of the heaviest step with other values than those of `settings`."""
-    work = find_workload(_objective(settings, stage), settings, stage, accumulate)
-    return _memory(settings, stage, work, checkpointed), work
+    train, _ = read_split(settings, "train")
+    work = find_workload(_objective(settings, stage), settings, stage, accumulate, train)
+    return _memory(settings, stage, work, checkpointing)
 
 
-def _memory(settings: Settings, stage: Stage, work: Workload, checkpointed: bool) -> StepMemory:
-    found = []
-    for step in work.heaviest or [[]]:
-        objective = _objective(settings, stage, checkpointed)
-        found.append(step_memory(objective, step, settings.trainer.precision, _device(settings)))
-    return max(found, key=lambda memory: memory.total)
+def _memory(settings: Settings, stage: Stage, work: Workload, checkpointing: bool) -> StepMemory:
+    precision, device = settings.trainer.precision, _device(settings)
+    memories = [
+        step_memory(_objective(settings, stage, checkpointing), step, precision, device)
+        for step in work.heaviest or [[]]
+    ]
+    return max(memories, key=lambda memory: memory.total)
 
 
 def _objective(settings: Settings, stage: Stage, checkpointing: bool = False) -> Any:
@@ -126,7 +128,8 @@ def _objective(settings: Settings, stage: Stage, checkpointing: bool = False) ->
 
 
 def _device(settings: Settings) -> torch.device:
-    """Whose kernels are planned with: a machine without a GPU plans for one with its own."""
+    """The device whose kernels are planned with. A machine without a GPU plans for a GPU with its
+    own kernels."""
     accelerator = settings.trainer.accelerator
     return choose_device("auto" if accelerator == "gpu" else accelerator)
 
@@ -135,67 +138,90 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def show(planned: Plan, checkpointed: bool) -> None:
-    """Log the plan as tables. `checkpointed`: trainer.gradient_checkpointing as it is set."""
-    stages = planned.stages
-    sizes = {part: n for own in stages.values() for part, n in own.parameters.items()}
-    state = {
-        (part, name): "trains" if part in STAGES[name].trains else "frozen"
-        for name, own in stages.items()
-        for part in own.parameters
-    }
-    lines = [
-        (part, f"{count:,}", *(state.get((part, name), "not there") for name in stages))
-        for part, count in sizes.items()
+def read_split(settings: Settings, split: str) -> tuple[pd.DataFrame | None, Path]:
+    """A split's rows, and the file that they come from: the one written by `prepare` if it belongs
+    to the CSV in `data.dir`, otherwise the CSV, including rows not yet downloaded. None: no CSV."""
+    file = Path(settings.data.dir) / f"{split}.csv"
+    if not file.is_file():
+        return None, file
+    rows, rejects = read_rows(file, Path())
+    prepared = paths.PREPARED / split / "rows.csv"
+    rejected = prepared.with_name("rejects.csv")
+    if prepared.is_file() and rejected.is_file():
+        written = read_prepared_rows(prepared)
+        if _texts(written, read_prepared_rows(rejected)) == _texts(rows, rejects):
+            return written, prepared
+    pending = rejects[rejects["reason"] == NOT_DOWNLOADED]
+    rows = pd.concat([rows, pending]).sort_values("row")
+    return rows.assign(panorama=pd.factorize(rows["url"])[0]), file
+
+
+def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
+    """Row numbers and texts of all tables."""
+    columns = ["row", *COLUMNS]
+    return {row for table in tables for row in table[columns].itertuples(index=False, name=None)}
+
+
+def show(plan: Plan, checkpointing: bool) -> None:
+    """Log the plan as tables. `checkpointing`: the value of trainer.gradient_checkpointing."""
+    state = f"{plan.device}, {plan.precision}, checkpointing {'on' if checkpointing else 'off'}"
+    for title, table in (
+        ("", _parts_table(plan)),
+        ("", _rows_table(plan)),
+        ("", _steps_table(plan)),
+        (f"peak memory of a step in MB ({state}):\n", _memory_table(plan, checkpointing)),
+        ("", _disk_table(plan)),
+    ):
+        text = tabulate(table, "keys", "plain", intfmt=",", floatfmt=",.1f", missingval="-")
+        log.info("%s%s\n", title, text)
+    if "train" not in plan.rows:
+        log.info("no rows found: assuming one full-length row per panorama (an upper bound)")
+
+
+def _parts_table(plan: Plan) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for name, stage in plan.stages.items():
+        for part, count in stage.parameters.items():
+            row = rows.setdefault(part, {"part": part, "parameters": count})
+            row[name] = "trains" if part in STAGES[name].trains else "frozen"
+    return list(rows.values())
+
+
+def _rows_table(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split,
+            "rows": count,
+            "panoramas": plan.panoramas[split],
+            "rows per panorama": count / plan.panoramas[split],
+            "file": plan.files[split],
+        }
+        for split, count in plan.rows.items()
     ]
-    trained = ("trained in all", "", *(f"{own.trained:,}" for own in stages.values()))
-    log.info("%s", table([*lines, trained], ("part", "parameters", *stages)))
-    rows = ", ".join(f"{split} {count:,}" for split, count in planned.rows.items())
-    panoramas = ", ".join(f"{split} {count:,}" for split, count in planned.panoramas.items())
-    log.info("\nrows: %s; panoramas: %s", rows or "none found", panoramas or "none found")
-    log.info("read from: %s", ", ".join(planned.files.values()) or "no file")
-    if "train" in planned.rows:
-        mean = planned.rows["train"] / planned.panoramas["train"]
-        log.info("rows a panorama of train: %.1f", mean)
-    else:
-        log.info("without rows, every panorama of a step is taken to have one, of full length")
-    log.info(
-        "\n%s",
-        table(
-            [
-                (name, "?" if own.steps is None else f"{own.steps:,}", own.panoramas_at_once)
-                + (own.vision_tokens, own.longest_sequence)
-                for name, own in stages.items()
-            ],
-            ("stage", "steps", "panoramas at once", "tokens a panorama", "longest sequence"),
-        ),
-    )
-    other = "without" if checkpointed else "with"
-    log.info(
-        "\nmemory at a step's peak, MB (%s, %s, gradient checkpointing %s):\n%s",
-        *(planned.device, planned.precision, "on" if checkpointed else "off"),
-        table(
-            [_line(name, own, planned.program, checkpointed) for name, own in stages.items()],
-            ("stage", "program", "weights", "gradients", "AdamW", "activations", "total")
-            + (f"total {other} checkpointing",),
-        ),
-    )
-    files = [("runs/prepared", planned.views), ("runs/features", planned.features)]
-    for name, own in stages.items():
-        files.append((f"a checkpoint of {name}", own.checkpoint))
-        files.append((f"model_final of {name}", own.model_final))
-    log.info("\n%s", table([(name, f"{size / 1e6:,.1f}") for name, size in files], ("disk", "MB")))
 
 
-def _line(name: str, own: StagePlan, program: int, checkpointed: bool) -> tuple[str, ...]:
-    memory, other = own.memory, own.memory_checkpointed
-    if checkpointed:
-        memory, other = other, memory
-    sizes = (program, memory.weights, memory.gradients, memory.optimizer, memory.activations)
-    totals = (program + memory.total, program + other.total)
-    return (name, *(f"{size / 1e6:,.0f}" for size in (*sizes, *totals)))
+def _steps_table(plan: Plan) -> list[dict[str, Any]]:
+    columns = ("trained", "steps", "panoramas_at_once", "vision_tokens", "longest_sequence")
+    return [
+        {"stage": name, **{key.replace("_", " "): getattr(stage, key) for key in columns}}
+        for name, stage in plan.stages.items()
+    ]
 
 
-def write_json(planned: Plan, file: Path) -> None:
-    with atomic_write(file) as beside:
-        beside.write_text(json.dumps(dataclasses.asdict(planned), indent=2) + "\n")
+def _memory_table(plan: Plan, checkpointing: bool) -> list[dict[str, Any]]:
+    rows = []
+    for name, stage in plan.stages.items():
+        without, with_ = stage.memory, stage.memory_checkpointed
+        memory = {"program": plan.program, **asdict(with_ if checkpointing else without)}
+        memory["total without checkpointing"] = plan.program + without.total
+        memory["total with"] = plan.program + with_.total
+        rows.append({"stage": name, **{key: size / 1e6 for key, size in memory.items()}})
+    return rows
+
+
+def _disk_table(plan: Plan) -> list[dict[str, Any]]:
+    files = {str(paths.PREPARED): plan.views, str(paths.FEATURES): plan.features}
+    for name, stage in plan.stages.items():
+        files[f"checkpoint of {name}"] = stage.checkpoint
+        files[f"model_final of {name}"] = stage.model_final
+    return [{"file": file, "MB": size / 1e6} for file, size in files.items()]

@@ -1,31 +1,123 @@
-"""The memory of an optimizer step, found without computing it: the stage's own code runs on fake
-tensors, which have a shape and a device and no content, and what is alive is counted."""
+"""The heaviest optimizer steps of a training stage, and the memory that one needs.
+
+Nothing is computed: the stage's own code runs on fake tensors, which have a shape and a device but
+no content, and the bytes of live storage are counted."""
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from panollava.config import Settings
+from panollava.data.batches import Step, divide, labelled_rows, plan_epoch
+from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.device import autocast
-from panollava.training.objective import StageObjective
+from panollava.stages import Stage
+
+Part = list[list[Row]]  # the rows of each of its panoramas
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a stage trains on."""
+
+    steps: int | None  # None: unknown without rows
+    heaviest: list[list[Part]]  # candidate steps; which one needs most memory depends on the model
+    prefix: int  # tokens before the rows of a sequence; 0: the stage has no sequences
+
+    @property
+    def panoramas_at_once(self) -> int:
+        """Maximum per part of a step."""
+        return max((len(part) for step in self.heaviest for part in step), default=0)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens; 0 if the stage has no sequences."""
+        parts = [part for step in self.heaviest for part in step]
+        return self.prefix and self.prefix + max(map(_longest, parts), default=0)
+
+
+def find_workload(
+    objective: Any, settings: Settings, stage: Stage, accumulate: int, train: pd.DataFrame | None
+) -> Workload:
+    """The steps of all epochs, each in `accumulate` parts. `train`: the split's rows. None assumes
+    one full-length row per panorama, an upper bound.
+
+    Raises UserError for a row whose query leaves no room for the answer."""
+    stage_settings = getattr(settings.stage, stage.name)
+    dialogue = getattr(objective, "dialogue", None)  # None: the stage reads no text
+    rows = _rows_by_panorama(dialogue, stage_settings, train)
+    indices = {panorama: list(range(len(answered))) for panorama, answered in rows.items()}
+    steps = [
+        _divide(step, rows, accumulate)
+        for epoch in range(stage_settings.epochs)
+        for step in plan_epoch(indices, stage_settings.batch_size, settings.seed, epoch)
+    ]
+    prefix = len(dialogue.text_prefix) + objective.vision_tokens if dialogue else 0
+    return Workload(None if train is None else len(steps), _heaviest(steps, prefix), prefix)
+
+
+def _rows_by_panorama(
+    dialogue: Dialogue | None, stage_settings: Any, train: pd.DataFrame | None
+) -> dict[int, list[Row]]:
+    if train is None:
+        length = dialogue.max_text_length if dialogue else 1
+        row = Row([0], [0] * (length - 1))
+        return {panorama: [row] for panorama in range(stage_settings.batch_size)}
+    if dialogue is None:
+        return {int(panorama): [Row([], [])] for panorama in train["panorama"].unique()}
+    result: dict[int, list[Row]] = {}
+    for row in labelled_rows(train, stage_settings.labelled).itertuples():
+        tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
+        result.setdefault(int(row.panorama), []).append(tokens)
+    return result
+
+
+def _divide(step: Step, rows: dict[int, list[Row]], accumulate: int) -> list[Part]:
+    return [
+        [[rows[panorama][index] for index in indices] for panorama, indices in part]
+        for part in divide(step, accumulate)
+    ]
+
+
+def _heaviest(steps: list[list[Part]], prefix: int) -> list[list[Part]]:
+    """The step with the largest part in tokens, and the one in answer tokens, which need logits."""
+
+    def tokens(part: Part) -> int:
+        return len(part) * (prefix + _longest(part)) if prefix else len(part)
+
+    def answer_tokens(part: Part) -> int:
+        return sum(len(row.answer) for rows in part for row in rows)
+
+    if not steps:
+        return []
+    first, second = (
+        max(steps, key=lambda step: max(map(size, step))) for size in (tokens, answer_tokens)
+    )
+    return [first] if first is second else [first, second]
+
+
+def _longest(part: Part) -> int:
+    """Tokens of rows in the part's longest sequence."""
+    return max(sum(map(len, rows)) for rows in part)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the peak of a step, from the second one on."""
+    """Bytes at the peak of a step, from the second step on."""
 
     weights: int
     gradients: int
     optimizer: int  # AdamW's two moments
-    activations: int  # and all else that is alive at the peak
+    activations: int  # and everything else that is alive at the peak
 
     @property
     def total(self) -> int:
@@ -33,31 +125,26 @@ class StepMemory:
 
 
 def step_memory(
-    objective: StageObjective, parts: list[list[list[Row]]], precision: str, device: torch.device
+    objective: Any, step: list[Part], precision: str, device: torch.device
 ) -> StepMemory:
-    """Of a step in `parts`: each a list of panoramas, which are lists of rows.
+    """The memory of one step, given as its parts. Without parts, only the weights are held.
 
-    `objective` was made without weights; its parts are frozen and checkpointed as in training.
-    No parts: nothing is trained."""
-    trained = sum(p.nbytes for p in _parameters(objective) if p.requires_grad)
-    weights = sum(p.nbytes for p in _parameters(objective))
-    if not parts:
+    `objective` was built without weights; its parts are frozen and checkpointed as in training."""
+    trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in objective.parameters())
+    if not step:
         return StepMemory(weights, 0, 0, 0)
-    # Geometry is real, small, and taken as if it were fake.
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as alive:
+    # The view geometry consists of real tensors; they are small, and are treated as fake ones.
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as storage:
         _make_fake(objective, device)
-        held = alive.now
-        batches = [_to(objective.blank(part), device) for part in parts]
+        before = storage.current
+        blank = [objective.blank(part) for part in step]
+        batches = tree_map_only(Tensor, lambda tensor: tensor.to(device), blank)
         with autocast(device, precision):
             objective.step(batches, Tensor.backward)
-        peak = alive.peak - held
-    # Gradients grow while activations go, so that both are never there in full with one part.
+        peak = storage.peak - before
+    # With one part, gradients grow while activations are freed: both are never complete at once.
     return StepMemory(weights, trained, 2 * trained, max(0, peak - trained))
-
-
-def _parameters(objective: StageObjective) -> Iterator[nn.Parameter]:
-    assert isinstance(objective, nn.Module)
-    yield from objective.parameters()
 
 
 def _make_fake(objective: Any, device: torch.device) -> None:
@@ -67,20 +154,13 @@ def _make_fake(objective: Any, device: torch.device) -> None:
             module.tie_weights()
 
 
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, tuple):  # a named one
-        return type(batch)(*(_to(value, device) for value in batch))
-    return batch
-
-
 class LiveStorage(TorchDispatchMode):
-    """Counts the bytes of all storages that come up in the block and are alive, each once."""
+    """Counts the bytes of all storages that are created or returned in the block and still alive,
+    each once: `current` and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.current = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(
@@ -97,10 +177,10 @@ class LiveStorage(TorchDispatchMode):
         if key in self._storages:
             return
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self._storages[key]
-            self.now -= size
+            self.current -= size
 
-        self._storages[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._storages[key] = weakref.ref(storage, freed)
+        self.current += size
+        self.peak = max(self.peak, self.current)

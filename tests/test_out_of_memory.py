@@ -1,4 +1,4 @@
-"""Too little memory, for real: the process may have no more than a limit."""
+"""Promises about running out of memory, in a process with a real limit."""
 
 import re
 import subprocess
@@ -15,18 +15,18 @@ LIMITED = """
 import resource, sys
 import psutil
 from panollava.cli import main as cli
-from panollava.planning import out_of_memory as shortage
+from panollava.planning import out_of_memory
 from panollava.training import train
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 cli.main(["train", "vision"])
 """
-ROOM = 600_000_000  # bytes beside the program: enough for half of a step
+BUDGET = 600_000_000  # bytes besides the program: enough for half of a step
 
 
 @pytest.fixture
 def wide(project: Path) -> Path:
-    """Sixteen panoramas a step, and an encoder whose activations are large beside its weights."""
+    """Sixteen panoramas per step, and an encoder whose activations are larger than its weights."""
     save_encoder(Path("towers/encoder"), size=64, width=512)
     for split in ("train", "valid", "test"):
         names = [f"images/{split}_{index}.jpg" for index in range(16)]
@@ -41,10 +41,10 @@ def wide(project: Path) -> Path:
     return project
 
 
-def train(room: int) -> tuple[int, str]:
+def train(budget: int) -> tuple[int, str]:
     """Exit status and last line."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(room)],
+        [sys.executable, "-c", LIMITED, str(budget)],
         env={"PYTHONPATH": str(ROOT / "src"), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
         text=True,
         capture_output=True,
@@ -53,23 +53,23 @@ def train(room: int) -> tuple[int, str]:
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
-def test_a_training_that_runs_out_of_memory_fits_with_the_value_that_it_names(wide: Path) -> None:
-    status, said = train(ROOM)
+def test_a_training_that_ran_out_of_memory_fits_with_the_suggested_value(wide: Path) -> None:
+    status, message = train(BUDGET)
     pattern = (
-        r"error: out of memory: (\S+) GB were used at the peak, and (\S+) GB are there for this "
-        r"run\. Set stage\.vision\.accumulate to (\d+) \(now 1\): that takes about (\S+) GB"
+        r"error: out of memory: peak use was (\S+) GB of the (\S+) GB available\. "
+        r"Set stage\.vision\.accumulate to (\d+) \(now 1\): this needs about (\S+) GB"
     )
-    found = re.match(pattern, said)
-    assert status == 1 and found, said
-    peak, free, parts, need = map(float, found.groups())
-    assert need < peak <= free * 1.05
+    match = re.match(pattern, message)
+    assert status == 1 and match, message
+    peak, available, parts, need = map(float, match.groups())
+    assert need < peak <= available * 1.05
     text = paths.PARAMS.read_text()
     paths.PARAMS.write_text(text.replace("accumulate: 1", f"accumulate: {parts:.0f}", 1))
-    status, said = train(ROOM)
-    assert status == 0, said
+    status, message = train(BUDGET)
+    assert status == 0, message
 
 
-def test_where_nothing_fits_the_least_is_told(wide: Path) -> None:
-    status, said = train(150_000_000)
-    assert status == 1 and "is the least that this batch can do with: lower" in said, said
-    assert re.search(r"stage\.vision\.accumulate 16 with trainer\.gradient_checkpointing", said)
+def test_if_nothing_fits_the_smallest_need_is_reported(wide: Path) -> None:
+    status, message = train(150_000_000)
+    assert status == 1 and "lower stage.vision.batch_size" in message, message
+    assert re.search(r"Even stage\.vision\.accumulate 16 with trainer\.gradient_check", message)

@@ -1,0 +1,125 @@
+"""Metrics of a model's answers: `compute_details` measures everything, `headline` selects the few
+numbers that people compare. How the answers are generated is in `evaluate`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from panollava.evaluation.captions import Scores, agreement, score
+from panollava.evaluation.confidence import interval_of_mean
+from panollava.evaluation.facts import FactReader, Key, compare, rotation, seam
+
+# Names of answers, by what the model saw; also the columns of predictions.csv.
+PREDICTION = "prediction"  # the panorama itself
+SWAPPED = "swapped"  # another panorama
+
+Answers = Mapping[str, Mapping[Key, str]]
+
+
+def rolled_name(degrees: float) -> str:
+    """The name of the answers for panoramas rolled by `degrees`."""
+    return f"turned by {degrees:g}"
+
+
+def compute_details(
+    answers: Answers,
+    references: Mapping[Key, list[str]],
+    rolls: Sequence[float],
+    reader: FactReader | None,
+) -> dict[str, Any]:
+    """Caption scores; the grounding gap, the difference to the scores with another panorama;
+    agreement with the answers for rolled panoramas; and, if there is a `reader`, F1 of the stated
+    facts. `interval` holds 95% intervals of the scores that are means."""
+    scores = score(answers[PREDICTION], references)
+    details: dict[str, Any] = {
+        "captions": len(references),
+        "panoramas": len({panorama for panorama, _ in references}),
+        "references": sum(map(len, references.values())),
+        **_with_intervals(scores),
+    }
+    if SWAPPED in answers:
+        swapped = score(answers[SWAPPED], references)
+        details["swapped"] = {k: v for k, v in swapped.values.items() if isinstance(v, float)}
+        details["grounding_gap"] = _grounding_gap(scores, swapped)
+    if rolls:
+        rolled = {f"{degrees:g}": answers[rolled_name(degrees)] for degrees in rolls}
+        details["rotation"] = {
+            angle: _with_intervals(agreement(texts, answers[PREDICTION]))
+            for angle, texts in rolled.items()
+        }
+    if reader is not None:
+        _add_facts(details, answers, references, rolls, reader)
+    return details
+
+
+def headline(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of `details` that people compare: 14 for the demo. `rotation` is the mean over
+    angles. Numbers that could not be computed are left out."""
+    gap, seam_f1 = details.get("grounding_gap", {}), details.get("seam") or {"gap": {}}
+    rolls = details.get("rotation", {}).values()
+    if "facts" in details:
+        rotations = {k: [r[k]["f1"] for r in rolls if k in r] for k in ("stays", "turns")}
+    else:
+        rotations = {"rouge_l": [result.get("rouge_l") for result in rolls]}
+    return _drop_missing(
+        {
+            **{name: details.get(name) for name in ("bleu_4", "rouge_l", "cider_d")},
+            "grounding_gap": gap.get(gap.get("headline")),
+            "rotation": {name: _mean(values) for name, values in rotations.items()},
+            "seam": seam_f1["gap"].get("value"),
+            "facts": {kind: result["f1"] for kind, result in details.get("facts", {}).items()},
+        }
+    )
+
+
+def _grounding_gap(scores: Scores, swapped: Scores) -> dict[str, Any]:
+    """Differences of all scores; `headline` names the one that is reported."""
+    gaps = {
+        name: scores.values[name] - value
+        for name, value in swapped.values.items()
+        if isinstance(value, float) and name in scores.values
+    }
+    each = {
+        name: {key: value - swapped.each[name][key] for key, value in values.items()}
+        for name, values in scores.each.items()
+        if name in swapped.each
+    }
+    reported = next((name for name in ("cider_d", "rouge_l") if name in gaps), None)
+    return {**_with_intervals(Scores(gaps, each)), "headline": reported}
+
+
+def _with_intervals(scores: Scores) -> dict[str, Any]:
+    intervals = {name: interval_of_mean(values) for name, values in scores.each.items()}
+    return {**scores.values, "interval": intervals}
+
+
+def _add_facts(
+    details: dict[str, Any],
+    answers: Answers,
+    references: Mapping[Key, list[str]],
+    rolls: Sequence[float],
+    reader: FactReader,
+) -> None:
+    """Add F1 of facts for each input, their consistency under rotation, and the seam's accuracy.
+    The first reference of each query holds the correct facts."""
+    predicted = {name: reader.read_all(texts, references) for name, texts in answers.items()}
+    first = {key: texts[0] for key, texts in references.items()}
+    reference = reader.read_all(first, references)
+    details["facts"] = compare(predicted[PREDICTION], reference)
+    if SWAPPED in predicted:
+        details["swapped"]["facts"] = compare(predicted[SWAPPED], reference)
+    rolled = {degrees: predicted[rolled_name(degrees)] for degrees in rolls}
+    for degrees, consistency in rotation(reader, predicted[PREDICTION], rolled).items():
+        details["rotation"][degrees].update(consistency)
+    details["seam"] = seam(reader, reference, {0.0: predicted[PREDICTION], **rolled})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _drop_missing(metrics: dict[str, Any]) -> dict[str, Any]:
+    pruned = {k: _drop_missing(v) if isinstance(v, dict) else v for k, v in metrics.items()}
+    return {name: value for name, value in pruned.items() if value not in (None, {})}

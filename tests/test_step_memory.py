@@ -1,0 +1,65 @@
+"""Promises about the memory of a step: the estimate is what a real step holds."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from panollava import paths
+from panollava.config import Settings, load_settings
+from panollava.planning.plan import read_split
+from panollava.planning.step_memory import LiveStorage, Part, find_workload, step_memory
+from panollava.stages import STAGES, Stage
+from panollava.training.objective import freeze_all_but
+from panollava.training.tower_layers import checkpoint_layers
+
+
+def objective_of(stage: Stage, settings: Any, weights: bool, checkpointed: bool) -> Any:
+    objective = importlib.import_module(stage.objective).Objective(stage, settings, weights)
+    freeze_all_but(objective.model, stage.trains)
+    if checkpointed:
+        checkpoint_layers(objective.model)
+    return objective
+
+
+def heaviest(objective: Any, settings: Settings, stage: Stage, parts: int) -> list[Part]:
+    train, _ = read_split(settings, "train")
+    return find_workload(objective, settings, stage, parts, train).heaviest[0]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", STAGES)
+def test_the_estimate_is_what_a_real_step_holds(
+    project: Path, name: str, parts: int, checkpointed: bool
+) -> None:
+    settings, stage = load_settings(paths.PARAMS), STAGES[name]
+    empty = objective_of(stage, settings, False, checkpointed)
+    step = heaviest(empty, settings, stage, parts)
+    estimate = step_memory(empty, step, "32-true", torch.device("cpu"))
+    real = objective_of(stage, settings, True, checkpointed)
+    with LiveStorage() as storage:
+        for tensor in (*real.parameters(), *real.buffers(), *getattr(real, "pairs", ())):
+            storage.count(tensor.untyped_storage())
+        before = storage.current
+        real.step([real.blank(part) for part in step], Tensor.backward)
+    gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+    assert estimate.gradients == pytest.approx(gradients, rel=0.01)
+    assert estimate.gradients + estimate.activations == pytest.approx(
+        storage.peak - before, rel=0.03
+    )
+    assert estimate.weights == sum(p.nbytes for p in real.parameters())
+
+
+def test_half_precision_and_more_parts_need_less(project: Path) -> None:
+    settings, stage = load_settings(paths.PARAMS), STAGES["resampler"]
+    activations = []
+    for precision, parts in (("32-true", 1), ("bf16-mixed", 1), ("bf16-mixed", 4)):
+        empty = objective_of(stage, settings, False, False)
+        step = heaviest(empty, settings, stage, parts)
+        memory = step_memory(empty, step, precision, torch.device("cpu"))
+        activations.append(memory.activations)
+    assert activations[0] > activations[1] > activations[2]
