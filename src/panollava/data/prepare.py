@@ -143,7 +143,7 @@ def _write_views(
 
     def sample(path: Path) -> list[NDArray[np.uint8]] | str:
         try:
-            panorama = read_panorama(path, sampler.panorama_width, sampler.until)
+            panorama = read_panorama(path, sampler.panorama_width, sampler.visible_fraction)
         except UserError as error:
             return str(error).removeprefix(f"{path}: ")
         return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *rolls)]
