@@ -136,7 +136,7 @@ def of_photo(path: Path, turns: int) -> list[Line]:
     }
 
     def ours() -> NDArray[np.uint8]:
-        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.until))
+        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.visible_fraction))
 
     def decoded_and_sampled(way: Way) -> NDArray:
         return way(decode(path))

@@ -1,6 +1,7 @@
 """Small real towers, panoramas and rows, made once a session."""
 
 import csv
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from panollava.config import Settings, load_settings
+from panollava.data.dialogue import Dialogue
+from panollava.data.packing import pack
+from panollava.model.panollava import PanoLLaVA
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -103,6 +109,46 @@ def save_panorama(path: Path, seed: int, height: int = 64) -> None:
     Image.fromarray(small).resize((2 * height, height), Image.Resampling.BICUBIC).save(path)
 
 
+ROWS = [
+    [("what", "the red box"), ("where", "left ."), ("what is", "a green ball")],
+    [("where is the ball", "right")],
+]
+
+
+def random_views(panoramas: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (panoramas, 8, 32, 32, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def packed_loss(
+    model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor, rows: list
+) -> torch.Tensor:
+    """Loss of packed rows, summed over answer tokens."""
+    tokenized = [[dialogue.row(*row) for row in panorama] for panorama in rows]
+    features = model.features(views)
+    packed = pack(dialogue.text_prefix, features[0, ..., 0].numel(), tokenized, dialogue.pad)
+    return model.loss_sum(features, packed, len(dialogue.text_prefix))
+
+
+def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -> list[float]:
+    """Losses of ROWS, one row per sequence, computed by transformers' causal model."""
+    losses = []
+    vision = model.vision_tokens(model.features(views))
+    embed = model.language_model.get_input_embeddings()
+    for panorama, rows in enumerate(ROWS):
+        for query, text in rows:
+            row = dialogue.row(query, text)
+            before = embed(torch.tensor([dialogue.text_prefix]))
+            after = embed(torch.tensor([row.query + row.answer]))
+            embedded = torch.cat([before, vision[panorama : panorama + 1], after], dim=1)
+            labels = torch.full(embedded.shape[:2], -100)
+            labels[0, -len(row.answer) :] = torch.tensor(row.answer)
+            output = model.language_model(inputs_embeds=embedded, labels=labels)
+            losses.append(float(output.loss) * len(row.answer))
+    return losses
+
+
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("towers")
@@ -152,3 +198,16 @@ def project(
     yield tmp_path
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+def settings_for(towers: Path) -> Settings:
+    settings = load_settings(ROOT / "params.yaml")
+    model = dataclasses.replace(
+        settings.model,
+        encoder=dataclasses.replace(settings.model.encoder, path=str(towers / "encoder")),
+        language_model=dataclasses.replace(
+            settings.model.language_model, path=str(towers / "language_model")
+        ),
+    )
+    views = dataclasses.replace(settings.views, size=32)
+    return dataclasses.replace(settings, model=model, views=views)

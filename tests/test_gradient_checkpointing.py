@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from conftest import ROWS, random_views, settings_for
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
@@ -14,7 +15,6 @@ from panollava.model.panollava import build_model
 from panollava.stages import STAGES
 from panollava.training.objective import freeze_all_but
 from panollava.training.tower_layers import checkpoint_layers
-from test_model import ROWS, random_views, settings_for
 
 
 class Kept:

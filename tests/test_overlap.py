@@ -1,4 +1,4 @@
-"""What two neighboring views have in common is found exactly, all the way round."""
+"""Tokens of neighboring views are matched by exact direction, all around the horizon."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ def what_tokens_see(values: config.Views, grid: int, panorama: np.ndarray) -> Te
     """Views of the panorama, averaged over patches: (1, views, grid, grid, 3)."""
     views = Sampler(layout(values), values.size).sample(panorama).astype(np.float64)
     patch = values.size // grid
-    views = views[:, : grid * patch, : grid * patch]  # as a tower leaves out what is over
+    views = views[:, : grid * patch, : grid * patch]  # a tower ignores the margin
     tokens = views.reshape(-1, grid, patch, grid, patch, 3).mean(axis=(2, 4))
     return torch.from_numpy(tokens)[None]
 
@@ -73,53 +73,53 @@ def test_matched_tokens_see_the_same_directions_to_half_a_degree(
 
 
 @pytest.mark.parametrize(("size", "patch", "pool"), [(384, 14, 1), (384, 14, 2), (224, 32, 2)])
-def test_tokens_that_do_not_fill_a_view_know_where_they_look(
+def test_token_directions_are_right_if_tokens_do_not_fill_a_view(
     size: int, patch: int, pool: int
 ) -> None:
-    """A margin of the view is in no patch, and the last token has fewer patches."""
+    """The view has a margin outside all patches, and the last token has fewer patches."""
     values = settings(size=size)
     panorama = panorama_rays(751, 1502).astype(np.float32)
     encoder: Any = SimpleNamespace(patch=patch)
     tokens = what_tokens_see(values, size // patch, panorama)
-    seen = pool_tokens(tokens, pool)
+    pooled = pool_tokens(tokens, pool)
     rays = torch.from_numpy(token_rays(layout(values), token_centers(encoder, size, pool)))
-    assert seen.shape[1:] == rays.shape
-    # What is averaged over a square that is seen askew is a little nearer to the view's middle.
-    assert degrees_apart(seen, rays[None]).max() < 0.03 * (patch * pool / size * 90)
+    assert pooled.shape[1:] == rays.shape
+    # The average over a square seen at an angle is slightly nearer to the view's center.
+    assert degrees_apart(pooled, rays[None]).max() < 0.03 * (patch * pool / size * 90)
     pairs = correspondences(layout(values), token_centers(encoder, size), "exact")
     assert degrees_apart(*matched_tokens(tokens, pairs)).max() < 0.5
 
 
-def test_every_pair_all_the_way_round_matches_alike() -> None:
+def test_every_pair_around_the_horizon_has_the_same_matches() -> None:
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [
         *((i, i + 1) for i in range(7)),
         (7, 0),
     ]
-    # Half of a view's width, less what lies above, below, and within half a token of an edge.
+    # Half of a view's width, except tokens above, below, and within half a token of an edge.
     assert pairs.mask.sum(dim=(1, 2)).tolist() == [pairs.mask[0].sum()] * 8
     assert 40 < pairs.mask[0].sum() < 98
     assert (pairs.mask == pairs.mask[0]).all()
     assert torch.allclose(pairs.weights, pairs.weights[:1], atol=1e-6)
 
 
-def test_the_last_view_and_the_first_one_match_across_the_seam() -> None:
-    """With random features rather than directions, the seam's pair behaves as any other."""
+def test_the_last_and_the_first_view_match_across_the_seam() -> None:
+    """With random features rather than directions, the seam's pair behaves like any other."""
     torch.manual_seed(0)
     grids = torch.randn(1, 8, 14, 14, 5)
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     source, read = (x.view(8, -1, 5) for x in matched_tokens(grids, pairs))
-    for turn in range(1, 8):
-        rolled = matched_tokens(grids.roll(turn, dims=1), pairs)
+    for shift in range(1, 8):
+        rolled = matched_tokens(grids.roll(shift, dims=1), pairs)
         for x, again in zip((source, read), rolled, strict=True):
-            assert torch.allclose(x.roll(turn, dims=0), again.view(8, -1, 5), atol=1e-5)
+            assert torch.allclose(x.roll(shift, dims=0), again.view(8, -1, 5), atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [14, 16])
-def test_naive_alignment_is_as_wrong_as_the_design_says(grid: int) -> None:
-    found = layout(settings())
-    rays = torch.from_numpy(token_rays(found, cell_centers(grid)))[None]
-    pairs = correspondences(found, cell_centers(grid), "naive")
+def test_naive_pairs_are_6_degrees_apart_on_average(grid: int) -> None:
+    views_layout = layout(settings())
+    rays = torch.from_numpy(token_rays(views_layout, cell_centers(grid)))[None]
+    pairs = correspondences(views_layout, cell_centers(grid), "naive")
     apart = degrees_apart(*matched_tokens(rays, pairs))
     assert apart.mean() == pytest.approx(6.6, abs=0.1)
     assert apart.max() == pytest.approx(8.8, abs=0.25)
@@ -136,58 +136,58 @@ def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> N
     assert torch.allclose(read, grids.roll(-1, dims=1)[:, :, :, :half].flatten(0, 3), atol=1e-5)
 
 
-def test_only_tokens_with_four_neighbours_in_the_target_count() -> None:
-    """An outlier in the target changes what is read by bilinear weights only, never by padding."""
-    found, centers = layout(settings()), cell_centers(14)
-    pairs = correspondences(found, centers, "exact")
+def test_exactly_the_tokens_with_four_neighbors_in_the_target_are_matched() -> None:
+    """Each target value is a bilinear average of tokens, without padding."""
+    views_layout, centers = layout(settings()), cell_centers(14)
+    pairs = correspondences(views_layout, centers, "exact")
     _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
     assert torch.allclose(read, torch.ones_like(read))
     assert (pairs.weights > 0).sum(dim=-1).max() <= 4
-    # Nor is one left out that has them: the target's own view says which those are.
-    for pair, (source, target) in enumerate(found.neighbors):
-        position, _ = found.projections[target].position(
-            found.projections[source].rays(centers, centers)
+    # No other token has four neighbors: the target's projection gives the same mask.
+    for pair, (source, target) in enumerate(views_layout.neighbors):
+        position, _ = views_layout.projections[target].position(
+            views_layout.projections[source].rays(centers, centers)
         )
-        seen = position * 14 - 0.5
+        tokens = position * 14 - 0.5
         front = (
-            token_rays(found, cell_centers(14))[source]
-            @ token_rays(found, cell_centers(1))[target, 0, 0]
+            token_rays(views_layout, cell_centers(14))[source]
+            @ token_rays(views_layout, cell_centers(1))[target, 0, 0]
             > 0
         )
-        expected = ((seen >= -1e-6) & (seen <= 13 + 1e-6)).all(axis=-1) & front
+        expected = ((tokens >= -1e-6) & (tokens <= 13 + 1e-6)).all(axis=-1) & front
         assert np.array_equal(pairs.mask[pair].numpy(), expected)
 
 
 def test_sliding_windows_match_column_by_column() -> None:
-    """Windows of the panorama are flat: there, exact and naive are the same."""
+    """Strips of the panorama are flat: exact and naive are the same."""
     torch.manual_seed(0)
     grids = torch.randn(2, 8, 14, 14, 4)
-    found = layout(settings(strategy="sliding_window"))
-    exact = matched_tokens(grids, correspondences(found, cell_centers(14), "exact"))
-    naive = matched_tokens(grids, correspondences(found, cell_centers(14), "naive"))
+    views_layout = layout(settings(strategy="sliding_window"))
+    exact = matched_tokens(grids, correspondences(views_layout, cell_centers(14), "exact"))
+    naive = matched_tokens(grids, correspondences(views_layout, cell_centers(14), "naive"))
     for one, other in zip(exact, naive, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_panoramas_of_a_batch_do_not_touch_each_other() -> None:
+def test_panoramas_of_a_batch_are_independent() -> None:
     torch.manual_seed(0)
     grids = torch.randn(3, 8, 14, 14, 4)
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     together = matched_tokens(grids, pairs)
-    alone = [matched_tokens(grid[None], pairs) for grid in grids]
-    for one, others in zip(together, zip(*alone, strict=True), strict=True):
+    separate = [matched_tokens(grid[None], pairs) for grid in grids]
+    for one, others in zip(together, zip(*separate, strict=True), strict=True):
         assert torch.equal(one, torch.cat(others))
 
 
-def test_both_sides_carry_gradients() -> None:
+def test_both_sides_have_gradients() -> None:
     grids = torch.randn(1, 12, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     pairs = correspondences(layout(settings(fov=120.0, overlap=0.75)), cell_centers(3), "exact")
     assert torch.autograd.gradcheck(lambda x: matched_tokens(x, pairs), (grids,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_reads_at_exact_places(dtype: torch.dtype) -> None:
-    """Features whose rounding can't be seen: small whole numbers that grow with the column."""
+def test_half_precision_features_are_read_at_exact_positions(dtype: torch.dtype) -> None:
+    """Features that are exact in half precision: small integers that grow with the column."""
     grids = (torch.arange(14) % 14).view(1, 1, 1, 14, 1).expand(1, 8, 14, 14, 1).to(dtype)
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
     _, read = matched_tokens(grids, pairs)
@@ -199,19 +199,18 @@ def test_half_precision_reads_at_exact_places(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("values", "mode", "message"),
     [
-        ({}, "exactly", r"stage\.vision\.overlap: expected exact or naive, found 'exactly'"),
         (
             {"strategy": "resize"},
             "exact",
             r"share no token.*views\.fov.*stage\.vision\.epochs to 0",
         ),
         ({"strategy": "resize"}, "naive", r"share no token.*views\.overlap"),
-        ({"overlap": 0.0}, "exact", r"share no token of their 14 x 14"),
+        ({"overlap": 0.0}, "exact", r"share no token \(14 x 14 each\)"),
         ({"strategy": "cubemap"}, "exact", r"share no token"),
         ({"strategy": "cubemap", "fov": 120.0}, "naive", r"naive needs views.*side by side.*exact"),
     ],
 )
-def test_views_with_nothing_to_compare_are_an_error(
+def test_views_without_matches_are_an_error(
     values: dict[str, Any], mode: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

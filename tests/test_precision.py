@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from conftest import ROWS, random_views, settings_for
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
-from panollava.model.device import autocast, cast_frozen_linears
+from panollava.model.device import autocast
 from panollava.model.panollava import PanoLLaVA, build_model
 from panollava.stages import find_stage
 from panollava.training import curves
@@ -26,8 +27,6 @@ from panollava.training.features import write_features
 from panollava.training.objective import freeze_all_but
 from panollava.training.tower_layers import checkpoint_layers, compile_layers
 from panollava.training.train import check_deterministic, make_module
-from test_language_models import KINDS, built, with_language_model
-from test_model import ROWS, loss_of, random_views, settings_for
 from test_training import Killed, change, outputs, run, settings, weights  # noqa: F401
 
 TRAINS = ("encoder", "resampler", "projector")
@@ -55,35 +54,6 @@ def step(
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), grads
-
-
-def test_a_frozen_part_in_half_precision_computes_what_autocast_does(towers: Path) -> None:
-    model, dialogue = make(towers)
-    language = sum(p.nbytes for p in model.language_model.parameters())
-    loss, grads = step(model, dialogue, precision="bf16-mixed")
-    cast_frozen_linears(model, "32-true", keep=TRAINS)
-    assert language == sum(p.nbytes for p in model.language_model.parameters())
-    cast_frozen_linears(model, "bf16-mixed", keep=TRAINS)
-    held, held_grads = step(model, dialogue, precision="bf16-mixed")
-    assert torch.equal(loss, held) and grads.keys() == held_grads.keys() != set()
-    assert all(torch.equal(grads[name], held_grads[name]) for name in grads)
-    halved = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    assert halved and all(name.startswith("language_model.") for name in halved)
-    assert not any("embed" in name or "norm" in name for name in halved)
-    # A tied head is the embedding.
-    assert model.language_model.get_input_embeddings().weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_that_holds_for_language_models_of_many_kinds(
-    kind: str, towers: Path, tmp_path: Path
-) -> None:
-    model, dialogue = built(with_language_model(tmp_path, towers, kind, **KINDS[kind]))
-    views = random_views(2)
-    with torch.no_grad(), autocast(CPU, "bf16-mixed"):
-        plain = loss_of(model, dialogue, views, ROWS)
-        cast_frozen_linears(model, "bf16-mixed")
-        assert torch.equal(loss_of(model, dialogue, views, ROWS), plain)
 
 
 def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) -> None:  # noqa: F811

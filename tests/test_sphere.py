@@ -1,4 +1,4 @@
-"""Directions, panoramas and views agree with each other, poles and seam included."""
+"""Rays, panoramas and views are consistent, including at the poles and the seam."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_axes_are_right_up_and_forward() -> None:
     assert rays_from_angles(yaw, pitch) == pytest.approx(np.array(expected))
 
 
-def test_angles_and_rays_are_inverse_whatever_the_rays_length() -> None:
+def test_angles_and_rays_are_inverse_for_rays_of_any_length() -> None:
     rays = random_rays(1000)
     assert rays_from_angles(*angles_from_rays(7 * rays)) == pytest.approx(rays, abs=1e-14)
 
@@ -54,7 +54,7 @@ def test_panorama_pixels_follow_the_convention() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (37, 75), (1, 2)])
-def test_a_panorama_pixel_is_found_where_it_lies(height: int, width: int) -> None:
+def test_a_panorama_pixels_ray_maps_to_its_position(height: int, width: int) -> None:
     position = panorama_position(panorama_rays(height, width)) * (width, height) - 0.5
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     assert position == pytest.approx(np.stack([columns, rows], axis=-1), abs=1e-9)
@@ -69,7 +69,7 @@ def test_positions_on_the_seam_stay_below_one() -> None:
 
 @pytest.mark.parametrize("view", PROJECTIONS)
 @pytest.mark.parametrize(("rows", "columns"), [(14, 14), (7, 5), (1, 1)])
-def test_a_view_sees_its_own_rays_where_they_came_from(
+def test_a_views_ray_maps_to_the_position_it_came_from(
     view: Projection, rows: int, columns: int
 ) -> None:
     rays = view.rays(cell_centers(columns), cell_centers(rows))
@@ -81,7 +81,7 @@ def test_a_view_sees_its_own_rays_where_they_came_from(
     assert inside.all()
 
 
-def test_a_view_looks_the_way_it_says() -> None:
+def test_the_center_of_a_view_is_at_its_yaw_and_pitch() -> None:
     for yaw, pitch in [(0, 0), (45, 0), (180, 20), (270, -60), (0, 90), (0, -90)]:
         expected = rays_from_angles(*np.radians(np.array([yaw, pitch])))
         assert Gnomonic(yaw, pitch, 90).rays(MIDDLE, MIDDLE)[0, 0] == pytest.approx(expected)
@@ -93,12 +93,12 @@ def test_a_perspective_view_keeps_its_field_of_view_and_is_upright() -> None:
     yaw, pitch = np.degrees(angles_from_rays(rays))
     assert yaw[500, [0, -1]] == pytest.approx([-45, 45], abs=0.1)
     assert pitch[[0, -1], 500] == pytest.approx([45, -45], abs=0.1)
-    # Straight lines of the scene stay straight: a row of cells lies in one plane with the eye.
+    # Straight lines of the scene stay straight: a row of cells is in one plane with the camera.
     assert np.linalg.svd(rays[100], compute_uv=False)[-1] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("fov", [60, 90, 150])
-def test_a_perspective_view_sees_neither_behind_itself_nor_past_its_edges(fov: int) -> None:
+def test_a_perspective_view_sees_nothing_behind_it_or_beyond_its_edges(fov: int) -> None:
     rays = random_rays(5000)
     view = Gnomonic(70, 35, fov)
     _, inside = view.position(rays)
@@ -108,7 +108,7 @@ def test_a_perspective_view_sees_neither_behind_itself_nor_past_its_edges(fov: i
     assert inside[angle < limit].all()
 
 
-def test_a_window_across_the_seam_sees_both_sides_of_it() -> None:
+def test_a_window_across_the_seam_sees_both_sides() -> None:
     yaw = np.radians([170, 179.9, -179.9, -170, 130, -130])
     position, inside = Window(180, 0, 90, 180).position(rays_from_angles(yaw, np.zeros(6)))
     assert inside.tolist() == [True, True, True, True, False, False]
@@ -126,12 +126,12 @@ def test_direction_encoding_is_smooth_across_the_seam_and_over_the_poles(degree:
         encode_direction(near, degree) - encode_direction(centers, degree), axis=-1
     )
     assert encode_direction(centers, degree).shape == (len(centers), 3 + 2 * (degree - 1))
-    # The k-th harmonic turns k times as fast, and is never larger than 1.
+    # The k-th harmonic changes k times as fast, and is at most 1.
     limit = 2 * degree * np.sqrt(degree + 1)
     assert (change <= limit * np.linalg.norm(near - centers, axis=-1)).all()
 
 
-def test_direction_encoding_tells_directions_apart() -> None:
+def test_different_directions_have_different_encodings() -> None:
     rays = random_rays(300)
     features = encode_direction(rays, 4)
     apart = np.linalg.norm(features[:, None] - features[None], axis=-1)
@@ -139,11 +139,11 @@ def test_direction_encoding_tells_directions_apart() -> None:
     assert (apart >= chord - 1e-12).all()
 
 
-def test_direction_encoding_turns_with_the_panorama() -> None:
-    """Sectoral harmonics: a turn by 90 degrees changes signs and swaps sine and cosine."""
+def test_direction_encoding_rotates_with_the_panorama() -> None:
+    """Sectoral harmonics: a rotation by 90 degrees changes signs and swaps sine and cosine."""
     yaw, pitch = angles_from_rays(random_rays(100))
     plain = encode_direction(rays_from_angles(yaw, pitch), 4)
-    turned = encode_direction(rays_from_angles(yaw + np.pi / 2, pitch), 4)
-    assert turned[:, [0, 1, 2]] == pytest.approx(plain[:, [2, 1, 0]] * [1, 1, -1])
-    assert turned[:, [3, 4]] == pytest.approx(-plain[:, [3, 4]])  # k = 2: half a turn
-    assert turned[:, [7, 8]] == pytest.approx(plain[:, [7, 8]])  # k = 4: a whole one
+    rotated = encode_direction(rays_from_angles(yaw + np.pi / 2, pitch), 4)
+    assert rotated[:, [0, 1, 2]] == pytest.approx(plain[:, [2, 1, 0]] * [1, 1, -1])
+    assert rotated[:, [3, 4]] == pytest.approx(-plain[:, [3, 4]])  # k = 2: 180 degrees
+    assert rotated[:, [7, 8]] == pytest.approx(plain[:, [7, 8]])  # k = 4: 360 degrees

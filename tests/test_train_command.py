@@ -245,7 +245,7 @@ def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) 
     assert f"weights.pt: neither .safetensors nor .ckpt; {expected}" in said
     for junk in ("junk.ckpt", "junk.safetensors"):
         said = fails("resampler", "--from", junk)
-        assert f"{junk}: damaged" in said and expected in said
+        assert f"{junk}: not a readable" in said and expected in said
     for stage in ("resampler", "finetune"):
         said = fails("resampler", "--from", str(paths.weights_file(stage)))
         assert f"holds the result of stage '{stage}', expected 'vision'" in said
@@ -297,7 +297,7 @@ def test_a_gpu_that_is_not_there_is_named_before_any_work(
             cli.main(command.split())
         said = capsys.readouterr().err
         assert ended.value.code == 1 and "rows over" not in said and "starts from" not in said
-        assert re.search("trainer.accelerator: found gpu, but .* set it to cpu, or to auto", said)
+        assert re.search("trainer.accelerator is gpu, but .* set it to cpu or auto", said)
     cli.main(["plan", "vision"])  # it needs none
     assert "(cuda, " in capsys.readouterr().err
     paths.PARAMS.write_text(text.replace("accelerator: cpu", "accelerator: auto"))

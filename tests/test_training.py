@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import settings_for
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.prepare import prepare_project
@@ -26,8 +27,7 @@ from panollava.training.answer_objective import Objective
 from panollava.training.features import write_features
 from panollava.training.train import train
 from test_gradient_checkpointing import Kept
-from test_language_models import with_language_model
-from test_model import settings_for
+from test_language_model import with_language_model
 
 
 def change(settings: Any, **changes: Any) -> Any:
@@ -378,7 +378,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     with caplog.at_level(logging.INFO):
         run("vision", settings)
     for file in files:
-        assert f"{file}: damaged" in caplog.text
+        assert f"{file}: not a readable checkpoint" in caplog.text
     assert ("goes on from step" in caplog.text) == (damaged == "progress.ckpt")
     assert outputs("vision") == expected
 

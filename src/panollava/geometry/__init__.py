@@ -1,1 +1,1 @@
-"""Directions on the sphere, views of a panorama, and what views share."""
+"""Rays, views of a panorama, and the overlap of neighboring views."""

@@ -1,7 +1,7 @@
-"""Directions on the sphere, and how panoramas and views map to them; the only trigonometry.
+"""Rays, yaw and pitch, and the mapping between a ray and a point of the panorama or of a view.
 
 Rays are (x right, y up, z forward). Yaw grows to the right from the panorama's center, pitch
-grows upwards. Settings are in degrees, everything inside in radians."""
+grows upwards. Fields of projections are in degrees, all other angles in radians."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 
 class Projection(Protocol):
-    """A view: which way each of its points looks, and where in it a ray is seen."""
+    """A view, as a mapping between its points and rays."""
 
     def rays(self, x: Array, y: Array) -> Array:
         """Unit rays of the points at the fractions x of its width and y of its height, from its
@@ -21,15 +21,15 @@ class Projection(Protocol):
 
     def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
         """(..., 3) -> fractions (x, y) of the view from its upper left corner, (..., 2), and
-        whether the ray falls inside, (...). Behind a perspective view, the fractions mean
-        nothing."""
+        whether the ray falls inside the view, (...). The fractions of a ray behind a perspective
+        view are meaningless."""
 
 
 def rays_from_angles(yaw: Array, pitch: Array) -> Array:
     """Radians, any shape (...) -> unit rays (..., 3)."""
     yaw, pitch = np.broadcast_arrays(yaw, pitch)
-    flat = np.cos(pitch)
-    return np.stack([flat * np.sin(yaw), np.sin(pitch), flat * np.cos(yaw)], axis=-1)
+    horizontal = np.cos(pitch)
+    return np.stack([horizontal * np.sin(yaw), np.sin(pitch), horizontal * np.cos(yaw)], axis=-1)
 
 
 def angles_from_rays(rays: Array) -> tuple[Array, Array]:
@@ -39,7 +39,7 @@ def angles_from_rays(rays: Array) -> tuple[Array, Array]:
 
 
 def cell_centers(count: int) -> Array:
-    """Centres of `count` equal cells of [0, 1]."""
+    """Centers of `count` equal cells of [0, 1]: (count,)."""
     return (np.arange(count) + 0.5) / count
 
 
@@ -49,14 +49,15 @@ def panorama_rays(height: int, width: int) -> Array:
 
 
 def panorama_position(rays: Array) -> Array:
-    """Where rays meet the panorama: (..., 3) -> fractions (x, y), (..., 2), x in [0, 1)."""
+    """Rays (..., 3) -> fractions (x, y) of an equirectangular panorama from its upper left corner,
+    (..., 2), x in [0, 1)."""
     yaw, pitch = angles_from_rays(rays)
     return np.stack([(yaw / (2 * np.pi) + 0.5) % 1, 0.5 - pitch / np.pi], axis=-1)
 
 
 @dataclass(frozen=True)
 class Gnomonic:
-    """A square perspective view: yaw, pitch and field of view in degrees."""
+    """A square perspective view: yaw, pitch and field of view (fov) in degrees."""
 
     yaw: float
     pitch: float
@@ -77,17 +78,17 @@ class Gnomonic:
         return position, front & ((position >= 0) & (position <= 1)).all(axis=-1)
 
     def _rotation(self) -> Array:
-        """From the view's axes to the panorama's: pitch first, then yaw."""
+        """Rotation matrix from the view's axes to the panorama's: pitch first, then yaw."""
         cp, sp = np.cos(np.radians(self.pitch)), np.sin(np.radians(self.pitch))
         cy, sy = np.cos(np.radians(self.yaw)), np.sin(np.radians(self.yaw))
-        up = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
-        turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-        return turn @ up
+        about_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
+        about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+        return about_y @ about_x
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle cut from the panorama: center and extent in degrees."""
+    """A rectangle of the equirectangular panorama: center and extent in degrees."""
 
     yaw: float
     pitch: float
@@ -109,13 +110,13 @@ class Window:
 
 
 def encode_direction(rays: Array, degree: int) -> Array:
-    """Features of a direction, smooth on the whole sphere, poles included.
+    """Encoding of directions by sectoral spherical harmonics, smooth over seam and poles.
 
-    The unit ray and, for k = 2..degree, cos(pitch)^k (sin k yaw, cos k yaw): sectoral spherical
-    harmonics. (..., 3) -> (..., 3 + 2 (degree - 1))."""
+    The unit ray and, for k = 2..degree, cos(pitch)^k (sin k yaw, cos k yaw):
+    (..., 3) -> (..., 3 + 2 (degree - 1))."""
     yaw, pitch = angles_from_rays(rays)
     features = list(np.moveaxis(rays_from_angles(yaw, pitch), -1, 0))
     for k in range(2, degree + 1):
-        flat = np.cos(pitch) ** k
-        features += [flat * np.sin(k * yaw), flat * np.cos(k * yaw)]
+        horizontal = np.cos(pitch) ** k
+        features += [horizontal * np.sin(k * yaw), horizontal * np.cos(k * yaw)]
     return np.stack(features, axis=-1)

@@ -1,5 +1,5 @@
-"""The views of a panorama: which way they look, which are neighbors, and how they are sampled.
-What they share is found in `overlap`."""
+"""The views of a panorama: their directions, which of them are neighbors, and sampling them.
+How neighbors overlap is computed in `overlap`."""
 
 import functools
 import math
@@ -23,66 +23,56 @@ from panollava.geometry.sphere import (
 
 @dataclass(frozen=True)
 class Layout:
-    """Views in order, and the pairs of neighbors that see the same directions."""
+    """Views in order, and the index pairs of neighboring views."""
 
     projections: tuple[Projection, ...]
     neighbors: tuple[tuple[int, int], ...]
 
 
 def layout(settings: config.Views) -> Layout:
-    """Raises UserError for an unknown strategy or values that it can't use."""
-    if settings.strategy not in STRATEGIES:
-        raise UserError(
-            f"views.strategy: unknown strategy '{settings.strategy}'; "
-            f"known are {', '.join(STRATEGIES)}"
-        )
-    if settings.size < 1:
-        raise UserError(f"views.size: expected a positive number of pixels, found {settings.size}")
-    if settings.strategy != "e2p" and settings.global_view:
-        raise UserError(
-            f"views.global_view is for strategy e2p alone, found '{settings.strategy}'; "
-            "set it to false"
-        )
-    if settings.strategy != "e2p" and settings.pitch != 0:
-        raise UserError(
-            f"views.pitch is for strategy e2p alone, found {settings.pitch:g} with "
-            f"'{settings.strategy}'; set it to 0"
-        )
+    """The views of a strategy. Raises UserError for settings that do not fit together."""
+    if settings.strategy != "e2p":
+        for name, unset in (("global_view", "false"), ("pitch", "0")):
+            if getattr(settings, name):
+                raise UserError(
+                    f"views.{name} is only for strategy e2p, but views.strategy is "
+                    f"'{settings.strategy}'; set views.{name} to {unset}"
+                )
     return STRATEGIES[settings.strategy](settings)
 
 
 def _e2p(settings: config.Views) -> Layout:
-    """Gnomonic views in a ring, and one of the whole panorama if asked for."""
-    if not 0 < settings.fov < 180:
-        raise UserError(f"views.fov: a perspective view needs 0 < fov < 180, found {settings.fov}")
-    if not -90 <= settings.pitch <= 90:
-        raise UserError(f"views.pitch: expected -90..90 degrees, found {settings.pitch}")
+    """Gnomonic views in a ring, optionally followed by one of the whole panorama."""
+    if settings.fov >= 180:
+        raise UserError(f"views.fov: strategy e2p needs fov < 180, found {settings.fov:g}")
     yaws = _ring(settings)
     projections: list[Projection] = [Gnomonic(yaw, settings.pitch, settings.fov) for yaw in yaws]
     if settings.global_view:
         projections.append(Window(0, 0, 360, 180))
-    return Layout(tuple(projections), _all_round(len(yaws)))
+    return Layout(tuple(projections), _ring_pairs(len(yaws)))
 
 
 def _cubemap(settings: config.Views) -> Layout:
-    """Front, right, back, left, up, down; wider than 90 degrees, the faces overlap."""
+    """Front, right, back, left, up, down. Faces wider than 90 degrees overlap."""
     if not 90 <= settings.fov < 180:
-        raise UserError(f"views.fov: a cubemap needs 90 <= fov < 180, found {settings.fov}")
+        raise UserError(
+            f"views.fov: strategy cubemap needs 90 <= fov < 180, found {settings.fov:g}"
+        )
     ring = [Gnomonic(yaw, 0, settings.fov) for yaw in (0, 90, 180, 270)]
     caps = [Gnomonic(0, 90, settings.fov), Gnomonic(0, -90, settings.fov)]
     edges = [(side, cap) for cap in (4, 5) for side in range(4)]
-    return Layout((*ring, *caps), (*_all_round(4), *edges))
+    return Layout((*ring, *caps), (*_ring_pairs(4), *edges))
 
 
 def _sliding_window(settings: config.Views) -> Layout:
-    """Columns of the panorama, `fov` wide and of full height, in a ring."""
+    """Vertical strips of the panorama, `fov` wide and of full height, in a ring."""
     yaws = _ring(settings)
     windows = tuple(Window(yaw, 0, settings.fov, 180) for yaw in yaws)
-    return Layout(windows, _all_round(len(yaws)))
+    return Layout(windows, _ring_pairs(len(yaws)))
 
 
 def _resize(settings: config.Views) -> Layout:
-    """The whole panorama as one picture."""
+    """One view: the whole panorama."""
     return Layout((Window(0, 0, 360, 180),), ())
 
 
@@ -95,44 +85,42 @@ STRATEGIES = {
 
 
 def _ring(settings: config.Views) -> list[float]:
-    """Yaws, in degrees, of views that go round the horizon in equal strides."""
-    if not 0 < settings.fov <= 360:
-        raise UserError(f"views.fov: expected 0 < fov <= 360 degrees, found {settings.fov}")
-    if not 0 <= settings.overlap < 1:
-        raise UserError(f"views.overlap: expected 0 <= overlap < 1, found {settings.overlap}")
+    """Yaws, in degrees, of views around the horizon in equal strides."""
     stride = settings.fov * (1 - settings.overlap)
     count = round(360 / stride)
     if abs(count * stride - 360) > 1e-6 * 360:
         count = max(count, math.ceil(360 / settings.fov))  # fewer would leave gaps
         raise UserError(
-            f"views.fov {settings.fov:g} with views.overlap {settings.overlap:g} makes strides of "
-            f"{stride:g} degrees, which don't divide 360; "
+            f"views.fov {settings.fov:g} with views.overlap {settings.overlap:g} gives strides of "
+            f"{stride:g} degrees, which do not divide 360; "
             f"for {count} views set views.overlap to {1 - 360 / (count * settings.fov):.9g}"
         )
     return [index * 360 / count for index in range(count)]
 
 
-def _all_round(count: int) -> tuple[tuple[int, int], ...]:
+def _ring_pairs(count: int) -> tuple[tuple[int, int], ...]:
+    """Each view and the next one, the last and the first included."""
     return tuple((i, (i + 1) % count) for i in range(count)) if count > 1 else ()
 
 
 def token_rays(layout: Layout, centers: Array) -> Array:
-    """Rays of tokens (or pixels) whose centers are at these fractions of a view's side, across and
-    down: (views, len(centers), len(centers), 3)."""
+    """Rays of tokens (or pixels) with these centers, as fractions of a view's side, in x and y:
+    (views, len(centers), len(centers), 3)."""
     return np.stack([projection.rays(centers, centers) for projection in layout.projections])
 
 
 class Sampler:
-    """Samples all views of a panorama, with maps made once per panorama size. Threads may share
-    one. `size` is the views' side in pixels."""
+    """Samples all views of a panorama, with maps cached per panorama size. Thread-safe. `size` is
+    the views' side in pixels."""
 
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
         rays = token_rays(layout, cell_centers(size))
-        self.panorama_width = _least_width(rays)
+        self.panorama_width = _decode_width(rays)
         self._position = panorama_position(rays)
-        self.until = float(self._position[..., 1].max())  # share of the height that is looked at
-        # Photos come in many sizes: a limit keeps the maps of all of them from filling the memory.
+        # The views show nothing of the panorama below this fraction of its height.
+        self.visible_fraction = float(self._position[..., 1].max())
+        # Photos come in many sizes: without a limit, their maps would fill the memory.
         self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
 
     def sample(self, panorama: NDArray) -> NDArray:
@@ -155,12 +143,12 @@ class Sampler:
         return points.reshape(*x.shape, 2), fractions.reshape(x.shape)
 
 
-def _least_width(rays: Array) -> int:
-    """The smallest width at which a panorama should be decoded.
+def _decode_width(rays: Array) -> int:
+    """The smallest width, in pixels, to decode a panorama at.
 
-    Views come out closest to their supersampled selves where the panorama's pixels are as fine as
-    the finest along the views' middle rows and columns. A decoder halves; of two neighboring
-    sizes, the nearer by ratio is better, which is the smaller one down to 1/sqrt(2)."""
+    Views are closest to supersampled ones where the panorama's pixels are as fine as the finest
+    along the views' middle rows and columns. A decoder scales by powers of 2. Of two sizes, the
+    nearer by ratio is better: the smaller one, if it is at least 1/sqrt(2) of that width."""
     middle = rays.shape[1] // 2
     lines = rays[:, middle], rays[:, :, middle]
     steps = [np.linalg.norm(np.diff(line, axis=1), axis=-1).min(initial=np.pi) for line in lines]
@@ -168,8 +156,8 @@ def _least_width(rays: Array) -> int:
 
 
 def _pad(panorama: NDArray) -> NDArray:
-    """One pixel more on each side, as the sphere goes on there: round the seam, and over the
-    poles to the opposite meridian."""
+    """Add one pixel on each side, with what the sphere has there: across the seam, and over the
+    poles on the opposite meridian."""
     height, width = panorama.shape[:2]
     padded = np.empty((height + 2, width + 2, 3), panorama.dtype)
     padded[1:-1, 1:-1] = panorama

@@ -1,4 +1,4 @@
-"""The vision encoder: a pretrained tower that turns views into grids of patch tokens."""
+"""The vision encoder: a pretrained tower that maps views to grids of patch tokens."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from panollava.model.pretrained import (
 
 
 class Encoder(nn.Module):
-    """Patch tokens of views. The tower's own pooling head is left out: nothing here reads it."""
+    """A pretrained vision tower without its pooling head."""
 
     mean: Tensor
     std: Tensor
@@ -30,7 +30,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.tower = tower
         self.patch: int = tower.config.patch_size  # type: ignore[assignment, union-attr]
-        self.kind: str = tower.config.model_type  # type: ignore[assignment, union-attr]
         self.width: int = tower.config.hidden_size  # type: ignore[assignment, union-attr]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -42,24 +41,25 @@ class Encoder(nn.Module):
         tokens = self.tower(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         grid = views.shape[2] // self.patch
         if tokens.ndim != 3 or tokens.shape[1] < grid * grid or tokens.shape[2] != self.width:
+            kind = self.tower.config.model_type  # type: ignore[union-attr]
+            shape = " x ".join(map(str, tokens.shape[1:]))
             raise UserError(
-                f"model.encoder.path: a '{self.kind}' model gives features of "
-                f"shape {tuple(tokens.shape[1:])}, where a view's {grid} x {grid} patches of "
-                f"{self.width} features were expected; name an encoder that keeps a token a patch, "
-                "such as google/siglip-base-patch16-224"
+                f"model.encoder.path: a '{kind}' model gives features of shape {shape} for "
+                f"{grid} x {grid} patches; use an encoder with one token per patch, such as "
+                "google/siglip-base-patch16-224"
             )
         # Class and register tokens, where a tower has them, come before the patches.
         tokens = tokens[:, -grid * grid :]
         return tokens.reshape(batch, count, grid, grid, -1)
 
     def describe(self) -> dict[str, Any]:
-        """What it computes, beside its weights."""
+        """What determines its results, except its weights."""
         scale = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
         return {"config": describe_config(self.tower), **scale}
 
 
 class EncoderOnly(nn.Module):
-    """A model that is only an encoder, with the part name that the full model gives it."""
+    """A model with an encoder only, under the name that it has in PanoLLaVA."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ class EncoderOnly(nn.Module):
 
 
 def pool_tokens(grids: Tensor, side: int) -> Tensor:
-    """Average side x side squares: (..., grid, grid, features) -> (..., grid/side, grid/side,
-    features). The last rows and columns of a grid that side doesn't divide are averaged over
-    what is there."""
+    """Average pooling over side x side squares: (..., grid, grid, features) ->
+    (..., ceil(grid / side), ceil(grid / side), features). Squares at the right and lower edges may
+    be incomplete."""
     leading, (grid, _, width) = grids.shape[:-3], grids.shape[-3:]
     flat = grids.reshape(-1, grid, grid, width).permute(0, 3, 1, 2)
     pooled = functional.avg_pool2d(flat, side, ceil_mode=True)
@@ -77,25 +77,25 @@ def pool_tokens(grids: Tensor, side: int) -> Tensor:
 
 
 def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -> Encoder:
-    """Load a tower from a hub id or a folder: SigLIP, SigLIP 2, CLIP, DINOv2 and their like;
-    without `weights`, its shapes alone.
+    """Load a tower from a hub id or a folder: SigLIP, SigLIP 2, CLIP, DINOv2 and similar ones.
+    Without `weights`, only the shapes of its tensors.
 
     Raises:
-        UserError: nothing there, no vision tower, or views of another size than it takes.
+        UserError: it cannot be loaded, is no vision tower, or needs views of another size.
     """
     source = from_pretrained_arguments(pretrained)
     config = load_from(AutoConfig, source)
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
         raise UserError(
-            f"model.encoder.path: {pretrained.path} holds a '{config.model_type}' model, which "
-            "has no image size; name a vision encoder such as google/siglip-base-patch16-224"
+            f"model.encoder.path: {pretrained.path} is a '{config.model_type}' model without an "
+            "image size; use a vision encoder such as google/siglip-base-patch16-224"
         )
     if view_size != vision.image_size:
         raise UserError(
-            f"views.size is {view_size}, but the encoder {pretrained.path} takes views of "
+            f"views.size is {view_size}, but the encoder {pretrained.path} takes images of "
             f"{vision.image_size} x {vision.image_size} pixels; set views.size to "
-            f"{vision.image_size}, or name an encoder for {view_size} pixels"
+            f"{vision.image_size}, or use an encoder for {view_size} pixels"
         )
     model = load_model(AutoModel, pretrained, weights)
     tower = getattr(model, "vision_model", model)
@@ -105,8 +105,8 @@ def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not (mean and std and len(mean) == len(std) == 3):
         raise UserError(
-            f"{pretrained.path}: preprocessor_config.json has no image_mean and image_std of "
-            f"three values (found {mean!r} and {std!r}); the encoder needs those it learned with"
+            f"{pretrained.path}: preprocessor_config.json needs image_mean and image_std of three "
+            f"values, found {mean!r} and {std!r}; images must be normalized as in pretraining"
         )
     return Encoder(tower.float(), mean, std)
 
@@ -117,9 +117,9 @@ def encoder_grid(encoder: Encoder, view_size: int, pool: int = 1) -> int:
 
 
 def token_centers(encoder: Encoder, view_size: int, pool: int = 1) -> Array:
-    """Where the tokens lie along a view's side, after pooling, as fractions of it from its left or
-    upper end. Patches that don't fill the view leave a margin at the other end, and the last token
-    may have fewer of them."""
+    """Centers of the tokens along a view's side, after pooling, as fractions of the side from its
+    left or upper end. Patches that do not fill the view leave a margin at the other end, and the
+    last token may cover fewer patches."""
     patches = view_size // encoder.patch
     first = np.arange(0, patches, pool)
     last = np.minimum(first + pool, patches)

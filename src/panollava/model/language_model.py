@@ -1,20 +1,45 @@
-"""The language model: loading it, and its end-of-sequence tokens."""
+"""The language model: loading it, its end-of-sequence tokens and its longest sequence."""
+
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from panollava import config
+from panollava.errors import UserError
 from panollava.model.pretrained import from_pretrained_arguments, load_from, load_model
 
 
+def load_language_model(
+    pretrained: config.Pretrained, weights: bool = True
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal language model in float32, and its tokenizer. Without `weights`, only the shapes of
+    its tensors."""
+    tokenizer = load_from(AutoTokenizer, from_pretrained_arguments(pretrained))
+    language_model = load_model(AutoModelForCausalLM, pretrained, weights, dtype=torch.float32)
+    return language_model, tokenizer
+
+
 def end_tokens(language_model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens with which it ends what it says, by its generation_config.json."""
+    """End-of-sequence token ids from generation_config.json."""
     ends = language_model.generation_config.eos_token_id
     return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
 
-def load_language_model(pretrained: config.Pretrained, weights: bool = True):  # type: ignore[no-untyped-def]
-    """A causal language model in fp32, and its tokenizer."""
-    tokenizer = load_from(AutoTokenizer, from_pretrained_arguments(pretrained))
-    language = load_model(AutoModelForCausalLM, pretrained, weights, dtype=torch.float32)
-    return language, tokenizer
+def check_length(language_model: PreTrainedModel, tokens: int, remedy: str) -> None:
+    """Raises UserError if a sequence of `tokens` is longer than what the language model attends to.
+    A sliding window counts as a limit, because packed sequences do not support one."""
+    config = language_model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    longest = min((limit for limit in limits if limit), default=tokens)
+    if tokens > longest:
+        raise UserError(
+            f"model.language_model.path: a '{config.model_type}' model attends to {longest} "
+            f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer views, raise "
+            "model.resampler.pool, or use another language model"
+        )

@@ -11,11 +11,11 @@ from panollava.errors import UserError
 from panollava.geometry import sphere, views
 from panollava.model.encoder import load_encoder, pool_tokens, token_centers
 from panollava.model.language_model import load_language_model
-from panollava.model.resampler import build_resampler
+from panollava.model.resampler import RESAMPLERS
 
 
 class PanoLLaVA(nn.Module):
-    """Its children are the parts that the stages freeze and train."""
+    """Its children are the parts that stages freeze or train."""
 
     language_model: PreTrainedModel
 
@@ -51,34 +51,34 @@ class PanoLLaVA(nn.Module):
 
         `mask`: bool (batch, 1, queries, keys); `positions`: (batch, queries)."""
         decoder = self.language_model.get_decoder()
-        if decoder.config._attn_implementation != "sdpa":  # the others add their mask to the scores
-            least = torch.finfo(embedded.dtype).min
-            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, least)
+        if decoder.config._attn_implementation != "sdpa":  # others add the mask to their scores
+            lowest = torch.finfo(embedded.dtype).min
+            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, lowest)
         output = decoder(
             inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **cache
         )
         return output.last_hidden_state
 
-    def loss_sum(self, features: Tensor, packed: Packed, prefix: int) -> Tensor:
-        """Cross-entropy summed over the answer tokens."""
-        logits = self.answer_logits(features, packed, prefix)
+    def loss_sum(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
+        """Cross-entropy, summed over the answer tokens."""
+        logits = self.answer_logits(features, packed, text_prefix)
         return functional.cross_entropy(logits, packed.labels, reduction="sum")
 
-    def answer_logits(self, features: Tensor, packed: Packed, prefix: int) -> Tensor:
-        """float32 (answer tokens, vocabulary): logits exist at those alone.
+    def answer_logits(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
+        """Logits at the answer tokens only: float32 (answer tokens, vocabulary).
 
-        `prefix`: number of text tokens before the image."""
+        `text_prefix`: number of text tokens before the image."""
         vision = self.vision_tokens(features)
         text = self.embed(packed.tokens)
-        rest = text[:, prefix + vision.shape[1] :]
-        embedded = torch.cat([text[:, :prefix], vision.to(text.dtype), rest], dim=1)
+        rows = text[:, text_prefix + vision.shape[1] :]
+        embedded = torch.cat([text[:, :text_prefix], vision.to(text.dtype), rows], dim=1)
         hidden = self.hidden_states(
             embedded, attention_mask(packed.segments), packed.positions, use_cache=False
         )
         return self.logits(hidden.flatten(0, 1)[packed.predicts])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> float32 (..., vocabulary), in the language model's own scale."""
+        """(..., hidden) -> float32 (..., vocabulary), scaled as the language model does."""
         logits = self.language_model.get_output_embeddings()(hidden).float()
         config = self.language_model.config.get_text_config()
         if divisor := getattr(config, "logits_scaling", None):  # Granite
@@ -89,53 +89,42 @@ class PanoLLaVA(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def check_length(self, tokens: int, remedy: str) -> None:
-        """Raises UserError if a sequence of so many tokens is longer than what the language model
-        attends to: packed rows and the cache of a panorama know no sliding window."""
-        config = self.language_model.config.get_text_config()
-        limits = (
-            getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")
-        )
-        most = min((limit for limit in limits if limit), default=tokens)
-        if tokens > most:
-            raise UserError(
-                f"model.language_model.path: a '{config.model_type}' model attends to {most} "
-                f"tokens at once, but a panorama with its text takes {tokens}; {remedy}, use fewer "
-                "views, raise model.resampler.pool, or name another language model"
-            )
-
 
 def build_model(
-    settings: config.Model, layout_settings: config.Views, seed: int = 0, weights: bool = True
+    settings: config.Model, view_settings: config.Views, seed: int = 0, weights: bool = True
 ) -> tuple[PanoLLaVA, PreTrainedTokenizerBase]:
-    """Load the pretrained towers (without `weights`: their shapes alone), and make a resampler and
-    projector whose start is a function of `seed`. Raises UserError for towers, views or a
-    resampler that don't fit."""
-    encoder = load_encoder(settings.encoder, layout_settings.size, weights)
-    language, tokenizer = load_language_model(settings.language_model, weights)
-    centers = token_centers(encoder, layout_settings.size, settings.resampler.pool)
-    rays = views.token_rays(views.layout(layout_settings), centers)
-    encoding = sphere.encode_direction(rays, settings.resampler.direction_degree)
+    """Load the pretrained towers, and make a resampler and a projector from `seed`. Without
+    `weights`, only the shapes of the towers' tensors. Raises UserError for towers that cannot be
+    loaded or do not fit."""
+    encoder = load_encoder(settings.encoder, view_settings.size, weights)
+    language_model, tokenizer = load_language_model(settings.language_model, weights)
+    centers = token_centers(encoder, view_settings.size, settings.resampler.pool)
+    rays = views.token_rays(views.layout(view_settings), centers)
+    directions = torch.from_numpy(
+        sphere.encode_direction(rays, settings.resampler.direction_degree)
+    )
+    hidden = language_model.get_input_embeddings().weight.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resampler = build_resampler(settings.resampler, encoder.width, torch.from_numpy(encoding))
-        projector = nn.Linear(
-            settings.resampler.width, language.get_input_embeddings().weight.shape[1]
+        resampler = RESAMPLERS[settings.resampler.type](
+            encoder.width, settings.resampler.width, directions, settings.resampler.position
         )
-    model = PanoLLaVA(encoder, resampler, projector, language, settings.resampler.pool)
+        projector = nn.Linear(settings.resampler.width, hidden)
+    model = PanoLLaVA(encoder, resampler, projector, language_model, settings.resampler.pool)
     if weights:
-        _check_rows_apart(model, settings.language_model.path)
+        _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer
 
 
 @torch.no_grad()
-def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
-    """Raises UserError if the language model gives packed rows other logits than each by itself."""
-    # Rows of one length, so that one batch without padding holds them.
+def _check_packed_rows(model: PanoLLaVA, path: str) -> None:
+    """Raises UserError if the language model gives packed rows other logits than separate ones."""
+    # Rows of one length, so that a batch without padding holds the separate ones.
     prefix, rows = [1, 2, 3], [Row([4, 5], [6, 7]), Row([8], [9, 10, 11])]
     packed = pack(prefix, 0, [rows], pad=0)
-    own = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
-    other = "name another, such as Qwen/Qwen2.5-0.5B-Instruct"
+    sequences = torch.tensor([prefix + row.query + row.answer for row in rows])
+    name = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
+    remedy = "use another, such as Qwen/Qwen2.5-0.5B-Instruct"
     try:
         hidden = model.hidden_states(
             model.embed(packed.tokens),
@@ -143,17 +132,17 @@ def _check_rows_apart(model: PanoLLaVA, path: str) -> None:
             packed.positions,
             use_cache=False,
         )
-        together = model.logits(hidden.flatten(0, 1)[packed.predicts])
-        separate = torch.tensor([prefix + row.query + row.answer for row in rows])
-        logits = model.language_model(input_ids=separate, use_cache=False).logits
-        alone = torch.cat(
-            [own[-len(row.answer) - 1 : -1] for own, row in zip(logits, rows, strict=True)]
-        )
+        packed_logits = model.logits(hidden.flatten(0, 1)[packed.predicts])
+        logits = model.language_model(input_ids=sequences, use_cache=False).logits
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{own} can't read packed rows: {error}; {other}") from error
-    apart = (together - alone).abs().max() / alone.std()
-    if not apart < 0.01:
+        raise UserError(f"{name} cannot process packed rows: {error}; {remedy}") from error
+    separate_logits = torch.cat(
+        [logits[i, -len(row.answer) - 1 : -1] for i, row in enumerate(rows)]
+    )
+    difference = (packed_logits - separate_logits).abs().max() / separate_logits.std()
+    if not difference < 0.01:
         raise UserError(
-            f"{own} gives packed rows other logits than each by itself (by {apart:.2g} of their "
-            f"spread), so that it wouldn't learn what it is asked; {other}"
+            f"{name} computes different logits for packed rows than for separate ones (difference "
+            f"{difference:.2g} standard deviations); it cannot be trained on packed sequences, so "
+            f"{remedy}"
         )

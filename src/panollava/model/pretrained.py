@@ -1,4 +1,4 @@
-"""Loading pretrained models with `from_pretrained`, from a hub id or a folder."""
+"""Pretrained models from a hub id or a folder, through transformers' `from_pretrained`."""
 
 import json
 from typing import Any
@@ -23,8 +23,8 @@ def from_pretrained_arguments(pretrained: Pretrained) -> dict[str, object]:
 
 
 def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
-    """Load a model with an Auto class; without `weights`, from its configuration alone, on the
-    meta device, where tensors have a shape and no content."""
+    """Load a model with an Auto class. Without `weights`, build it from its configuration on the
+    meta device, where tensors have shapes but no data."""
     source = from_pretrained_arguments(pretrained)
     if weights:
         return load_from(loader, source, **options)
@@ -35,27 +35,26 @@ def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # typ
 
 
 def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
-    """Call a `from_pretrained` loader, its failure told as what the user can mend."""
+    """Call an Auto class's `from_pretrained`, or a function. A failure raises UserError."""
     load = getattr(loader, "from_pretrained", loader)
     try:
         return load(**source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"can't load '{source['pretrained_model_name_or_path']}' (revision "
-            f"{source['revision']}): give a folder written by save_pretrained (the demo's are "
-            "made by: dvc repro data/demo/dvc.yaml), or a hub id that this machine can reach. "
-            f"{error}"
+            f"cannot load '{source['pretrained_model_name_or_path']}' (revision "
+            f"{source['revision']}); use a reachable hub id, or a folder written by "
+            f"save_pretrained (for the demo's, run: dvc repro data/demo/dvc.yaml). {error}"
         ) from error
 
 
 def hub_commit(pretrained: Pretrained) -> str | None:
-    """The commit of a hub model that has just been loaded; None for a folder of one's own."""
+    """The commit of a hub model that has been loaded; None for a local folder."""
     source = {"revision": pretrained.revision or "main", "local_files_only": True}
     file = hub.cached_file(pretrained.path, "config.json", **source)
     return hub.extract_commit_hash(file, None)
 
 
 def describe_config(model: nn.Module) -> dict[str, Any]:
-    """A pretrained model's configuration, wherever it was loaded from."""
+    """A pretrained model's configuration, without the place it was loaded from."""
     described = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
     return {name: value for name, value in described.items() if name != "_name_or_path"}

@@ -1,23 +1,19 @@
-"""The resampler: pooled patch tokens and their directions into features for the projector."""
+"""The resampler: maps pooled patch tokens and their directions to features for the projector."""
 
 import torch
 from torch import Tensor, nn
 
-from panollava.config import Resampler
-from panollava.errors import UserError
-
 
 class MLPResampler(nn.Module):
-    """Linear, layer norm, GELU, linear, token by token.
+    """Linear, layer norm, GELU, linear, for each token.
 
-    Where each token looks stands beside its features: as the encoding of its ray, which depends on
-    neither the order nor the number of views; as a learned vector for each view; or not at all."""
+    A position is appended to a token's features. ray: the encoding of its direction, which depends
+    on neither the order nor the number of views. view: a learned vector for its view."""
 
     directions: Tensor
 
     def __init__(self, features: int, width: int, directions: Tensor, position: str) -> None:
-        """`directions`: (views, grid, grid, encoding), see `sphere.encode_direction`; `position`:
-        ray, view or none."""
+        """`directions`: (views, grid, grid, encoding), see `sphere.encode_direction`."""
         super().__init__()
         if position == "view":
             learned = torch.randn(len(directions), 1, 1, directions.shape[-1])
@@ -40,19 +36,3 @@ class MLPResampler(nn.Module):
 
 
 RESAMPLERS = {"mlp": MLPResampler}
-POSITIONS = ("ray", "view", "none")
-
-
-def build_resampler(settings: Resampler, features: int, directions: Tensor) -> nn.Module:
-    """Raises UserError for an unknown `model.resampler.type` or `position`."""
-    if settings.type not in RESAMPLERS:
-        raise UserError(
-            f"model.resampler.type: unknown resampler '{settings.type}'; "
-            f"known are {', '.join(RESAMPLERS)}"
-        )
-    if settings.position not in POSITIONS:
-        raise UserError(
-            f"model.resampler.position: expected {', '.join(POSITIONS[:-1])} or {POSITIONS[-1]}, "
-            f"found '{settings.position}'"
-        )
-    return RESAMPLERS[settings.type](features, settings.width, directions, settings.position)

@@ -16,7 +16,7 @@ from panollava.data.packing import Row, pack
 from panollava.errors import UserError
 from panollava.geometry.views import layout
 from panollava.model.encoder import encoder_grid
-from panollava.model.language_model import end_tokens
+from panollava.model.language_model import check_length, end_tokens
 from panollava.model.panollava import build_model
 from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
@@ -79,7 +79,8 @@ class Objective(nn.Module):
                     own.max_text_length,
                 )
             longest = max(map(len, reader.rows), default=0)
-            self.model.check_length(
+            check_length(
+                self.model.language_model,
                 self.prefix + self.vision_tokens + longest,
                 f"lower the stage's max_text_length ({own.max_text_length})",
             )

@@ -44,7 +44,7 @@ class Checkpoints(pl.Callback):
                 for best in self.files(saved["best"]):
                     read_checkpoint(best)
             except UserError as error:
-                log.warning("%s", error)
+                log.warning("%s; resuming skips it", error)
                 continue
             module.resume_from(saved, file)
             return True

@@ -120,7 +120,7 @@ class Objective(nn.Module):
         return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
 
     def _by_panorama(self, x: Tensor) -> Tensor:
-        return x.view(-1, len(self.pairs.seen), x.shape[-1])
+        return x.view(-1, len(self.pairs.matches), x.shape[-1])
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

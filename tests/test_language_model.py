@@ -1,5 +1,5 @@
-"""Language models of many kinds, small and with random weights: rows packed behind one panorama,
-and answers from one cache, are what the model itself makes of each row alone."""
+"""Language models of many kinds, small and with random weights: packed losses and answers from a
+shared cache equal those of separate sequences."""
 
 import dataclasses
 from pathlib import Path
@@ -9,14 +9,22 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from conftest import save_tokenizer
+from conftest import (
+    ROWS,
+    packed_loss,
+    random_views,
+    save_tokenizer,
+    separate_losses,
+    settings_for,
+)
 from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
+from panollava.model.device import autocast, cast_frozen_linears
 from panollava.model.generate import answer
+from panollava.model.language_model import check_length
 from panollava.model.panollava import PanoLLaVA, build_model
-from test_model import ROWS, loss_of, random_views, separate_losses, settings_for
 
 SMALL = {
     "hidden_size": 32,
@@ -27,8 +35,8 @@ SMALL = {
     "head_dim": 8,
     "max_position_embeddings": 512,
 }
-# What each does that others don't: attention without SDPA, with sinks, experts, logits scaled or
-# capped, scaled embeddings, learned positions.
+# Together: attention without SDPA and with sinks, experts, logits scaled or capped, scaled
+# embeddings, learned positions.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "mistral": {**SMALL, "sliding_window": 400},
@@ -52,16 +60,16 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def with_language_model(folder: Path, towers: Path, kind: str, **values: Any) -> Settings:
-    """Settings of a model with the encoder of `towers` and a language model of that kind."""
+    """Settings with the encoder of `towers` and a small language model of type `kind`."""
     torch.manual_seed(0)
     tokenizer = save_tokenizer(folder)
-    known = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     kind_of_config: Any = CONFIG_MAPPING[kind]
-    config = kind_of_config(vocab_size=len(tokenizer), **known, **values)
+    config = kind_of_config(vocab_size=len(tokenizer), **tokens, **values)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     settings = settings_for(towers)
-    own = dataclasses.replace(settings.model.language_model, path=str(folder))
-    model = dataclasses.replace(settings.model, language_model=own)
+    pretrained = dataclasses.replace(settings.model.language_model, path=str(folder))
+    model = dataclasses.replace(settings.model, language_model=pretrained)
     return dataclasses.replace(settings, model=model)
 
 
@@ -71,25 +79,25 @@ def built(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_trained_and_asked_as_it_would_be_alone(
+def test_losses_and_answers_equal_those_of_separate_sequences(
     kind: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, dialogue = built(with_language_model(tmp_path, towers, kind, **KINDS[kind]))
     views = random_views(2)
     with torch.no_grad():
-        together = float(loss_of(model, dialogue, views, ROWS))
-        alone = separate_losses(model, dialogue, views)
-    assert together == pytest.approx(sum(alone), rel=1e-5)
+        packed = float(packed_loss(model, dialogue, views, ROWS))
+        separate = separate_losses(model, dialogue, views)
+    assert packed == pytest.approx(sum(separate), rel=1e-5)
 
     monkeypatch.setattr(dialogue, "decode", list)
     monkeypatch.setattr(dialogue, "stop", -1)
-    queries = [[query for query, _ in own] for own in ROWS]
+    queries = [[query for query, _ in rows] for rows in ROWS]
     with torch.no_grad():
         features = model.features(views)
         vision = model.vision_tokens(features)
-        said = answer(model, dialogue, features, queries, max_new_tokens=6)
-        for panorama, own in enumerate(queries):
-            for query, text in zip(own, said[panorama], strict=True):
+        answers = answer(model, dialogue, features, queries, max_new_tokens=6)
+        for panorama, texts in enumerate(queries):
+            for query, text in zip(texts, answers[panorama], strict=True):
                 tokens = list(text)
                 after = model.embed(torch.tensor([dialogue.query(query) + tokens]))
                 before = model.embed(torch.tensor([dialogue.text_prefix]))
@@ -98,16 +106,32 @@ def test_it_is_trained_and_asked_as_it_would_be_alone(
                 assert logits[-len(tokens) - 1 : -1].argmax(dim=-1).tolist() == tokens
 
 
-def test_one_that_cannot_keep_rows_apart_is_an_error(towers: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_cast_to_bf16_compute_what_autocast_does(
+    kind: str, towers: Path, tmp_path: Path
+) -> None:
+    model, dialogue = built(with_language_model(tmp_path, towers, kind, **KINDS[kind]))
+    views = random_views(2)
+    with torch.no_grad(), autocast(torch.device("cpu"), "bf16-mixed"):
+        loss = packed_loss(model, dialogue, views, ROWS)
+        cast_frozen_linears(model, "bf16-mixed")
+        assert torch.equal(packed_loss(model, dialogue, views, ROWS), loss)
+
+
+def test_a_language_model_that_cannot_process_packed_rows_is_an_error(
+    towers: Path, tmp_path: Path
+) -> None:
     settings = with_language_model(tmp_path, towers, "bloom", hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(UserError, match=r"language_model.path: .* a 'bloom' model, .* packed rows"):
+    with pytest.raises(
+        UserError, match=r"language_model.path: .* a 'bloom' model, cannot process packed rows"
+    ):
         build_model(settings.model, settings.views)
 
 
-def test_one_that_lets_rows_see_each_other_is_an_error(
+def test_a_language_model_that_ignores_the_mask_is_an_error(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attention that takes a mask for something else, as one of a hub's own code may."""
+    """As remote code from a hub may."""
     settings = with_language_model(tmp_path, towers, "gemma2", **SMALL)
     hidden_states = PanoLLaVA.hidden_states
 
@@ -115,7 +139,9 @@ def test_one_that_lets_rows_see_each_other_is_an_error(
         return hidden_states(self, embedded, torch.ones_like(mask), positions, **cache)
 
     monkeypatch.setattr(PanoLLaVA, "hidden_states", unmasked)
-    with pytest.raises(UserError, match="gives packed rows other logits than each by itself"):
+    with pytest.raises(
+        UserError, match="computes different logits for packed rows than for separate"
+    ):
         build_model(settings.model, settings.views)
 
 
@@ -123,7 +149,7 @@ def test_one_that_lets_rows_see_each_other_is_an_error(
     ("kind", "limit"),
     [("gemma3_text", {"sliding_window": 40}), ("gpt2", {"n_positions": 40})],
 )
-def test_a_panorama_that_is_too_long_for_it_is_an_error(
+def test_a_sequence_that_is_too_long_is_an_error(
     kind: str, limit: dict[str, int], towers: Path, tmp_path: Path
 ) -> None:
     settings = with_language_model(tmp_path, towers, kind, **{**KINDS[kind], **limit})
@@ -134,4 +160,4 @@ def test_a_panorama_that_is_too_long_for_it_is_an_error(
     rows = [[dialogue.row("what", "left")]]
     packed = pack(dialogue.text_prefix, 4 * 8, rows, dialogue.pad)
     with pytest.raises(UserError, match="attends to 40 tokens"):
-        model.check_length(packed.tokens.shape[1], "")
+        check_length(model.language_model, packed.tokens.shape[1], "")

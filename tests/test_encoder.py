@@ -1,4 +1,4 @@
-"""Vision towers of many kinds, small and with random weights."""
+"""Vision towers of many types, small and with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ SMALL = {
     "num_attention_heads": 2,
 }
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-# With and without a class token, registers, a text tower beside it, and pixels that are left over.
+# With and without a class token, registers, a text tower, and a margin outside the patches.
 KINDS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": SMALL,
     "siglip": {"vision_config": SMALL, "text_config": {**TEXT, "num_attention_heads": 2}},
@@ -45,7 +45,7 @@ def load(folder: Path, kind: str, **values: Any) -> Encoder:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_tokens_lie_where_their_patches_do(kind: str, tmp_path: Path) -> None:
+def test_tokens_are_in_the_order_of_their_patches(kind: str, tmp_path: Path) -> None:
     encoder = load(tmp_path, kind, **KINDS[kind])
     grid, patch = SIZE // encoder.patch, encoder.patch
     views = torch.full((1, 2, SIZE, SIZE, 3), 128, dtype=torch.uint8)
@@ -79,16 +79,18 @@ def test_its_tokens_lie_where_their_patches_do(kind: str, tmp_path: Path) -> Non
         ("vit_mae", {**SMALL, "decoder_num_hidden_layers": 1}),  # hides most patches
     ],
 )
-def test_a_tower_without_a_token_a_patch_is_an_error(
+def test_a_tower_without_one_token_per_patch_is_an_error(
     kind: str, values: dict[str, Any], tmp_path: Path
 ) -> None:
     encoder = load(tmp_path, kind, **values)
     views = torch.zeros((1, 1, SIZE, SIZE, 3), dtype=torch.uint8)
-    with pytest.raises(UserError, match=rf"model.encoder.path: a '{kind}' model.*token a patch"):
+    with pytest.raises(
+        UserError, match=rf"model.encoder.path: a '{kind}' model.*one token per patch"
+    ):
         encoder(views)
 
 
-def test_weights_that_were_not_fetched_in_full_are_an_error(tmp_path: Path) -> None:
+def test_incomplete_weights_are_an_error(tmp_path: Path) -> None:
     load(tmp_path, "siglip_vision_model", **SMALL)
     file = tmp_path / "model.safetensors"
     for content in (
@@ -96,5 +98,5 @@ def test_weights_that_were_not_fetched_in_full_are_an_error(tmp_path: Path) -> N
         file.read_bytes()[:1000],
     ):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=f"can't load '{tmp_path}'"):
+        with pytest.raises(UserError, match=f"cannot load '{tmp_path}'"):
             load_encoder(Pretrained(str(tmp_path), None, False), SIZE)
