@@ -71,9 +71,9 @@ def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
             "stage.resampler.encoder_lr: expected at least 0, found -1.0",
         ),
         (
-            "labelled: 1.0",
-            "labelled: 0",
-            "stage.resampler.labelled: expected above 0 and up to 1, found 0.0",
+            "labeled: 1.0",
+            "labeled: 0",
+            "stage.resampler.labeled: expected above 0 and up to 1, found 0.0",
         ),
         (
             "accelerator: cpu",

@@ -68,7 +68,7 @@ def test_the_plan_is_what_a_training_then_does(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("labelled: 1.0", "labelled: 0.5"))
+    Path("params.yaml").write_text(text.replace("labeled: 1.0", "labeled: 0.5"))
     before = plan()
     shown = capsys.readouterr().err
     assert "language_model" in shown and "activations" in shown and "model_final" in shown

@@ -114,7 +114,7 @@ class TextStage:
     lr: NotNegative
     encoder_lr: NotNegative | None  # learning rate of the encoder where it trains; null: lr
     max_text_length: Count  # tokens of a query and its answer
-    labelled: ShareAbove0  # of train's panoramas, whose rows are used
+    labeled: ShareAbove0  # of train's panoramas, whose rows are used
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import Step, divide, labelled_rows, plan_epoch, read_prepared_rows
+from panollava.data.batches import Step, divide, labeled_rows, plan_epoch, read_prepared_rows
 from panollava.data.packing import Row
 from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, read_rows
 from panollava.stages import Stage
@@ -54,7 +54,7 @@ def find_workload(objective: Any, settings: Settings, stage: Stage, accumulate: 
         panoramas = {int(index): [Row([], [])] for index in train["panorama"].unique()}
     else:
         panoramas = {}
-        train = labelled_rows(train, own.labelled)
+        train = labeled_rows(train, own.labeled)
         for row in train.itertuples():
             tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
             panoramas.setdefault(int(row.panorama), []).append(tokens)
