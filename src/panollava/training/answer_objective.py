@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panollava import paths
-from panollava.config import Settings, TextStage
+from panollava.config import Settings
 from panollava.data.batches import TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
@@ -32,7 +32,7 @@ class Objective(nn.Module):
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
         """Without `weights`, the shapes of the pretrained towers alone."""
         super().__init__()
-        own: TextStage = getattr(settings.stage, stage.name)
+        own: Any = getattr(settings.stage, stage.name)
         self.settings, self.seed = own, settings.seed
         if not 0 < own.labeled <= 1:
             raise UserError(
