@@ -164,9 +164,3 @@ def test_positions_of_every_kind_are_planned_and_trained(project: Path, position
     cli.main(["train", "vision"])
     cli.main(["train", "resampler"])
     assert tokens == 8 * 2 * 2 and paths.weights_file("resampler").is_file()
-
-
-def test_an_unknown_stage_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        plan("stage1")
-    assert "unknown stage 'stage1'" in capsys.readouterr().err
