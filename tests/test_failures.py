@@ -141,7 +141,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(
     shutil.rmtree(place)
     place.touch()
     last = fails(project, *command.split())
-    assert folder in last and "a file stands where a folder is needed" in last, last
+    assert folder in last and "a file exists where a folder is needed" in last, last
     place.unlink()
 
 

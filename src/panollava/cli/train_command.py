@@ -36,11 +36,11 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option(("--epochs",), int, "stage.STAGE.epochs", "passes over the rows (vision: panoramas)"),
-    Option(("--batch-size",), int, "stage.STAGE.batch_size", "rows per step (vision: panoramas)"),
+    Option(("--epochs",), int, "stage.STAGE.epochs", "passes over the rows; vision: panoramas"),
+    Option(("--batch-size",), int, "stage.STAGE.batch_size", "rows per step; vision: panoramas"),
     Option(("--lr",), float, "stage.STAGE.lr", "learning rate"),
     Option(("--max-text-length",), int, "stage.STAGE.max_text_length", "tokens of a query and its "
-           "answer (vision: unused)"),
+           "answer; vision: unused"),
     Option(("--data-dir",), str, "data.dir", "folder of train.csv, valid.csv and test.csv, which "
            "are prepared first"),
     Option(("--workers", "--num-workers"), int, "machine.loader_workers", "processes that "
