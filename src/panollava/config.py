@@ -60,7 +60,7 @@ class Views(Section):
     strategy: Literal["e2p", "cubemap", "sliding_window", "resize"]
     size: Count  # pixels, square
     fov: Fov
-    overlap: ShareBelow1  # of a view's fov, that the next view sees as well
+    overlap: ShareBelow1  # share of a view's fov that the next view sees too
     pitch: Pitch
     global_view: StrictBool  # e2p: one more view of the whole panorama
 
