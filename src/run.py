@@ -1,5 +1,5 @@
-"""Runs the package that stands beside this file, wherever another copy may be installed: a copy
-of the project, as DVC makes for an experiment, thus runs its own code."""
+"""Run the package next to this file, even if another copy is installed: DVC runs experiments in
+copies of the project, which must use their own code."""
 
 from panollava.cli.main import main
 

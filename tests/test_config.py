@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from panollava import config
 from panollava.config import load_settings
+from panollava.demo.settings import load_demo_settings
 from panollava.errors import UserError
 from panollava.evaluation.facts import READERS
 from panollava.geometry.views import STRATEGIES
@@ -28,7 +29,7 @@ def test_the_committed_profiles_are_valid(profile: str) -> None:
     assert load_settings(ROOT / profile).seed == 0
 
 
-def test_the_real_profile_is_the_design_s_table() -> None:
+def test_the_real_profile_has_the_documented_values() -> None:
     stage = load_settings(ROOT / "presets/quic360.yaml").stage
     table = [
         (s.epochs, s.batch_size, s.lr, s.max_text_length)
@@ -48,53 +49,72 @@ def test_a_missing_parameter_is_named(tmp_path: Path) -> None:
         load_settings(edited(tmp_path, "seed: 0", ""))
 
 
-def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
-    path = edited(tmp_path, "  size: 64", "  size: big")
-    with pytest.raises(UserError, match=r"views.size: expected int, found 'big' \(str\)"):
-        load_settings(path)
+def test_a_mistyped_parameter_in_a_list_is_named(tmp_path: Path) -> None:
+    text = (ROOT / "data/demo/params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("places: 8", "place: 8"))
+    with pytest.raises(UserError) as raised:
+        load_demo_settings(path)
+    unknown, known = (f"'language_model.lessons[1].{name}'" for name in ("place", "places"))
+    assert str(raised.value) == (
+        f"{path}: unknown parameter {unknown}; the nearest known one is {known}"
+    )
+
+
+def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
+    fov = load_settings(edited(tmp_path, "fov: 90", "fov: 80")).views.fov
+    assert (fov, type(fov)) == (80.0, float)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seed: 0", "seed: -1", "seed: expected from 0 to 4294967295, found -1"),
+        ("seed: 0", "seed: -1", "seed: expected at least 0, found -1"),
+        ("size: 64", "size: big", "views.size: expected an integer, found 'big'"),
         ("size: 64", "size: 0", "views.size: expected at least 1, found 0"),
-        ("overlap: 0.5", "overlap: 1", "views.overlap: expected from 0 to below 1, found 1.0"),
+        ("overlap: 0.5", "overlap: 1", "views.overlap: expected less than 1, found 1"),
         ("pool: 2", "pool: 0", "model.resampler.pool: expected at least 1, found 0"),
         ("epochs: 1", "epochs: -1", "stage.vision.epochs: expected at least 0, found -1"),
         ("batch_size: 8", "batch_size: 0", "stage.vision.batch_size: expected at least 1, found 0"),
         ("accumulate: 1", "accumulate: 0", "stage.vision.accumulate: expected at least 1, found 0"),
-        ("lr: 2.0e-5", "lr: .nan", "stage.vision.lr: expected at least 0, found nan"),
+        ("lr: 2.0e-5", "lr: .nan", "stage.vision.lr: expected a finite number, found nan"),
         (
             "encoder_lr: 2.0e-4",
             "encoder_lr: -1",
-            "stage.resampler.encoder_lr: expected at least 0, found -1.0",
+            "stage.resampler.encoder_lr: expected at least 0, found -1",
         ),
         (
-            "labelled: 1.0",
-            "labelled: 0",
-            "stage.resampler.labelled: expected above 0 and up to 1, found 0.0",
+            "labeled: 1.0",
+            "labeled: 0",
+            "stage.resampler.labeled: expected greater than 0, found 0",
         ),
         (
             "accelerator: cpu",
             "accelerator: GPU",
-            "trainer.accelerator: expected cpu, gpu or auto, found 'GPU'",
+            "trainer.accelerator: expected 'cpu', 'gpu' or 'auto', found 'GPU'",
         ),
         (
             "devices: 1",
             "devices: 2",
-            "trainer.devices: expected 1, because a step's mean isn't computed across several "
-            "devices (raise the stage's accumulate where a step doesn't fit one), found 2",
+            "trainer.devices: expected 1, because several devices are not supported (where a step "
+            "does not fit one, raise the stage's accumulate), found 2",
         ),
-        ("devices: 1", "devices: true", "trainer.devices: expected int, found True (bool)"),
+        ("fov: 90", "fov: true", "views.fov: expected a number, found True"),
+        ("fov: 90", "fov: '90'", "views.fov: expected a number, found '90'"),
+        ("size: 64", "size: 64.0", "views.size: expected an integer, found 64.0"),
+        ("compile: false", "compile: 0", "trainer.compile: expected a boolean, found 0"),
+        ("dir: data/demo", "dir: 1", "data.dir: expected a string, found 1"),
+        ("wandb: null", "wandb: 1", "machine.wandb: expected a string, found 1"),
+        ("[20, 45, 180]", "20", "evaluate.rolls: expected a list, found 20"),
+        ("devices: 1", "devices: true", "trainer.devices: expected an integer, found True"),
         ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
         (
             "precision: 32-true",
             "precision: 16-mixed",
-            "trainer.precision: expected 32-true or bf16-mixed, found '16-mixed'",
+            "trainer.precision: expected '32-true' or 'bf16-mixed', found '16-mixed'",
         ),
-        ("beta2: 0.98", "beta2: 1.0", "trainer.beta2: expected from 0 to below 1, found 1.0"),
-        ("clip: 0.5", "clip: 0", "trainer.clip: expected above 0, found 0.0"),
+        ("beta2: 0.98", "beta2: 1.0", "trainer.beta2: expected less than 1, found 1.0"),
+        ("clip: 0.5", "clip: 0", "trainer.clip: expected greater than 0, found 0"),
         ("log_every: 10", "log_every: 0", "trainer.log_every: expected at least 1, found 0"),
         (
             "loader_workers: 0",
@@ -102,15 +122,15 @@ def test_a_value_of_another_type_is_named(tmp_path: Path) -> None:
             "machine.loader_workers: expected at least 0, found -1",
         ),
         ("save_every: 50", "save_every: 0", "machine.save_every: expected at least 1, found 0"),
-        ("facts: demo", "facts: all", "evaluate.facts: expected demo or null, found 'all'"),
+        ("facts: demo", "facts: all", "evaluate.facts: expected 'demo' or null, found 'all'"),
         (
             "[20, 45, 180]",
-            "[20, .inf]",
-            "evaluate.rolls[1]: expected from -360 to 360 degrees, found inf",
+            "[20, 361]",
+            "evaluate.rolls[1]: expected at most 360, found 361",
         ),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named_with_those_that_are(
+def test_an_invalid_value_is_named_with_the_valid_ones(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     path = edited(tmp_path, old, new)
@@ -122,7 +142,7 @@ def test_a_value_that_is_not_allowed_is_named_with_those_that_are(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("epochs: 1", "epochs: 0"),  # the stage passes on what it starts from
+        ("epochs: 1", "epochs: 0"),  # the stage copies its input weights
         ("overlap: 0.5", "overlap: 0"),
         ("warmup: 0.1", "warmup: 1"),
         ("encoder_lr: 2.0e-4", "encoder_lr: null"),
@@ -130,11 +150,11 @@ def test_a_value_that_is_not_allowed_is_named_with_those_that_are(
         ("[20, 45, 180]", "[]"),
     ],
 )
-def test_the_limits_are_allowed(tmp_path: Path, old: str, new: str) -> None:
+def test_the_limits_are_valid(tmp_path: Path, old: str, new: str) -> None:
     load_settings(edited(tmp_path, old, new))
 
 
-def test_a_value_of_the_command_line_is_checked_as_well() -> None:
+def test_a_value_from_the_command_line_is_checked_too() -> None:
     changes = {"stage.vision.epochs": -1}
     with pytest.raises(UserError) as raised:
         load_settings(ROOT / "params.yaml", ("machine",), changes)
@@ -151,7 +171,9 @@ def test_a_value_of_the_command_line_is_checked_as_well() -> None:
         (config.Evaluate, "facts", [*READERS, None]),
     ],
 )
-def test_what_may_be_named_is_what_there_is(section: type, key: str, known: Iterable[Any]) -> None:
+def test_every_implementation_has_a_name_in_the_schema(
+    section: type, key: str, known: Iterable[Any]
+) -> None:
     assert set(get_args(get_type_hints(section)[key])) == set(known)
 
 
@@ -160,15 +182,17 @@ def test_numbers_as_dvc_writes_them_are_numbers(tmp_path: Path) -> None:
     assert load_settings(path).stage.resampler.lr == 3e-5
 
 
-def test_no_file_and_no_yaml_are_clear_errors(tmp_path: Path) -> None:
+def test_a_missing_file_and_invalid_yaml_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_settings(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not valid YAML"):
         load_settings(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("")
-    with pytest.raises(UserError, match="expected a mapping"):
+    with pytest.raises(UserError, match="the file: expected a mapping, found None"):
         load_settings(tmp_path / "params.yaml")
+    with pytest.raises(UserError, match="missing parameter 'stage.vision.lr', which an option"):
+        load_settings(tmp_path / "params.yaml", changes={"stage.vision.lr": 1.0})
 
 
 def test_undeclared_parameters_cannot_be_read() -> None:

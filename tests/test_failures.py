@@ -48,7 +48,7 @@ def fails(project: Project, *command: str, limit: str = "") -> str:
     line = " ".join(("exec", "python", "src/run.py", *command))
     output = project.run("bash", "-c", f"{limit}\n{line}\n", check=False)
     assert "Traceback" not in output, output
-    assert "fault of the program" not in output, output
+    assert "internal error" not in output, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: "), output
     return last
@@ -140,7 +140,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(
     shutil.rmtree(place)
     place.touch()
     last = fails(project, *command.split())
-    assert folder in last and "there is a file where a folder is needed" in last, last
+    assert folder in last and "a file exists where a folder is needed" in last, last
     place.unlink()
 
 

@@ -53,7 +53,7 @@ def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
     run.process.kill()
     run.process.wait()
     output = project.run("dvc", "repro", "vision", check=False)
-    at_work = re.search(r"process (\d+) is at work on the same in this folder", output)
+    at_work = re.search(r"another panollava process \(pid (\d+)\) is already running this", output)
     assert at_work and int(at_work[1]) in {command.pid for command in commands}, output
     run.signal(signal.SIGKILL)
     run.end()

@@ -1,4 +1,4 @@
-"""What a user finds on the console and in the log file."""
+"""What a user sees on the console and in the log file."""
 
 import logging
 import re
@@ -69,7 +69,7 @@ def test_after_the_block_nothing_is_logged_or_changed(
     assert "late" not in path.read_text(encoding="utf-8") + capsys.readouterr().err
 
 
-def test_runs_in_the_same_second_have_files_of_their_own(tmp_path: Path) -> None:
+def test_runs_in_the_same_second_have_separate_files(tmp_path: Path) -> None:
     paths = [logs._create(tmp_path, "prepare") for _ in range(20)]
     threads = [
         threading.Thread(target=lambda: paths.append(logs._create(tmp_path, "prepare")))
@@ -87,8 +87,8 @@ def test_libraries_imported_later_write_to_the_same_file(tmp_path: Path) -> None
         """
         with logs.start("train", folder):
             import pytorch_lightning
-            from transformers.utils import logging as theirs
-            theirs.get_logger("transformers.modeling").warning("odd weights")
+            from transformers.utils import logging as library
+            library.get_logger("transformers.modeling").warning("odd weights")
             logging.getLogger("pytorch_lightning.trainer").info("GPU available: no")
             logging.getLogger("pytorch_lightning.trainer").warning("no validation")
             logging.getLogger("httpx").info("HTTP request")
@@ -99,7 +99,7 @@ def test_libraries_imported_later_write_to_the_same_file(tmp_path: Path) -> None
     text = only_log(tmp_path)
     for message in ("odd weights", "GPU available: no", "no validation", "HTTP request"):
         assert text.count(message) == 1
-    # Once each on the console, and nothing but warnings of others.
+    # The console shows only the libraries' warnings, once each.
     console = result.stderr.splitlines()[1:]
     assert console == ["warning: odd weights", "warning: no validation"]
 
@@ -108,10 +108,10 @@ def test_libraries_imported_before_write_to_the_same_file(tmp_path: Path) -> Non
     result = run(
         """
         import pytorch_lightning
-        from transformers.utils import logging as theirs
-        theirs.get_logger("transformers.modeling")
+        from transformers.utils import logging as library
+        library.get_logger("transformers.modeling")
         with logs.start("train", folder):
-            theirs.get_logger("transformers.modeling").warning("odd weights")
+            library.get_logger("transformers.modeling").warning("odd weights")
             logging.getLogger("pytorch_lightning.trainer").warning("no validation")
         """,
         tmp_path,
@@ -151,23 +151,25 @@ def test_a_user_error_shows_its_message_last_and_leaves_its_traceback_in_the_fil
     assert "Traceback" in text and text.splitlines()[-1].endswith(f"ERROR panollava: {message}")
 
 
-def test_a_fault_is_in_the_file_with_its_traceback_and_once_on_the_console(tmp_path: Path) -> None:
+def test_an_internal_error_has_its_traceback_in_the_file_and_once_on_the_console(
+    tmp_path: Path,
+) -> None:
     result = run('with logs.start("prepare", folder): [][1]', tmp_path)
     assert result.returncode == 1
     assert result.stderr.count("Traceback") == 1
-    assert "IndexError: a fault of the program; report it with" in result.stderr
+    assert "error: internal error (IndexError); please report it and attach" in result.stderr
     text = only_log(tmp_path)
     assert text.count("Traceback") == 1 and "IndexError: list index out of range" in text
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_leaving_the_program_is_no_fault(tmp_path: Path, status: int) -> None:
+def test_exiting_is_not_an_error(tmp_path: Path, status: int) -> None:
     result = run(f'with logs.start("prepare", folder): sys.exit({status})', tmp_path)
     assert result.returncode == status
     assert "ERROR" not in only_log(tmp_path) and len(result.stderr.splitlines()) == 1
 
 
-def test_messages_stand_above_progress_bars(tmp_path: Path) -> None:
+def test_messages_are_printed_above_progress_bars(tmp_path: Path) -> None:
     result = run(
         """
         from tqdm import tqdm
@@ -178,10 +180,10 @@ def test_messages_stand_above_progress_bars(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    seen = re.split(r"[\r\n]+", result.stderr)
+    lines = re.split(r"[\r\n]+", result.stderr)
     for i in (2, 7, 12, 17):
-        assert f"message {i}" in seen, result.stderr
-    assert any(line.startswith("views: 100%") for line in seen)
+        assert f"message {i}" in lines, result.stderr
+    assert any(line.startswith("views: 100%") for line in lines)
     assert "views" not in only_log(tmp_path)
 
 
@@ -190,11 +192,11 @@ def test_a_malformed_message_of_a_library_does_not_stop_the_run(tmp_path: Path) 
         """
         with logs.start("train", folder):
             logging.getLogger("transformers.x").warning("no place for it", FutureWarning)
-            log.info("goes on")
+            log.info("still running")
         """,
         tmp_path,
     )
-    assert result.returncode == 0 and "goes on" in only_log(tmp_path)
+    assert result.returncode == 0 and "still running" in only_log(tmp_path)
 
 
 def test_tables_align_words_left_and_numbers_right() -> None:

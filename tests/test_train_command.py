@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from panollava import paths
 from panollava.cli import main as cli
+from panollava.config import load_settings
 from panollava.model.weights import read_header
 from panollava.training import curves
 from panollava.training import lightning_module as lit
@@ -50,7 +51,7 @@ def checkpoint(stage: str) -> Path:
     return file
 
 
-def test_all_stages_in_one_command_and_one_log(project: Path) -> None:
+def test_all_stages_run_in_one_command_with_one_log(project: Path) -> None:
     train("all")
     for stage in STAGES:
         assert paths.weights_file(stage).is_file()
@@ -61,8 +62,8 @@ def test_all_stages_in_one_command_and_one_log(project: Path) -> None:
     assert not list(paths.RESUME.glob("*-*"))
 
 
-def test_what_is_no_step_of_a_training_keeps_finished_work(project: Path, small_data: Path) -> None:
-    """`train all` goes on from it after a kill."""
+def test_commands_outside_the_pipeline_keep_finished_work(project: Path, small_data: Path) -> None:
+    """`train all` resumes from it after a kill."""
     work = paths.RESUME / "vision-0123456789abcdef"
     work.mkdir(parents=True)
     (work / "finished").touch()
@@ -73,19 +74,35 @@ def test_what_is_no_step_of_a_training_keeps_finished_work(project: Path, small_
     assert not work.exists()
 
 
-def test_outside_of_a_repository_there_is_nothing_to_verify(project: Path) -> None:
+def test_an_unknown_stage_is_reported_with_the_known_ones(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["train", "finetuning"], ["plan", "finetuning"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert "invalid choice: 'finetuning'" in error
+        assert all(stage in error.splitlines()[-1] for stage in STAGES)
+    assert not paths.LOGS.exists()
+
+
+def test_verify_needs_a_dvc_repository(project: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["verify"])
     assert ended.value.code == 1
     (log,) = paths.LOGS.iterdir()
-    assert f"{project}: no DVC repository; run it in the project's folder" in log.read_text()
+    assert (
+        f"{project}: not a DVC repository; run the command in the project's folder"
+        in log.read_text()
+    )
 
 
 class Killed(BaseException):
     """Stands for a signal: nothing catches it."""
 
 
-def test_all_stages_go_on_where_they_were_killed(
+def test_all_stages_resume_where_they_were_killed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "nothing to resume for stage 'vision'" in fails("all", "--resume")
@@ -119,22 +136,22 @@ def test_each_option_overrides_its_parameter_for_this_run(
     rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
     assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
     assert "max_text_length" in fails("resampler", *here, "--max-text-length", "1")
-    said = fails("vision", "--batch-size", "-1")
-    assert said.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
+    message = fails("vision", "--batch-size", "-1")
+    assert message.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
     assert paths.PARAMS.read_text() == before
 
 
-def test_the_help_says_where_each_default_comes_from(
+def test_the_help_shows_where_each_default_comes_from(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for edit, shown in (("", "vision 4"), ("batch_size: 16", "vision 16")):
+    for edit, value in (("", "vision 4"), ("batch_size: 16", "vision 16")):
         if edit:
             text = paths.PARAMS.read_text().replace("batch_size: 4", edit, 1)
             paths.PARAMS.write_text(text)
         with pytest.raises(SystemExit):
             train("--help")
         text = " ".join(capsys.readouterr().out.split())
-        assert f"default: stage.STAGE.batch_size of params.yaml: {shown}, resampler 4" in text
+        assert f"default: stage.STAGE.batch_size of params.yaml: {value}, resampler 4" in text
     for option in "epochs lr max-text-length data-dir workers project name from resume".split():
         assert re.search(rf"--{option}\b[^(]*\(default: ", text), option
     paths.PARAMS.unlink()
@@ -148,12 +165,12 @@ def test_the_help_says_where_each_default_comes_from(
 def test_a_stage_starts_from_weights_or_from_a_checkpoint(project: Path) -> None:
     train("all")
     started = {}
-    for name, source in (
+    for name, start in (
         ("weights", paths.weights_file("vision")),
         ("checkpoint", checkpoint("vision")),
     ):
-        copy = project / f"elsewhere{source.suffix}"
-        copy.write_bytes(source.read_bytes())
+        copy = project / f"elsewhere{start.suffix}"
+        copy.write_bytes(start.read_bytes())
         train("resampler", "--from", str(copy), "--epochs", "0")
         started[name] = weights("resampler")
     vision = weights("vision")
@@ -162,7 +179,7 @@ def test_a_stage_starts_from_weights_or_from_a_checkpoint(project: Path) -> None
     assert all(torch.equal(v, started["checkpoint"][k]) for k, v in started["weights"].items())
 
 
-def test_another_start_has_its_own_features(project: Path) -> None:
+def test_features_are_computed_again_for_another_start(project: Path) -> None:
     train("all")
     features = {path: path.read_bytes() for path in paths.FEATURES.iterdir()}
     copy = project / "other.ckpt"
@@ -177,22 +194,22 @@ def test_another_start_has_its_own_features(project: Path) -> None:
     assert all(torch.equal(weights("resampler")[n], weights("finetune")[n]) for n in encoder)
 
 
-def test_features_of_another_encoder_are_not_trained_on(project: Path) -> None:
+def test_features_of_another_encoder_are_an_error(project: Path) -> None:
     train("all")
     train("resampler", "--lr", "0.02")
-    said = fails("finetune")
-    assert "runs/features: made with other encoder weights" in said
-    assert "dvc repro features (without DVC: panollava features)" in said
+    message = fails("finetune")
+    assert "runs/features: made with other encoder weights" in message
+    assert "dvc repro features (without DVC: panollava features)" in message
     cli.main(["features"])
     train("finetune")
 
 
-def test_prepared_data_of_other_settings_is_not_trained_on(project: Path, small_data: Path) -> None:
+def test_prepared_data_of_other_settings_is_an_error(project: Path, small_data: Path) -> None:
     shutil.copytree(small_data, "other")
     train("vision", "--data-dir", "other", "--epochs", "0")
-    said = fails("resampler")
-    assert f"runs/prepared: made with data.dir other, now {small_data}; run: dvc" in said
-    assert "or pass --data-dir other" in said
+    message = fails("resampler")
+    assert f"runs/prepared: made with data.dir other, now {small_data}; run: dvc" in message
+    assert "or pass --data-dir other" in message
     cli.main(["prepare"])
     train("resampler", "--epochs", "0")
     params = project / "params.yaml"
@@ -222,18 +239,18 @@ def test_a_hub_model_s_commit_is_in_the_weights_header(project: Path, towers: Pa
     assert read_header(paths.weights_file("finetune"))["commits"]["language_model"] is None
 
 
-def test_a_tower_that_dvc_does_not_watch_is_warned_of(project: Path, towers: Path) -> None:
+def test_a_tower_that_dvc_does_not_track_gives_a_warning(project: Path, towers: Path) -> None:
     train("all", "--epochs", "0")
     params = project / "params.yaml"
     params.write_text(re.sub(r"towers: \S+", "towers: elsewhere", params.read_text(), count=1))
     train("vision", "--epochs", "0")
     logs = sorted(paths.LOGS.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     first, last = logs[0].read_text(), logs[-1].read_text()
-    told = f"model.encoder.path: {towers}/encoder is not in elsewhere (model.towers); DVC watches"
-    assert told in last and told not in first
+    warning = f"model.encoder.path: {towers}/encoder is not in elsewhere (model.towers); DVC reruns"
+    assert warning in last and warning not in first
 
 
-def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) -> None:
+def test_an_invalid_start_is_named_with_the_expected_file(project: Path) -> None:
     train("all")
     (project / "junk.ckpt").write_bytes(b"junk")
     (project / "junk.safetensors").write_bytes(b"junk")
@@ -241,27 +258,26 @@ def test_a_file_that_is_no_start_is_named_with_what_was_expected(project: Path) 
     expected = "expected a result of stage 'vision': runs/vlm_vision/model_final.safetensors"
     assert f"no.ckpt: no such file; {expected}" in fails("resampler", "--from", "no.ckpt")
     assert f"runs: Is a directory; {expected}" in fails("resampler", "--from", "runs")
-    said = fails("resampler", "--from", "weights.pt")
-    assert f"weights.pt: neither .safetensors nor .ckpt; {expected}" in said
+    message = fails("resampler", "--from", "weights.pt")
+    assert f"weights.pt: neither .safetensors nor .ckpt; {expected}" in message
     for junk in ("junk.ckpt", "junk.safetensors"):
-        said = fails("resampler", "--from", junk)
-        assert f"{junk}: not a readable" in said and expected in said
+        message = fails("resampler", "--from", junk)
+        assert f"{junk}: not a readable" in message and expected in message
     for stage in ("resampler", "finetune"):
-        said = fails("resampler", "--from", str(paths.weights_file(stage)))
-        assert f"holds the result of stage '{stage}', expected 'vision'" in said
-        said = fails("resampler", "--from", str(checkpoint(stage)))
-        assert f"as a checkpoint of stage '{stage}' does; {expected}" in said
+        message = fails("resampler", "--from", str(paths.weights_file(stage)))
+        assert f"holds the result of stage '{stage}', expected 'vision'" in message
+        message = fails("resampler", "--from", str(checkpoint(stage)))
+        assert f"as a checkpoint of stage '{stage}' does; {expected}" in message
     assert "starts from the pretrained encoder" in fails("vision", "--from", "no.ckpt")
-    assert "--from belongs to one stage" in fails("all", "--from", "no.ckpt")
+    assert "--from needs one stage, not 'all'" in fails("all", "--from", "no.ckpt")
 
 
-def test_a_run_must_go_on_if_told_so(
+def test_resume_fails_without_unfinished_work_of_the_same_run(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from panollava.data.prepare import prepare_project
 
-    settings = cli.load_settings(paths.PARAMS)
-    prepare_project(settings)
+    prepare_project(load_settings(paths.PARAMS))
     assert "nothing to resume for stage 'vision'" in fails("vision", "--resume")
 
     def stop_at(moment: str) -> None:
@@ -274,8 +290,8 @@ def test_a_run_must_go_on_if_told_so(
                 train("vision", "--epochs", "2")
 
     stop_at("on_train_start")
-    said = fails("vision", "--epochs", "2", "--resume")
-    assert "stopped before its first save" in said
+    message = fails("vision", "--epochs", "2", "--resume")
+    assert "stopped before its first save" in message
     stop_at("on_validation_start")
     (work,) = paths.RESUME.glob("vision-*")
     assert f"{work} belongs to other parameters" in fails("vision", "--resume", "--epochs", "3")
@@ -285,7 +301,7 @@ def test_a_run_must_go_on_if_told_so(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_named_before_any_work(
+def test_a_missing_gpu_is_reported_before_any_work(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("all")
@@ -295,21 +311,21 @@ def test_a_gpu_that_is_not_there_is_named_before_any_work(
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main(command.split())
-        said = capsys.readouterr().err
-        assert ended.value.code == 1 and "rows over" not in said and "starts from" not in said
-        assert re.search("trainer.accelerator is gpu, but .* set it to cpu or auto", said)
+        output = capsys.readouterr().err
+        assert ended.value.code == 1 and "rows over" not in output and "starts from" not in output
+        assert re.search("trainer.accelerator is gpu, but .* set it to cpu or auto", output)
     cli.main(["plan", "vision"])  # it needs none
     assert "(cuda, " in capsys.readouterr().err
     paths.PARAMS.write_text(text.replace("accelerator: cpu", "accelerator: auto"))
     cli.main(["features"])
 
 
-def test_weights_and_biases_is_named_where_it_is_not_installed(
+def test_weights_and_biases_is_named_if_it_is_not_installed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    said = fails("all", "--project", "panoramas")
-    assert "'panoramas' asks for Weights & Biases, which isn't installed" in said
+    message = fails("all", "--project", "panoramas")
+    assert "'panoramas' asks for Weights & Biases, which isn't installed" in message
 
 
 def test_weights_and_biases_gets_every_curve(

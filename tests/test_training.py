@@ -143,7 +143,7 @@ def test_rows_of_a_share_of_the_panoramas_are_trained_on(settings: Settings) -> 
     kept = []
     for share in (1.0, 0.5, 0.01):
         objective = Objective(
-            find_stage("resampler"), change(settings, stage__resampler__labelled=share)
+            find_stage("resampler"), change(settings, stage__resampler__labeled=share)
         )
         objective.open_readers()
         train, valid = objective.readers["train"], objective.readers["valid"]
@@ -154,8 +154,8 @@ def test_rows_of_a_share_of_the_panoramas_are_trained_on(settings: Settings) -> 
     every, half, one = kept
     assert len(half) == round(len(every) / 2) and len(one) == 1  # of each panorama all rows
     assert one.items() <= half.items() <= every.items()
-    with pytest.raises(UserError, match=r"stage\.resampler\.labelled: .* found 0"):
-        run("resampler", change(settings, stage__resampler__labelled=0.0))
+    with pytest.raises(UserError, match=r"stage\.resampler\.labeled: .* found 0"):
+        run("resampler", change(settings, stage__resampler__labeled=0.0))
 
 
 @pytest.mark.parametrize("stage", ["vision", "resampler"])

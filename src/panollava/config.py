@@ -1,102 +1,102 @@
-"""The settings: `params.yaml` read once into frozen dataclasses, with every key checked.
+"""The settings: `params.yaml`, read once into frozen dataclasses and validated by pydantic.
 
 A command sees only the sections that it declares, so that no stage can read a parameter which
-`dvc.yaml` doesn't list for it, and `machine`, which changes no result and is listed nowhere.
-What a value may be stands beside it; what several must be together is checked where they are
-used."""
+`dvc.yaml` does not list for it. `machine` changes no result, and every command may read it.
+Constraints on a single value stand here; those on a combination are checked where it is used."""
 
-import dataclasses
 import difflib
-import types
+import functools
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from panollava.errors import UserError
 
 
+def _single_device(value: int) -> int:
+    if value != 1:
+        raise ValueError(
+            "expected 1, because several devices are not supported (where a step does not fit one, "
+            "raise the stage's accumulate)"
+        )
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+SingleDevice = Annotated[int, Field(strict=True), AfterValidator(_single_device)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+ShareAbove0 = Annotated[float, Field(strict=True, gt=0, le=1)]
+ShareBelow1 = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Degrees = Annotated[float, Field(strict=True, ge=-360, le=360)]
+Pitch = Annotated[float, Field(strict=True, ge=-90, le=90)]  # degrees, up positive
+Fov = Annotated[float, Field(strict=True, gt=0, le=360)]  # degrees
+
+
+class Section:
+    """Base of all sections: unknown keys and numbers that are not finite are errors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
-class Allowed:
-    """What a value may be beside its type: in words, and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-Count = Annotated[int, Allowed("at least 1", lambda value: value >= 1)]
-CountOrZero = Annotated[int, Allowed("at least 0", lambda value: value >= 0)]
-NotNegative = Annotated[float, Allowed("at least 0", lambda value: value >= 0)]
-Positive = Annotated[float, Allowed("above 0", lambda value: value > 0)]
-Share = Annotated[float, Allowed("from 0 to 1", lambda value: 0 <= value <= 1)]
-ShareAbove0 = Annotated[float, Allowed("above 0 and up to 1", lambda value: 0 < value <= 1)]
-ShareBelow1 = Annotated[float, Allowed("from 0 to below 1", lambda value: 0 <= value < 1)]
-Degrees = Annotated[float, Allowed("from -360 to 360 degrees", lambda value: -360 <= value <= 360)]
-Pitch = Annotated[float, Allowed("from -90 to 90 degrees", lambda value: -90 <= value <= 90)]
-Fov = Annotated[float, Allowed("above 0 and up to 360 degrees", lambda value: 0 < value <= 360)]
-One = Annotated[
-    int,
-    Allowed(
-        "1, because a step's mean isn't computed across several devices (raise the stage's "
-        "accumulate where a step doesn't fit one)",
-        lambda value: value == 1,
-    ),
-]
-Seed = Annotated[int, Allowed("from 0 to 4294967295", lambda value: 0 <= value < 2**32)]
-
-
-@dataclass(frozen=True)
-class Data:
+class Data(Section):
     dir: str  # folder that holds train.csv, valid.csv and test.csv
     max_rejected: Share  # largest share of a split's rows that may be bad
 
 
 @dataclass(frozen=True)
-class Views:
+class Views(Section):
     strategy: Literal["e2p", "cubemap", "sliding_window", "resize"]
     size: Count  # pixels, square
-    fov: Fov  # degrees
-    overlap: ShareBelow1  # of a view's fov, that the next view sees as well
-    pitch: Pitch  # degrees, up positive
-    global_view: bool  # e2p: one more view of the whole panorama
+    fov: Fov
+    overlap: ShareBelow1  # share of a view's fov that the next view sees too
+    pitch: Pitch
+    global_view: StrictBool  # e2p: one more view of the whole panorama
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Pretrained(Section):
     path: str  # hub id, or a folder written by save_pretrained
     revision: str | None  # hub branch, tag or commit
-    trust_remote_code: bool  # run code from the hub
+    trust_remote_code: StrictBool  # run code from the hub
 
 
 @dataclass(frozen=True)
-class Resampler:
+class Resampler(Section):
     type: Literal["mlp"]
     width: Count  # features of its hidden layer
     pool: Count  # patch tokens are averaged pool x pool
-    position: Literal["ray", "view", "none"]  # how a token's direction is told
-    direction_degree: Count  # harmonics in the encoding of each token's direction
+    position: Literal["ray", "view", "none"]  # encoding of each token's direction
+    direction_degree: Count  # harmonics in the encoding of a ray
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Section):
     towers: str  # folder of local towers, which the stages depend on
     encoder: Pretrained
     language_model: Pretrained
     resampler: Resampler
-    features: Literal["float32", "float16"]  # precision in which the encoder's features are kept
+    features: Literal["float32", "float16"]  # precision of the encoder's cached features
 
 
 @dataclass(frozen=True)
-class VisionStage:
+class VisionStage(Section):
     epochs: CountOrZero
-    batch_size: Count  # panoramas a step
-    accumulate: Count  # parts that a step is computed in, one after the other
+    batch_size: Count  # panoramas per step
+    accumulate: Count  # parts of a step, computed one after the other
     lr: NotNegative
-    max_text_length: Count
+    max_text_length: Count  # kept for older scripts; this stage reads no text
     objective: Literal["vicreg", "infonce"]
     overlap: Literal["exact", "naive"]
     invariance: NotNegative
@@ -107,32 +107,36 @@ class VisionStage:
 
 
 @dataclass(frozen=True)
-class TextStage:
+class TextStage(Section):
     epochs: CountOrZero
-    batch_size: Count  # rows a step
+    batch_size: Count  # rows per step
     accumulate: Count
     lr: NotNegative
-    encoder_lr: NotNegative | None  # learning rate of the encoder where it trains; null: lr
     max_text_length: Count  # tokens of a query and its answer
-    labelled: ShareAbove0  # of train's panoramas, whose rows are used
+    labeled: ShareAbove0  # share of train's panoramas whose rows are used
 
 
 @dataclass(frozen=True)
-class Stages:
+class ResamplerStage(TextStage):
+    encoder_lr: NotNegative | None  # learning rate of the encoder; null: lr
+
+
+@dataclass(frozen=True)
+class Stages(Section):
     vision: VisionStage
-    resampler: TextStage
+    resampler: ResamplerStage
     finetune: TextStage
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Trainer(Section):
     accelerator: Literal["cpu", "gpu", "auto"]
-    devices: One
+    devices: SingleDevice
     threads: Count  # of the processor; results depend on it in the last bits
     precision: Literal["32-true", "bf16-mixed"]
-    gradient_checkpointing: bool  # compute activations twice instead of keeping them
-    compile: bool  # the towers' layers
-    deterministic: bool  # kernels that give the same bits each time
+    gradient_checkpointing: StrictBool  # recompute activations instead of storing them
+    compile: StrictBool  # the towers' layers
+    deterministic: StrictBool  # bit-reproducible kernels
     weight_decay: NotNegative
     beta1: ShareBelow1
     beta2: ShareBelow1
@@ -144,26 +148,26 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What changes no result: no stage of the pipeline lists it, and every one may read it."""
+class Machine(Section):
+    """Changes no result: no stage of the pipeline lists it, and every command may read it."""
 
     decode_threads: Count  # of prepare
     loader_workers: CountOrZero  # processes that load batches; 0: none
-    save_every: Count  # steps after which a killed run can go on
-    wandb: str | None  # project on Weights & Biases that gets all curves; null: none
+    save_every: Count  # steps between checkpoints that a killed run resumes from
+    wandb: str | None  # project on Weights & Biases for the curves; null: none
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Section):
     split: Literal["valid", "test"]
-    batch_size: Count  # panoramas at once
+    batch_size: Count  # panoramas per batch
     max_new_tokens: Count
-    facts: Literal["demo", None]  # how facts are read out of answers; null: not
-    rolls: list[Degrees]  # degrees by which every panorama is turned and asked again
+    facts: Literal["demo", None]  # reader that extracts facts from answers; null: none
+    rolls: list[Degrees]  # every panorama is also evaluated rolled by each of these
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     seed: Seed
     data: Data
     views: Views
@@ -180,13 +184,12 @@ ALWAYS_READABLE = ("machine",)
 def load_settings(
     path: Path, only: tuple[str, ...] | None = None, changes: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that stay readable
-    beside ALWAYS_READABLE; any other attribute of the result raises AttributeError. `changes` are
-    values that override the file's, by their dotted keys.
+    """Read `path`. `only` names the sections or keys (`stage.vision`, `seed`) that are readable in
+    addition to ALWAYS_READABLE; any other attribute of the result raises AttributeError. `changes`
+    override values of the file, by their dotted keys.
 
     Raises:
-        UserError: no file, no YAML, an unknown, missing or mistyped key, a value of another type
-            or outside what is allowed.
+        UserError: no file, invalid YAML, an unknown or missing key, or an invalid value.
     """
     settings = read(Settings, path, changes)
     if only is None:
@@ -198,8 +201,7 @@ Kind = TypeVar("Kind")
 
 
 def read(kind: type[Kind], path: Path, changes: Mapping[str, Any] | None = None) -> Kind:
-    """Read a YAML file into a dataclass, every key checked. Raises UserError, see
-    `load_settings`."""
+    """Read a YAML file into a dataclass of sections. Raises UserError, see `load_settings`."""
     try:
         # YAML 1.2: `3e-05`, as DVC writes it, is a number there and a string in YAML 1.1.
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -213,7 +215,22 @@ def read(kind: type[Kind], path: Path, changes: Mapping[str, Any] | None = None)
     changes = changes or {}
     for key, value in changes.items():
         _set(tree, key, value, path)
-    return _build(kind, tree, "", path, changes)
+    try:
+        return _validator(kind).validate_python(tree)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, path, changes)) from None
+
+
+def checked(kind: Any, value: Any, place: str) -> Any:
+    """`value`, if it is valid for the annotated type `kind`. Raises a UserError that begins with
+    `place`."""
+    try:
+        return _validator(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_expectation(error.errors()[0])}") from None
+
+
+_validator = functools.cache(TypeAdapter)
 
 
 def _set(tree: Any, key: str, value: Any, path: Path) -> None:
@@ -221,82 +238,51 @@ def _set(tree: Any, key: str, value: Any, path: Path) -> None:
     for parent in parents:
         tree = tree.get(parent) if isinstance(tree, dict) else None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: missing parameter '{key}', which is to be overridden")
+        raise UserError(f"{path}: missing parameter '{key}', which an option overrides")
     tree[name] = value
 
 
-def _build(kind: Any, value: Any, key: str, path: Path, changes: Mapping[str, Any]) -> Any:
-    place = f"{'command line' if key in changes else path}: {key or 'the file'}"
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{place}: expected a mapping, found {value!r}")
-        kinds = typing.get_type_hints(kind, include_extras=True)
-        prefix = f"{key}." if key else ""
-        for name in value:
-            if name not in kinds:
-                near = difflib.get_close_matches(str(name), kinds, n=1, cutoff=0)
-                raise UserError(
-                    f"{path}: unknown parameter '{prefix}{name}'; "
-                    f"the nearest known one is '{prefix}{near[0]}'"
-                )
-        if missing := [name for name in kinds if name not in value]:
-            raise UserError(
-                f"{path}: missing parameter '{prefix}{missing[0]}'; "
-                "see params.yaml of the project for its meaning and a value"
-            )
-        make: Any = kind
-        return make(
-            **{
-                name: _build(own, value[name], prefix + name, path, changes)
-                for name, own in kinds.items()
-            }
-        )
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise UserError(f"{place}: expected a list, found {value!r}")
-        (item,) = typing.get_args(kind)
-        return [_build(item, own, f"{key}[{i}]", path, changes) for i, own in enumerate(value)]
-    return checked(kind, value, place)
+def _explain(invalid: ValidationError, kind: Any, path: Path, changes: Mapping[str, Any]) -> str:
+    """The first error as a message. A misspelled key comes before the one that is then missing."""
+    error = min(invalid.errors(), key=lambda each: "unexpected" not in each["type"])
+    key = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, error["loc"])))
+    if error["type"] == "unexpected_keyword_argument":
+        *parents, name = error["loc"]
+        for parent in parents:
+            in_list = isinstance(parent, int)
+            kind = typing.get_args(kind)[0] if in_list else typing.get_type_hints(kind)[str(parent)]
+        (near,) = difflib.get_close_matches(str(name), typing.get_type_hints(kind), 1, cutoff=0)
+        near = key.removesuffix(str(name)) + near
+        return f"{path}: unknown parameter '{key}'; the nearest known one is '{near}'"
+    if error["type"] == "missing":
+        return f"{path}: missing parameter '{key}'; the project's params.yaml explains it"
+    place = "command line" if key in changes else path
+    return f"{place}: {key or 'the file'}: {_expectation(error)}"
 
 
-def checked(kind: Any, value: Any, place: str) -> Any:
-    """`value`, if it is one of `kind`: a plain type, one with what is `Allowed` beside it, any of
-    these or None, or a Literal. Raises a UserError that begins with `place`."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if not any(value == option and type(value) is type(option) for option in options):
-            raise UserError(f"{place}: expected {_listed(options)}, found {value!r}")
-        return value
-    if origin is Annotated:
-        plain, allowed = options
-        value = checked(plain, value, place)
-        if not allowed.holds(value):
-            raise UserError(f"{place}: expected {allowed.words}, found {value!r}")
-        return value
-    if types.NoneType in options:
-        (other,) = (option for option in options if option is not types.NoneType)
-        return None if value is None else checked(other, value, place)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(
-            f"{place}: expected {kind.__name__}, found {value!r} ({type(value).__name__})"
-        )
-    return value
-
-
-def _listed(options: tuple[Any, ...]) -> str:
-    *first, last = ("null" if option is None else str(option) for option in options)
-    return f"{', '.join(first)} or {last}" if first else last
+def _expectation(error: Any) -> str:
+    """Pydantic's message in the words of YAML, with the value."""
+    message = "expected a mapping" if error["type"] == "dataclass_type" else error["msg"]
+    for old, new in (
+        ("Value error, ", ""),
+        ("Input should be", "expected"),
+        ("a valid integer", "an integer"),
+        ("a valid ", "a "),
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+        (" or None", " or null"),
+    ):
+        message = message.replace(old, new)
+    return f"{message}, found {error['input']!r}"
 
 
 class _Restricted:
-    """Settings of which only the named keys can be read."""
+    """Settings of which only the named keys are readable."""
 
     def __init__(self, settings: Any, only: tuple[str, ...]) -> None:
         for name in {key.split(".")[0] for key in only}:
             value = getattr(settings, name)
-            deeper = [key[len(name) + 1 :] for key in only if key.startswith(name + ".")]
             if name not in only:
-                value = _Restricted(value, tuple(deeper))
+                inner = (key.removeprefix(f"{name}.") for key in only if key.startswith(f"{name}."))
+                value = _Restricted(value, tuple(inner))
             setattr(self, name, value)

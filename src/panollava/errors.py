@@ -1,5 +1,5 @@
-"""UserError, the exception for what a user can fix, and errors of the system turned into it: a full
-disk, a missing permission, too little memory."""
+"""UserError, the exception for errors that the user can fix, and system errors converted to it: a
+full disk, a missing permission, too little memory."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ _REMEDIES = {
     errno.EROFS: "make the file system writable, or work in a copy elsewhere",
     errno.EACCES: "get write permission there (`ls -ld` shows who has it)",
     errno.EPERM: "get write permission there (`ls -ld` and `lsattr -d` show more)",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away",
-    errno.EEXIST: "a file stands where a folder is needed: move it away",
-    errno.EISDIR: "a folder stands where a file is needed: move it away",
+    errno.ENOTDIR: "a file exists where a folder is needed: move it away",
+    errno.EEXIST: "a file exists where a folder is needed: move it away",
+    errno.EISDIR: "a folder exists where a file is needed: move it away",
     errno.ENOMEM: "close other programs, or use a machine with more memory",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
 }

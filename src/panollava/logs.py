@@ -1,6 +1,6 @@
-"""Logging to the console and to a file at once, and plain text tables.
+"""Logging to the console and to a file.
 
-Library code only calls `logging.getLogger(__name__)`; commands run inside `start`."""
+Modules only call `logging.getLogger(__name__)`; the command line runs commands inside `start`."""
 
 import contextlib
 import logging
@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from panollava.errors import UserError, as_user_error
 
 _LIBRARIES = ("lightning_fabric", "pytorch_lightning", "transformers", "dvclive")
@@ -22,40 +20,47 @@ log = logging.getLogger("panollava")
 
 @contextlib.contextmanager
 def start(name: str, folder: Path = Path("logs")) -> Iterator[Path]:
-    """Log what happens inside to the console and to `folder`/`name`_YYYYMMDD_HHMMSS.log, which
-    is the value of the block.
+    """Log to the console and to a new file `folder`/`name`_YYYYMMDD_HHMMSS.log, whose path is the
+    block's value.
 
-    The console shows the project's own messages and everybody's warnings; the file has times,
-    the libraries' messages, Python warnings and tracebacks as well. An exception that leaves the
-    block is logged and raised again: a UserError with its message as the last line.
+    The console shows the project's messages and every warning, above any progress bar. The file
+    adds times, messages of libraries and tracebacks. An exception is logged and raised again: the
+    message of a UserError is the last line.
     """
+    from tqdm.contrib.logging import logging_redirect_tqdm  # slow, and `--help` does not need it
+
     path = _create(folder, name)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler(_AboveBars())
-    console.setFormatter(_Short())
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(_ConsoleFormatter())
     console.addFilter(_for_console)
-    with _handlers_of_root(file, console), _captured_warnings(), _adopted(_LIBRARIES):
+    with (
+        _root_handlers(file, console),
+        logging_redirect_tqdm(),
+        _one_line_warnings(),
+        _propagating(_LIBRARIES),
+    ):
         log.info("log: %s", path)
         _to_file("command: %s", " ".join(sys.argv))
         try:
             yield path
-        except UserError as error:
-            _to_file("where it was found:", exc_info=True)
-            log.error("%s", error)
+        except (Exception, KeyboardInterrupt) as error:
+            _to_file("the traceback:", exc_info=True)
+            log.error("%s", _last_line(error, path))
             raise
-        except KeyboardInterrupt:
-            _to_file("where it was interrupted:", exc_info=True)
-            log.error("interrupted; run the same command again")
-            raise
-        except Exception as error:
-            _to_file("where it happened:", exc_info=True)
-            log.error("%s: a fault of the program; report it with %s", type(error).__name__, path)
-            raise
+
+
+def _last_line(error: BaseException, path: Path) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; run the same command again to resume"
+    return f"internal error ({type(error).__name__}); please report it and attach {path}"
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Aligned columns as plain text; columns of numbers stand to the right."""
+    """Aligned columns as plain text; numbers are right-aligned."""
     lines = [tuple(map(str, line)) for line in (header, *rows)]
     columns = []
     for cells in zip(*lines, strict=True):
@@ -70,37 +75,25 @@ def _is_number(cell: str) -> bool:
 
 
 def _create(folder: Path, name: str) -> Path:
-    """A new file: a second run in the same second gets a number. Exits where there can be none,
-    because there is no log to say so."""
+    """A new file. A second run in the same second gets a number. Exits with a message if the file
+    cannot be created, because there is no log yet."""
+    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+    path, number = folder / f"{stem}.log", 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+            number += 1
+            path = folder / f"{stem}_{number}.log"
     except OSError as error:
         sys.exit(f"error: {as_user_error(error)}")
-    stem = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
-    number = 1
-    while True:
-        path = folder / f"{stem}{f'_{number}' if number > 1 else ''}.log"
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            sys.exit(f"error: {as_user_error(error)}")
-        else:
-            return path
 
 
-class _AboveBars:
-    """The console as a stream that prints above progress bars instead of into them."""
+class _ConsoleFormatter(logging.Formatter):
+    """The message, after its level if it is a warning or an error."""
 
-    def write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr, end="")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-class _Short(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
@@ -109,8 +102,8 @@ class _Short(logging.Formatter):
 def _for_console(record: logging.LogRecord) -> bool:
     if getattr(record, "file_only", False):
         return False
-    own = record.name.split(".")[0] == log.name
-    return own or record.levelno >= logging.WARNING
+    ours = record.name.split(".")[0] == log.name
+    return ours or record.levelno >= logging.WARNING
 
 
 def _to_file(message: str, *arguments: object, exc_info: bool = False) -> None:
@@ -118,7 +111,7 @@ def _to_file(message: str, *arguments: object, exc_info: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _handlers_of_root(*handlers: logging.Handler) -> Iterator[None]:
+def _root_handlers(*handlers: logging.Handler) -> Iterator[None]:
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
@@ -134,8 +127,8 @@ def _handlers_of_root(*handlers: logging.Handler) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _captured_warnings() -> Iterator[None]:
-    """Python warnings as one line each; logging.captureWarnings would quote the source as well."""
+def _one_line_warnings() -> Iterator[None]:
+    """Log Python warnings on one line each; `logging.captureWarnings` adds the source line."""
 
     def show(message: Any, category: type, filename: str, lineno: int, *_: Any) -> None:
         text = f"{category.__name__}: {message} ({filename}:{lineno})"
@@ -146,9 +139,9 @@ def _captured_warnings() -> Iterator[None]:
         yield
 
 
-class _Adopted(logging.Logger):
-    """The logger of a library, which leaves its messages to the root's handlers, whatever the
-    library sets up for itself when it is imported later."""
+class _PropagatingLogger(logging.Logger):
+    """A library's logger that always passes its messages to the root's handlers, whatever the
+    library configures when it is imported later."""
 
     @property
     def propagate(self) -> bool:
@@ -163,11 +156,11 @@ class _Adopted(logging.Logger):
 
 
 @contextlib.contextmanager
-def _adopted(names: Sequence[str]) -> Iterator[None]:
+def _propagating(names: Sequence[str]) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.__class__, logger.handlers) for logger in loggers]
     for logger in loggers:
-        logger.__class__, logger.handlers = _Adopted, []
+        logger.__class__, logger.handlers = _PropagatingLogger, []
     try:
         yield
     finally:

@@ -1,5 +1,4 @@
-"""Every place in the project's folder, once. Paths are relative to the project's root, where the
-commands run."""
+"""Every path inside the project, defined once, relative to its root, where the commands run."""
 
 from pathlib import Path
 
@@ -8,7 +7,7 @@ LOGS = Path("logs")
 LOGS_OF_DEMO = Path("../../logs")  # the demo's own pipeline runs in data/demo
 RESUME = Path(".resume")  # unfinished work of training stages
 PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
-ROLLED = PREPARED / "rolled.npy"  # the evaluated split, turned by each of evaluate.rolls
+ROLLED = PREPARED / "rolled.npy"  # the evaluated split, rolled by each of evaluate.rolls
 FEATURES = Path("runs/features")  # <split>.npy, rolled.npy
 DIGESTS = Path("runs/digest")  # <stage>.txt
 PREDICTIONS = Path("runs/evaluate/predictions.csv")
@@ -30,5 +29,5 @@ def curves_folder(stage: str) -> Path:
 
 
 def speed_folder(stage: str) -> Path:
-    """What differs from run to run (speed, memory) is kept apart from what must not."""
+    """Speed and memory differ between runs, so they are kept apart from reproducible results."""
     return Path(f"metrics/speed/{stage}")

@@ -2,24 +2,33 @@
 
 from dataclasses import dataclass
 
-from panollava.errors import UserError
-
 
 @dataclass(frozen=True)
 class Stage:
     name: str
     number: int
-    starts_from: str | None  # the stage whose weights it loads; None: pretrained towers alone
+    starts_from: str | None  # the stage whose weights it loads; None: only the pretrained towers
     objective: str  # module whose `Objective` class gives data, model and loss
     trains: tuple[str, ...]  # parts of the model, by attribute name
-    saves: tuple[str, ...]  # parts that have learned something by its end
+    saves: tuple[str, ...]  # parts that this stage or an earlier one has trained
     reads: tuple[str, ...]  # parameters
 
     @property
     def reads_features(self) -> bool:
-        """Where the encoder is frozen, what it gave is read."""
+        """True if the encoder is frozen, so that cached features are read instead of views."""
         return "encoder" not in self.trains
 
+    @property
+    def log_name(self) -> str:
+        return f"stage{self.number}_{self.name}"
+
+
+# All of stage.vision except max_text_length, which changes nothing.
+_VISION = tuple(
+    f"stage.vision.{key}"
+    for key in "epochs batch_size accumulate lr objective overlap invariance variance covariance "
+    "expander temperature".split()
+)
 
 STAGES = {
     stage.name: stage
@@ -31,7 +40,7 @@ STAGES = {
             objective="panollava.training.vicreg_objective",
             trains=("encoder",),
             saves=("encoder",),
-            reads=("seed", "views", "model.encoder", "stage.vision", "trainer"),
+            reads=("seed", "views", "model.encoder", *_VISION, "trainer"),
         ),
         Stage(
             name="resampler",
@@ -56,7 +65,4 @@ STAGES = {
 
 
 def find_stage(name: str) -> Stage:
-    """Raises UserError for a name that is no stage."""
-    if name not in STAGES:
-        raise UserError(f"unknown stage '{name}'; the stages are {', '.join(STAGES)}")
     return STAGES[name]

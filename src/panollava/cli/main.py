@@ -1,5 +1,4 @@
-"""The command line: one short function a command, which imports what that command needs and
-nothing else."""
+"""The command line: one short function per command, which imports only what the command needs."""
 
 import argparse
 import sys
@@ -9,42 +8,54 @@ from pathlib import Path
 from panollava import logs, paths
 from panollava.cli import train_command
 from panollava.cli.single_instance import single_instance
-from panollava.config import Settings, load_settings
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
+from panollava.stages import STAGES
 
-_MACHINE = "close other programs, or take a machine with more memory"
-_MEMORY_HINTS = {  # what to do where a command has too little
-    "prepare": f"lower machine.decode_threads, or {_MACHINE}",
+_MORE_MEMORY = "close other programs, or use a machine with more memory"
+_MEMORY_HINTS = {
+    "prepare": f"lower machine.decode_threads, or {_MORE_MEMORY}",
     "train": "lower machine.loader_workers, or the stage's batch_size",
     "evaluate": "lower evaluate.batch_size",
 }
 
-_STEPS = ("prepare", "train", "features", "evaluate")  # of the pipeline; the others may run beside
+# These follow each other in a pipeline: when one starts, the results of the others are recorded.
+_STEPS = ("prepare", "train", "features", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    name = options.log_name(options)
+    name = _log_name(options)
     try:
-        memory_hint = _MEMORY_HINTS.get(options.command, _MACHINE)
         with (
             logs.start(name, options.logs),
-            system_errors_as_user_errors(memory_hint),
+            system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY)),
             single_instance(name),
         ):
-            # All stages in one run may have finished ones to go on from.
-            if options.command in _STEPS and not _is_all(options):
+            # `train all` resumes from finished stages too.
+            if options.command in _STEPS and not _is_train_all(options):
                 resume.remove_finished(except_stage=getattr(options, "stage", None))
             options.run(options)
-    except UserError:  # logged, with what to do, as the last line
+    except UserError:  # logged by `logs.start`
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _log_name(options: argparse.Namespace) -> str:
+    if options.command != "train":
+        return options.command
+    return "full_pipeline" if _is_train_all(options) else STAGES[options.stage].log_name
+
+
+def _is_train_all(options: argparse.Namespace) -> bool:
+    return options.command == "train" and options.stage == train_command.ALL
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="panollava", description="PanoLLaVA, step by step")
+    parser = argparse.ArgumentParser(
+        prog="panollava", description="train and evaluate a vision-language model on 360° panoramas"
+    )
     commands = parser.add_subparsers(
         dest="command",
         required=True,
@@ -53,93 +64,73 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], None], help: str
+        name: str, run: Callable[[argparse.Namespace], None], help: str, folder: Path = paths.LOGS
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run, log_name=lambda options: options.command, logs=paths.LOGS)
+        command.set_defaults(run=run, logs=folder)
         return command
 
-    _add_download(add("download", _download, "fetch the pictures that rows link to"))
-    _add_check(add("check", _check, "list all that is wrong with rows and pictures"))
-    add("prepare", _prepare, "check the rows and turn each panorama into views")
-    train = add("train", _train, "train a stage, or all of them without DVC")
-    train_command.add_to(train)
-    train.set_defaults(log_name=_stage_log_name)
-    _add_plan(add("plan", _plan, "estimate parameters, memory and disk of a training"))
-    add("features", _features, "run the frozen encoder once over every panorama (runs/features)")
-    add("evaluate", _evaluate, "answer every query of a split, from runs/features, and score it")
-    add("verify", _verify, "remove files from DVC's cache that are not what their names say")
-    add("digest", _digest, "write the digest of the code that each pipeline stage runs")
+    _add_download(add("download", _download, "download the pictures that rows link to"))
+    _add_check(add("check", _check, "report every problem of rows and pictures"))
+    add("prepare", _prepare, "check the rows and convert each panorama into views")
+    train_command.add_to(add("train", _train, "train one stage, or all of them without DVC"))
+    _add_plan(add("plan", _plan, "estimate parameters, memory and disk space of a training"))
+    add("features", _features, "compute the frozen encoder's features (runs/features)")
+    add("evaluate", _evaluate, "answer every query of a split and score the answers")
+    add("verify", _verify, "delete corrupted files from DVC's cache")
+    add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, run, help in (
         ("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)"),
         ("demo-encoder", _demo_encoder, "pretrain the demo's encoder (in data/demo)"),
-        ("demo-language-model", _demo_language_model, "pretrain its language model (in data/demo)"),
+        (
+            "demo-language-model",
+            _demo_language_model,
+            "pretrain the demo's language model (in data/demo)",
+        ),
     ):
-        add(name, run, help).set_defaults(logs=paths.LOGS_OF_DEMO)
+        add(name, run, help, paths.LOGS_OF_DEMO)
     return parser
 
 
 def _add_download(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
-    add("--connections", type=int, default=16, help="pictures at once (default: 16)")
-    add("--rate", type=float, default=10.0, help="requests a second (default: 10)")
-    add(
-        "--pause",
-        type=float,
-        default=1.0,
-        help="seconds before a second attempt, doubled before each further one (default: 1)",
-    )
+    add("--connections", type=int, default=16, help="parallel downloads (default: 16)")
+    add("--rate", type=float, default=10.0, help="requests per second (default: 10)")
+    add("--pause", type=float, default=1.0, help="seconds before a retry, doubling (default: 1)")
     add(
         "--give-up",
         action="store_true",
-        help="take links for dead whose servers give no whole answer (default: an error)",
+        help="treat links as dead when no complete response arrives (default: an error)",
     )
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
-    add("--json", type=Path, metavar="FILE", help="write all that is found to a file as well")
+    add("--json", type=Path, metavar="FILE", help="also write the report to a file")
     add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
     add(
         "--max-rejected",
         type=float,
         default=0.15,
         metavar="SHARE",
-        help="share of a split's rows that may be bad; more end with exit status 1 "
-        "(default: 0.15, as QuIC-360 needs; prepare's own limit is data.max_rejected)",
+        help="largest share of a split's rows that may be bad; otherwise the exit status is 1 "
+        "(default: 0.15, for QuIC-360; the limit of `prepare` is data.max_rejected)",
     )
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    add, stages = command.add_argument, ", ".join(train_command.STAGES)
-    add("stage", nargs="?", help=f"{stages} (default: all of them)")
+    add = command.add_argument
+    add("stage", nargs="?", choices=STAGES, help="training stage (default: all of them)")
     add(
         "--params",
         type=Path,
         default=paths.PARAMS,
         metavar="FILE",
-        help="parameters to plan for, such as presets/quic360.yaml (default: params.yaml)",
+        help="settings to plan for, such as presets/quic360.yaml (default: params.yaml)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the plan, in bytes, to a file as well")
-
-
-def _stage_log_name(options: argparse.Namespace) -> str:
-    from panollava.stages import STAGES
-
-    if _is_all(options):
-        return "full_pipeline"
-    number = STAGES[options.stage].number if options.stage in STAGES else 0
-    return f"stage{number}_{options.stage}"
-
-
-def _is_all(options: argparse.Namespace) -> bool:
-    return getattr(options, "stage", None) == "all"
-
-
-def _settings(only: tuple[str, ...]) -> Settings:
-    return load_settings(paths.PARAMS, only)
+    add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -168,36 +159,28 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
     from panollava.data.prepare import READS, prepare_project
 
-    settings = _settings(READS)
-    prepare_project(settings)
+    prepare_project(load_settings(paths.PARAMS, READS))
 
 
 def _train(options: argparse.Namespace) -> None:
-    from panollava.cli.train_command import run_all, run_stage
     from panollava.model.device import keep_freed_memory
 
     keep_freed_memory()
-    changes = train_command.changes(options)
-    if not _is_all(options):
-        run_stage(options.stage, changes, options.start, options.resume, options.name)
-        return
-    if options.start is not None:
-        raise UserError(f"{options.start}: --from belongs to one stage; all start from the first")
-    run_all(changes, options.resume, options.name)
-    resume.remove_finished(except_stage=None)
+    train_command.run(options)
 
 
 def _plan(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from panollava.config import load_settings
     from panollava.files import write_json
     from panollava.planning.plan import make_plan, show
-    from panollava.stages import STAGES, find_stage
 
     settings = load_settings(options.params)
-    stages = list(STAGES.values()) if options.stage is None else [find_stage(options.stage)]
+    stages = [STAGES[options.stage]] if options.stage else list(STAGES.values())
     plan = make_plan(settings, stages)
     show(plan, settings.trainer.gradient_checkpointing)
     if options.json:
@@ -205,19 +188,21 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
     from panollava.model.device import keep_freed_memory
     from panollava.training.features import READS, write_features
 
     keep_freed_memory()
-    write_features(_settings(READS))
+    write_features(load_settings(paths.PARAMS, READS))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
     from panollava.evaluation.evaluate import READS, evaluate
     from panollava.model.device import keep_freed_memory
 
     keep_freed_memory()
-    evaluate(_settings(READS))
+    evaluate(load_settings(paths.PARAMS, READS))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -230,7 +215,7 @@ def _verify(options: argparse.Namespace) -> None:
         repo = Repo()
     except NotDvcRepoError:
         raise UserError(
-            f"{Path.cwd()}: no DVC repository; run it in the project's folder"
+            f"{Path.cwd()}: not a DVC repository; run the command in the project's folder"
         ) from None
     delete_corrupted(Path(repo.cache.local.path))
 

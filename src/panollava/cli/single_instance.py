@@ -11,19 +11,19 @@ from panollava.errors import UserError
 
 @contextlib.contextmanager
 def single_instance(command: str) -> Iterator[None]:
-    """The block runs in one process at a time in this folder. Where DVC alone was killed, its
-    command runs on, and would write the same files as the next one.
+    """Only one process at a time runs the block in this folder. When DVC is killed, the command
+    that it started keeps running, and would write the same files as the next one.
 
-    Raises UserError if there is such a process."""
+    Raises UserError if another process runs it."""
     paths.RESUME.mkdir(exist_ok=True)
     with (paths.RESUME / f"{command}.lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"process {file.read()} is at work on the same in this folder; "
-                "wait until it is done, or end it (kill it), and run the command again"
+                f"another panollava process (pid {file.read()}) is already running this command "
+                "here; wait for it to finish, or kill it"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -119,7 +119,7 @@ def read_prepared_rows(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
 
 
-def labelled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
+def labeled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     """The rows of a random share of the panoramas, at least one. A larger share includes a smaller
     one."""
     panoramas = np.random.default_rng(0).permutation(rows["panorama"].unique())
@@ -161,15 +161,15 @@ class TextReader:
         vision_tokens: int,
         batch_size: int,
         seed: int,
-        labelled: float,
+        labeled: float,
     ) -> None:
-        """Tokenizes the rows of a share `labelled` of the panoramas. Raises UserError for a row
+        """Tokenizes the rows of a share `labeled` of the panoramas. Raises UserError for a row
         without room for its answer."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
         self.batch_size, self.seed = batch_size, seed
-        table = labelled_rows(read_prepared_rows(rows), labelled)
+        table = labeled_rows(read_prepared_rows(rows), labeled)
         self.rows: list[Row] = [
             dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
             for row in table.itertuples()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from panollava.config import Count, NotNegative, Positive, Seed, Share, Views, read
+from panollava.config import Count, NotNegative, Positive, Section, Seed, Share, Views, read
 
 # Streams of scenes that share nothing: scene i of a stream is made from (seed, stream, i).
 # The test scenes of stream 2 were looked at while the demo was made: those of 6 were not.
@@ -15,7 +15,7 @@ VIEWS = Views(
 
 
 @dataclass(frozen=True)
-class SceneSettings:
+class SceneSettings(Section):
     train: Count
     valid: Count
     test: Count
@@ -24,7 +24,7 @@ class SceneSettings:
 
 
 @dataclass(frozen=True)
-class EncoderSettings:
+class EncoderSettings(Section):
     scenes: Count
     steps: Count
     batch_size: Count
@@ -33,14 +33,14 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Lesson(Section):
     steps: Count
-    places: int  # of the context that one object has at most
+    places: Count  # of the context that one object has at most
     turned: Share  # of the scenes, that are turned by any angle
 
 
 @dataclass(frozen=True)
-class LanguageSettings:
+class LanguageSettings(Section):
     lessons: list[Lesson]
     batch_size: Count
     lr: Positive
@@ -49,7 +49,7 @@ class LanguageSettings:
 
 
 @dataclass(frozen=True)
-class DemoSettings:
+class DemoSettings(Section):
     seed: Seed
     height: Count
     scenes: SceneSettings

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from panollava.config import Settings
-from panollava.data.batches import Step, divide, labelled_rows, plan_epoch
+from panollava.data.batches import Step, divide, labeled_rows, plan_epoch
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.device import autocast
@@ -75,7 +75,7 @@ def _rows_by_panorama(
     if dialogue is None:
         return {int(panorama): [Row([], [])] for panorama in train["panorama"].unique()}
     result: dict[int, list[Row]] = {}
-    for row in labelled_rows(train, stage_settings.labelled).itertuples():
+    for row in labeled_rows(train, stage_settings.labeled).itertuples():
         tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
         result.setdefault(int(row.panorama), []).append(tokens)
     return result

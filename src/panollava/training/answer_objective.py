@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panollava import paths
-from panollava.config import Settings, TextStage
+from panollava.config import Settings
 from panollava.data.batches import TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
@@ -32,12 +32,12 @@ class Objective(nn.Module):
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
         """Without `weights`, the shapes of the pretrained towers alone."""
         super().__init__()
-        own: TextStage = getattr(settings.stage, stage.name)
+        own: Any = getattr(settings.stage, stage.name)
         self.settings, self.seed = own, settings.seed
-        if not 0 < own.labelled <= 1:
+        if not 0 < own.labeled <= 1:
             raise UserError(
-                f"stage.{stage.name}.labelled: expected a share above 0 and up to 1, "
-                f"found {own.labelled:g}"
+                f"stage.{stage.name}.labeled: expected a share above 0 and up to 1, "
+                f"found {own.labeled:g}"
             )
         self.model, tokenizer = build_model(
             settings.model, settings.views, settings.seed, weights=weights
@@ -67,7 +67,7 @@ class Objective(nn.Module):
                 self.vision_tokens,
                 own.batch_size,
                 self.seed,
-                own.labelled if split == "train" else 1.0,
+                own.labeled if split == "train" else 1.0,
             )
             self.readers[split] = reader
             if reader.truncated:

@@ -1,13 +1,15 @@
+import dataclasses
+
 import pytest
 from ruamel.yaml import YAML
 from torch import nn
 
 from conftest import ROOT
-from panollava.config import ALWAYS_READABLE
+from panollava.config import ALWAYS_READABLE, VisionStage, load_settings
 from panollava.data import prepare
 from panollava.errors import UserError
 from panollava.evaluation import evaluate
-from panollava.stages import STAGES, find_stage
+from panollava.stages import STAGES
 from panollava.training import features
 from panollava.training.objective import freeze_all_but
 
@@ -41,11 +43,6 @@ def test_a_name_that_matches_no_parameter_is_an_error() -> None:
             freeze_all_but(Model(), (name,))
 
 
-def test_an_unknown_stage_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown stage 'finetuning'.*vision, resampler, finetune"):
-        find_stage("finetuning")
-
-
 def test_each_stage_starts_from_the_one_before() -> None:
     assert [s.starts_from for s in STAGES.values()] == [None, "vision", "resampler"]
 
@@ -53,7 +50,7 @@ def test_each_stage_starts_from_the_one_before() -> None:
 def test_the_pipeline_lists_exactly_the_parameters_that_its_stages_read() -> None:
     reads = {stage.name: stage.reads for stage in STAGES.values()}
     reads |= {
-        module.__name__.split(".")[1]: module.READS for module in (prepare, features, evaluate)
+        module.__name__.split(".")[-1]: module.READS for module in (prepare, features, evaluate)
     }
     assert {name: LISTED[name] for name in LISTED if name != "digest"} == reads
 
@@ -61,3 +58,16 @@ def test_the_pipeline_lists_exactly_the_parameters_that_its_stages_read() -> Non
 def test_no_stage_of_the_pipeline_lists_what_changes_no_result() -> None:
     keys = {key for listed in LISTED.values() for key in listed}
     assert keys and not {key for key in keys if key.split(".")[0] in ALWAYS_READABLE}
+
+
+def test_the_vision_stage_reads_every_parameter_of_its_section_except_the_text_length() -> None:
+    keys = {f"stage.vision.{field.name}" for field in dataclasses.fields(VisionStage)}
+    read = {key for key in STAGES["vision"].reads if key.startswith("stage.")}
+    assert keys - read == {"stage.vision.max_text_length"} and read < keys
+
+
+def test_undeclared_parameters_cannot_be_read_by_a_stage() -> None:
+    vision = load_settings(ROOT / "params.yaml", STAGES["vision"].reads).stage.vision
+    assert vision.temperature > 0
+    with pytest.raises(AttributeError):
+        _ = vision.max_text_length
