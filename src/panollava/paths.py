@@ -28,6 +28,11 @@ def curves_folder(stage: str) -> Path:
     return Path(f"metrics/{stage}")
 
 
+def metrics_file(stage: str) -> Path:
+    """Headline metrics of a training stage."""
+    return curves_folder(stage) / "metrics.json"
+
+
 def speed_folder(stage: str) -> Path:
     """What differs from run to run (speed, memory) is kept apart from what must not."""
     return Path(f"metrics/speed/{stage}")
