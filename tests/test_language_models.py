@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from conftest import save_tokenizer
+from conftest import save_tokenizer, settings_for
 from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.model.generate import answer
 from panollava.model.panollava import PanoLLaVA, build_model
-from test_model import ROWS, loss_of, random_views, separate_losses, settings_for
+from test_model import ROWS, loss_of, random_views, separate_losses
 
 SMALL = {
     "hidden_size": 32,

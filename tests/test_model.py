@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
-from panollava.config import Model, Settings, load_settings
+from conftest import ROOT, settings_for
+from panollava.config import Model, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.demo.questions import QUERIES, spell
@@ -19,19 +19,6 @@ ROWS = [
     [("what", "the red box"), ("where", "left ."), ("what is", "a green ball")],
     [("where is the ball", "right")],
 ]
-
-
-def settings_for(towers: Path) -> Settings:
-    settings = load_settings(ROOT / "params.yaml")
-    model = dataclasses.replace(
-        settings.model,
-        encoder=dataclasses.replace(settings.model.encoder, path=str(towers / "encoder")),
-        language_model=dataclasses.replace(
-            settings.model.language_model, path=str(towers / "language_model")
-        ),
-    )
-    views = dataclasses.replace(settings.views, size=32)
-    return dataclasses.replace(settings, model=model, views=views)
 
 
 @pytest.fixture(scope="module")

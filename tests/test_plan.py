@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import write_rows
+from conftest import change, write_rows
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
@@ -21,7 +21,6 @@ from panollava.planning.workload import find_workload
 from panollava.stages import STAGES, Stage
 from panollava.training.objective import freeze_all_but
 from panollava.training.tower_layers import checkpoint_layers
-from test_training import change
 
 
 def plan(*arguments: str) -> dict[str, Any]:

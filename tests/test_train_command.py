@@ -103,7 +103,7 @@ def test_all_stages_go_on_where_they_were_killed(
     capsys.readouterr()
     train("all", "--resume")
     assert results() == expected
-    assert capsys.readouterr().err.count("goes on from step") == 2  # vision is finished
+    assert capsys.readouterr().err.count("resuming from step") == 2  # vision is finished
 
 
 def test_each_option_overrides_its_parameter_for_this_run(
@@ -281,7 +281,7 @@ def test_a_run_must_go_on_if_told_so(
     assert f"{work} is of other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there
     train("vision", "--epochs", "2", "--resume")
-    assert "goes on from step 1 of 4" in capsys.readouterr().err
+    assert "resuming from step 1 of 4" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -309,7 +309,7 @@ def test_weights_and_biases_is_named_where_it_is_not_installed(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     said = fails("all", "--project", "panoramas")
-    assert "'panoramas' asks for Weights & Biases, which isn't installed" in said
+    assert "'panoramas' needs Weights & Biases, which is not installed" in said
 
 
 def test_weights_and_biases_gets_every_curve(
@@ -331,6 +331,6 @@ def test_weights_and_biases_gets_every_curve(
     assert set().union(*(names for run, _, names in logged if run.endswith("resampler"))) == {
         *("train/loss", "train/learning_rate", "train/gradient_norm"),
         *("val/loss", "val/accuracy"),
-        *("best/epoch", "best/val_loss", "rows_per_second", "peak_memory_gb"),
+        *("best_epoch", "val_loss", "val_accuracy", "rows_per_second", "peak_memory_gb"),
     }
     assert len(list(Path("wandb").glob("offline-run-*"))) == 3
