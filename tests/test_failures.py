@@ -108,9 +108,8 @@ def test_a_full_disk_is_named_and_the_last_good_state_stays(project: Project) ->
         assert re.search(r"\.ckpt: No space left on device; free some space", last), last
         assert not list(work.rglob("*.part")) and list(work.glob("resampler-*/progress.ckpt"))
         subprocess.run(["mount", "-o", "remount,size=50m", str(work)], check=True)
-        assert "resuming from step 1 of" in project.run(
-            "python", "src/run.py", "train", "resampler"
-        )
+        output = project.run("python", "src/run.py", "train", "resampler")
+        assert "resuming from step 1 of" in output
     finally:
         subprocess.run(["umount", str(work)], check=True)
 

@@ -53,7 +53,7 @@ def test_each_stage_starts_from_the_one_before() -> None:
 def test_the_pipeline_lists_exactly_the_parameters_that_its_stages_read() -> None:
     reads = {stage.name: stage.reads for stage in STAGES.values()}
     reads |= {
-        module.__name__.split(".")[1]: module.READS for module in (prepare, features, evaluate)
+        module.__name__.split(".")[-1]: module.READS for module in (prepare, features, evaluate)
     }
     assert {name: LISTED[name] for name in LISTED if name != "digest"} == reads
 

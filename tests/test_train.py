@@ -1,7 +1,6 @@
 """Training stages on small real towers, with real Lightning and real files."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import logging
@@ -17,8 +16,6 @@ from torch.nn import functional
 from conftest import change, curve, outputs, run_stage, settings_for, weights
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import read_prepared_rows
-from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.encoder import load_encoder
@@ -47,40 +44,12 @@ def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Setting
         weights("vision")["encoder.tower.post_layernorm.weight"],
         resampler["encoder.tower.post_layernorm.weight"],
     )
-    metrics = json.loads(paths.EVALUATION.read_text())
-    assert metrics["captions"] == 6 and metrics["panoramas"] == 3
-    predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
-    for degrees in settings.evaluate.rolls:
-        same = predictions["prediction"] == predictions[f"turned by {degrees:g}"]
-        assert metrics["rotation"][f"{degrees:g}"]["identical"] == same.mean()
+    assert len(pd.read_csv(paths.PREDICTIONS)) == 6 and paths.EVALUATION.is_file()
     for name in ("loss", "learning_rate", "gradient_norm"):
         assert curve("resampler", f"train/{name}")
     for name in ("invariance", "variance", "covariance"):
         assert curve("vision", f"train/{name}")
     assert (paths.speed_folder("vision") / "plots/metrics/rows_per_second.tsv").is_file()
-
-
-def test_predictions_hold_every_query_and_reference_unchanged(
-    settings: Settings, small_data: Path
-) -> None:
-    shutil.copytree(small_data, "data")
-    texts = ["what\ris it", "where\r\nis it", "two\nlines", ' "quoted", twice ', "NA"]
-    with Path("data/test.csv").open("a", newline="", encoding="utf-8") as lines:
-        csv.writer(lines).writerows(("images/test_0.jpg", text, text) for text in texts)
-    no_epochs = {f"stage__{name}__epochs": 0 for name in ("vision", "resampler", "finetune")}
-    settings = change(settings, data__dir="data", evaluate__rolls=[], **no_epochs)
-    prepare_project(settings)
-    run_stage("vision", settings)
-    run_stage("resampler", settings)
-    write_features(settings)
-    run_stage("finetune", settings)
-    evaluate(settings)
-    rows = read_prepared_rows(paths.PREPARED / "test/rows.csv")
-    predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
-    queries = list(dict.fromkeys(zip(rows["panorama"], rows["query"], strict=True)))
-    assert list(zip(predictions["panorama"], predictions["query"], strict=True)) == queries
-    references = dict(zip(predictions["query"], predictions["references"], strict=True))
-    assert [json.loads(references[text]) for text in texts] == [[text] for text in texts]
 
 
 def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) -> None:

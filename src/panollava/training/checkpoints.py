@@ -48,7 +48,7 @@ class Checkpoints(pl.Callback):
                 for best in self.files(checkpoint["best"]):
                     read_checkpoint(best)
             except UserError as error:
-                log.warning("%s", error)
+                log.warning("%s; resuming skips it", error)
                 continue
             module.resume_from(checkpoint, file)
             return True
