@@ -185,7 +185,7 @@ def _one_pass(
         killed = _kill(run, project, targets, times, generator, report)
         output = run.end()
         for stage, step in re.findall(
-            r"stage \d, (\w+): starts.*?(?:goes on from step ([\d of]+)|\Z)", output, re.S
+            r"stage \d, (\w+): starts.*?(?:resuming from step ([\d of]+)|\Z)", output, re.S
         ):
             if step:
                 report.resumed.setdefault(stage, []).append(step.strip())

@@ -5,11 +5,13 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -19,10 +21,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
+from panollava.data.prepare import prepare_project
 from panollava.model.panollava import PanoLLaVA
+from panollava.stages import find_stage
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -211,3 +216,68 @@ def settings_for(towers: Path) -> Settings:
     )
     views = dataclasses.replace(settings.views, size=32)
     return dataclasses.replace(settings, model=model, views=views)
+
+
+def change(settings: Any, **changes: Any) -> Any:
+    """`stage__vision__lr=1` sets settings.stage.vision.lr."""
+    for name, value in changes.items():
+        first, _, rest = name.partition("__")
+        part = getattr(settings, first)
+        settings = dataclasses.replace(
+            settings, **{first: change(part, **{rest: value}) if rest else value}
+        )
+    return settings
+
+
+@pytest.fixture
+def settings(
+    towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Settings]:
+    """Settings for small towers and data, in a folder in which prepare has run."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    settings = change(
+        settings_for(towers),
+        data__dir=str(small_data),
+        stage__vision__batch_size=3,
+        stage__resampler__batch_size=4,
+        stage__resampler__epochs=3,
+        stage__finetune__batch_size=4,
+        stage__resampler__max_text_length=99,
+        stage__finetune__max_text_length=99,
+        trainer__log_every=1,
+        machine__save_every=1,
+    )
+    prepare_project(settings)
+    yield settings
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+def run_stage(name: str, settings: Settings) -> None:
+    from panollava.training.train import train  # Lightning is slow to import
+
+    train(find_stage(name), settings)
+
+
+def weights(stage: str) -> dict[str, torch.Tensor]:
+    return load_file(paths.weights_file(stage))
+
+
+def curve(stage: str, name: str) -> list[float]:
+    lines = (paths.curves_folder(stage) / f"plots/metrics/{name}.tsv").read_text().splitlines()
+    return [float(line.split("\t")[1]) for line in lines[1:]]
+
+
+def outputs(stage: str) -> dict[str, bytes]:
+    """All that DVC records of a stage."""
+    return {
+        str(path): path.read_bytes()
+        for folder in (paths.run_folder(stage), paths.curves_folder(stage))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

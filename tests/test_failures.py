@@ -83,7 +83,7 @@ def test_what_other_code_has_done_is_not_gone_on_from(project: Project) -> None:
         output = project.run(*command)
         project.replace(file, f"+{old}", old)
         gone_on = file == other[0]
-        assert ("goes on from step" in output) == gone_on, file
+        assert ("resuming from step" in output) == gone_on, file
         assert ("the work of another run" in output) != gone_on, file
 
 
@@ -107,7 +107,8 @@ def test_a_full_disk_is_named_and_the_last_good_state_stays(project: Project) ->
         assert re.search(r"\.ckpt: No space left on device; free some space", last), last
         assert not list(work.rglob("*.part")) and list(work.glob("resampler-*/progress.ckpt"))
         subprocess.run(["mount", "-o", "remount,size=50m", str(work)], check=True)
-        assert "goes on from step 1 of" in project.run("python", "src/run.py", "train", "resampler")
+        output = project.run("python", "src/run.py", "train", "resampler")
+        assert "resuming from step 1 of" in output
     finally:
         subprocess.run(["umount", str(work)], check=True)
 
@@ -178,7 +179,7 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_steps(
     wanted = r"out of memory: peak use was .* Set (stage\.resampler\.accumulate|trainer\.grad)"
     assert re.match(wanted, message), message
     main(["train", "resampler"])
-    assert "goes on from step 2 of" in caplog.text
+    assert "resuming from step 2 of" in caplog.text
 
 
 def test_a_truncated_result_is_named_and_comes_back_from_the_cache(project: Project) -> None:

@@ -36,7 +36,7 @@ def test_ctrl_c_saves_the_step_that_it_reached(
     assert "run the same command again" in output and "Traceback" not in output
     assert output.count("stopping after this step") == 1 and "DataLoader worker" not in output
     output = project.run("dvc", "repro", "vision")
-    assert f"goes on from step {saved[1]} of 40" in output
+    assert f"resuming from step {saved[1]} of 40" in output
 
 
 def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
@@ -57,7 +57,7 @@ def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
     assert at_work and int(at_work[1]) in {command.pid for command in commands}, output
     run.signal(signal.SIGKILL)
     run.end()
-    assert "goes on from step" in project.run("dvc", "repro", "vision")
+    assert "resuming from step" in project.run("dvc", "repro", "vision")
 
 
 def test_a_lock_that_a_reused_process_id_holds_can_be_removed(

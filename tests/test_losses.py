@@ -1,6 +1,8 @@
+"""VICReg and InfoNCE against their formulas."""
+
 import torch
 
-from panollava.training.losses import found, infonce, vicreg
+from panollava.training.losses import infonce, top1_retrieval, vicreg
 
 
 def test_vicreg_is_the_paper_s_formula() -> None:
@@ -19,14 +21,14 @@ def test_vicreg_is_the_paper_s_formula() -> None:
     assert torch.isclose(result["loss"], expected, rtol=1e-5)
 
 
-def test_equal_and_decorrelated_features_of_unit_variance_lose_nothing() -> None:
+def test_vicreg_is_0_for_equal_decorrelated_features_of_unit_variance() -> None:
     x = torch.linalg.qr(torch.randn(64, 4, dtype=torch.float64)).Q
     x = x - x.mean(0)
     x = torch.linalg.qr(x).Q * 63**0.5 * 1.01
     assert vicreg(x, x, 25.0, 25.0, 1.0)["loss"] < 1e-4
 
 
-def test_collapse_is_what_variance_punishes() -> None:
+def test_the_variance_term_penalizes_collapse() -> None:
     x = torch.ones(16, 4)
     result = vicreg(x, x, 25.0, 25.0, 1.0)
     assert result["invariance"] == 0 and result["variance"] > 0.98
@@ -43,19 +45,19 @@ def test_infonce_is_cross_entropy_over_the_group_both_ways() -> None:
     assert torch.isclose(infonce(x, y, 0.2)["loss"], torch.stack(terms).mean(), rtol=1e-5)
 
 
-def test_half_precision_around_the_losses_changes_nothing() -> None:
+def test_losses_are_the_same_under_autocast() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(2, 4, 30, 16)
     expected = infonce(x, y, 0.1), vicreg(x[0], y[0], 25, 25, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        found = infonce(x, y, 0.1), vicreg(x[0], y[0], 25, 25, 1)
-    assert found == expected
+        result = infonce(x, y, 0.1), vicreg(x[0], y[0], 25, 25, 1)
+    assert result == expected
 
 
-def test_infonce_finds_counterparts_that_are_alike() -> None:
+def test_retrieval_accuracy_is_the_share_of_nearest_counterparts() -> None:
     x = torch.eye(6).expand(3, 6, 6)
     alike = infonce(x, 2 * x, 0.05)
-    assert alike["found"] == 1 and alike["loss"] < 1e-3
-    assert infonce(x, x.roll(1, dims=1), 0.05)["found"] == 0
+    assert alike["retrieval_accuracy"] == 1 and alike["loss"] < 1e-3
+    assert infonce(x, x.roll(1, dims=1), 0.05)["retrieval_accuracy"] == 0
     half = torch.cat([x[:, :3], x[:, 3:].flip(1)], dim=1)  # 3 and 5 exchanged
-    assert torch.allclose(found(x, half), torch.tensor(4 / 6))
+    assert torch.allclose(top1_retrieval(x, half), torch.tensor(4 / 6))

@@ -54,7 +54,7 @@ def test_results_have_the_names_that_users_know(project: Project) -> None:
         "stage3_finetune_TIME.log",
     } <= logs
     shown = project.run("dvc", "metrics", "show")
-    for name in ("best.val_loss",):
+    for name in ("bleu_4", "best_epoch", "val_loss"):
         assert name in shown, shown
 
 

@@ -120,7 +120,7 @@ def test_all_stages_resume_where_they_were_killed(
     capsys.readouterr()
     train("all", "--resume")
     assert results() == expected
-    assert capsys.readouterr().err.count("goes on from step") == 2  # vision is finished
+    assert capsys.readouterr().err.count("resuming from step") == 2  # vision is finished
 
 
 def test_each_option_overrides_its_parameter_for_this_run(
@@ -297,7 +297,7 @@ def test_resume_fails_without_unfinished_work_of_the_same_run(
     assert f"{work} belongs to other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there
     train("vision", "--epochs", "2", "--resume")
-    assert "goes on from step 1 of 4" in capsys.readouterr().err
+    assert "resuming from step 1 of 4" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -325,7 +325,7 @@ def test_weights_and_biases_is_named_if_it_is_not_installed(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     message = fails("all", "--project", "panoramas")
-    assert "'panoramas' asks for Weights & Biases, which isn't installed" in message
+    assert "'panoramas' needs Weights & Biases, which is not installed" in message
 
 
 def test_weights_and_biases_gets_every_curve(
@@ -347,6 +347,6 @@ def test_weights_and_biases_gets_every_curve(
     assert set().union(*(names for run, _, names in logged if run.endswith("resampler"))) == {
         *("train/loss", "train/learning_rate", "train/gradient_norm"),
         *("val/loss", "val/accuracy"),
-        *("best/epoch", "best/val_loss", "rows_per_second", "peak_memory_gb"),
+        *("best_epoch", "val_loss", "val_accuracy", "rows_per_second", "peak_memory_gb"),
     }
     assert len(list(Path("wandb").glob("offline-run-*"))) == 3

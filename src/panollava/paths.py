@@ -28,6 +28,11 @@ def curves_folder(stage: str) -> Path:
     return Path(f"metrics/{stage}")
 
 
+def metrics_file(stage: str) -> Path:
+    """Headline metrics of a training stage."""
+    return curves_folder(stage) / "metrics.json"
+
+
 def speed_folder(stage: str) -> Path:
     """Speed and memory differ between runs, so they are kept apart from reproducible results."""
     return Path(f"metrics/speed/{stage}")

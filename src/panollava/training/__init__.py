@@ -1,1 +1,1 @@
-"""The training stages: objectives, loop, checkpoints and curves."""
+"""Training a stage: the loop, objectives, losses, checkpoints, curves and cached features."""

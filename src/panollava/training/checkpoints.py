@@ -1,4 +1,5 @@
-"""A training stage's checkpoints: when they are written and how, and which are kept and read."""
+"""A training stage's checkpoints: when and how they are written, which are kept, and restoring the
+latest."""
 
 import logging
 import signal
@@ -18,11 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(pl.Callback):
-    """Keeps the best epochs by validation loss, and the point from which a killed run goes on.
+    """Saves every `every` steps and after each epoch, and keeps the `keep` best epochs by
+    validation loss.
 
-    It comes after `Curves`, so that a checkpoint holds the curves up to itself. While it trains,
-    Ctrl-C (or SIGTERM) ends the run with KeyboardInterrupt after the step, or the validation, that
-    is being computed, and after that is saved; a second one ends it at once."""
+    Must come after `Curves`, so that a checkpoint holds the curves up to its step. During training,
+    the first Ctrl-C (or SIGTERM) waits for the current step or validation, saves, and raises
+    KeyboardInterrupt; the second one raises it at once."""
 
     def __init__(self, folder: Path, keep: int, every: int) -> None:
         self.folder, self.keep, self.every = folder, keep, every
@@ -31,22 +33,24 @@ class Checkpoints(pl.Callback):
         self._handlers: dict[int, Any] = {}
 
     def files(self, best: list[tuple[float, int]]) -> list[Path]:
-        """The checkpoints of the best epochs, the best first."""
+        """The checkpoints of the best epochs, given as (validation loss, epoch)."""
         return [self.folder / f"epoch={epoch:02d}-val_loss={loss:.3f}.ckpt" for loss, epoch in best]
 
     def restore(self, module: LitStage) -> bool:
-        """Take up the latest saved point whose files are all whole; False: there is none. Every
-        epoch's checkpoint is such a point. Damaged ones are named in a warning."""
+        """Restore the latest intact checkpoint. Returns whether there was one.
+
+        A checkpoint also counts as damaged if that of one of its best epochs is. Damaged files are
+        reported in a warning."""
         epochs = sorted(self.folder.glob("epoch=*.ckpt"), reverse=True)
         for file in filter(Path.is_file, [self.progress, *epochs]):
             try:
-                saved = read_checkpoint(file)
-                for best in self.files(saved["best"]):
+                checkpoint = read_checkpoint(file)
+                for best in self.files(checkpoint["best"]):
                     read_checkpoint(best)
             except UserError as error:
                 log.warning("%s; resuming skips it", error)
                 continue
-            module.resume_from(saved, file)
+            module.resume_from(checkpoint, file)
             return True
         return False
 
@@ -60,30 +64,25 @@ class Checkpoints(pl.Callback):
             self._restore_handlers()
             raise KeyboardInterrupt
         self.stopping = True
-        log.info("stopping after this step; Ctrl-C once more stops at once")
+        log.info("stopping after this step; press Ctrl-C again to stop now")
 
-    def _restore_handlers(self) -> None:
+    def _restore_handlers(self, *_: Any) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
-    def on_train_end(self, *_: Any) -> None:
-        self._restore_handlers()
-
-    def on_exception(self, *_: Any) -> None:
-        self._restore_handlers()
+    on_train_end = on_exception = _restore_handlers  # type: ignore[assignment]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
-        last = module.epoch_step == module.epoch_steps[module.epoch]
-        if (module.step % self.every == 0 or self.stopping) and not last:
-            trainer.save_checkpoint(self.progress)  # after the last comes validation
-            self._stop_if_asked(module)
+        if (module.step % self.every == 0 or self.stopping) and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.progress)  # the last step is saved after validation
+            self._raise_if_stopping(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: self.keep]
         module.epoch, module.epoch_step = module.epoch + 1, 0
         files = self.files(module.best)
-        if entry in module.best:  # and what `restore` finds when there is no later progress
+        if entry in module.best:  # one file serves as the epoch's checkpoint and as progress
             trainer.save_checkpoint(files[module.best.index(entry)])
             self.progress.unlink(missing_ok=True)
         else:
@@ -91,26 +90,26 @@ class Checkpoints(pl.Callback):
         for file in self.folder.glob("epoch=*.ckpt"):
             if file not in files:
                 file.unlink()
-        self._stop_if_asked(module)
+        self._raise_if_stopping(module)
 
-    def _stop_if_asked(self, module: LitStage) -> None:
+    def _raise_if_stopping(self, module: LitStage) -> None:
         if self.stopping:
             log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
             raise KeyboardInterrupt
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning's own goes through the system's folder for temporary files, which may be small,
-    and leaves a copy there when it is killed."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically next to their place. Lightning's own writer uses the system's
+    temporary folder, which may be small, and leaves a copy there when it is killed."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        # To an opened file: what is written then doesn't depend on its name.
-        with atomic_write(Path(path)) as beside, beside.open("wb") as file:
+        # Given a path, torch.save would write the file's name into it; given a file, it does not.
+        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's own, on top of the file's
+            except RuntimeError as error:  # torch's own error hides that of the file
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise

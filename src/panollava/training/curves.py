@@ -1,5 +1,5 @@
-"""The curves of a training stage: those that are the same for the same inputs, and apart from them
-those of this machine's speed and memory."""
+"""The curves of a training stage, by DVCLive and on Weights & Biases: those that are equal for
+equal inputs, and separately those of speed and memory, which differ from run to run."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -17,17 +17,18 @@ Track = Callable[[int, Mapping[str, float]], None]
 
 
 class Curves(pl.Callback):
-    """DVCLive's curves of a stage, the same for the same inputs."""
+    """Writes the curves of training and validation to `folder`/plots, every `every` steps.
+
+    DVCLive's summary, the last value of each curve, is not written: metrics.json holds the best
+    epoch's metrics."""
 
     def __init__(self, folder: Path, every: int, track: Track) -> None:
         self.every, self.track = every, track
         self.live = open_live(folder)
+        Path(self.live.plots_dir).mkdir(exist_ok=True)  # an output of the stage, even if empty
 
-    def write(self, step: int, values: dict[str, float], plot: bool = True) -> None:
-        self.live.step = step
-        for name, value in values.items():
-            self.live.log_metric(name, value, plot=plot)
-        self.live.make_summary()
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        _write(self.live, step, values)
         self.track(step, values)
 
     def _record(self, module: LitStage, values: dict[str, float]) -> None:
@@ -35,8 +36,7 @@ class Curves(pl.Callback):
         self.write(module.step, values)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
-        last = module.epoch_step == module.epoch_steps[module.epoch]
-        if module.step == 1 or module.step % self.every == 0 or last:
+        if module.step == 1 or module.step % self.every == 0 or trainer.is_last_batch:
             self._record(module, {name: float(value) for name, value in module.values.items()})
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
@@ -46,7 +46,7 @@ class Curves(pl.Callback):
 
 
 class Speed(pl.Callback):
-    """Rows a second and peak memory, which differ from run to run, in a folder of their own."""
+    """Writes rows per second and peak memory to a folder apart from the other curves."""
 
     def __init__(self, folder: Path, every: int, track: Track) -> None:
         self.every, self.live, self.track = every, open_live(folder), track
@@ -65,9 +65,7 @@ class Speed(pl.Callback):
                 "rows_per_second": self.rows / (now - self.since),
                 "peak_memory_gb": peak_memory(module.device) / 1e9,
             }
-            self.live.step = module.step
-            for name, value in values.items():
-                self.live.log_metric(name, value)
+            _write(self.live, module.step, values)
             self.live.make_summary()
             self.track(module.step, values)
             self.rows, self.since = 0, now
@@ -77,19 +75,27 @@ def open_live(folder: Path) -> Live:
     return Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
 
 
-def open_tracker(project: str | None, name: str, settings: dict[str, Any]) -> Track:
-    """What writes the values of a step to a new run `name`; nothing where there is no project.
-    A run ends when the next one starts, or with the process.
+def _write(live: Live, step: int, values: Mapping[str, float]) -> None:
+    live.step = step
+    for name, value in values.items():
+        live.log_metric(name, value)
 
-    Raises UserError if wandb isn't installed."""
+
+def open_tracker(project: str | None, name: str, parameters: dict[str, Any]) -> Track:
+    """A function that logs the values of a step to a new run `name` on Weights & Biases, or does
+    nothing if there is no project. A run ends when the next one starts, or with the process.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
     if project is None:
         return lambda step, values: None
     try:
         import wandb
     except ModuleNotFoundError:
         raise UserError(
-            f"machine.wandb: '{project}' asks for Weights & Biases, which isn't installed: "
-            "pip install wandb, or set machine.wandb to null"
+            f"machine.wandb: '{project}' needs Weights & Biases, which is not installed; "
+            "run: pip install wandb, or set machine.wandb to null"
         ) from None
-    run = wandb.init(project=project, name=name, config=settings, reinit="finish_previous")
+    run = wandb.init(project=project, name=name, config=parameters, reinit="finish_previous")
     return lambda step, values: run.log(dict(values), step=step)

@@ -1,4 +1,4 @@
-"""The frozen encoder run once over every panorama, its pooled features kept on disk."""
+"""The frozen encoder's pooled features of every panorama, computed once and kept on disk."""
 
 import logging
 from pathlib import Path
@@ -30,22 +30,22 @@ READS = (
     "trainer.threads",
     "trainer.precision",
 )
-_BATCH = 8  # panoramas at once
+_BATCH = 8  # panoramas
 _TRAINED_BY = find_stage("resampler")  # the last stage that trains the encoder
 
 
-def write_features(settings: Settings, source: Path | None = None) -> None:
-    """Write runs/features/<split>.npy, (panoramas, views, grid, grid, features), for all splits,
-    and rolled.npy, the same of turned panoramas.
+def write_features(settings: Settings, start: Path | None = None) -> None:
+    """Write runs/features/<split>.npy for all splits, and rolled.npy for the rolled panoramas:
+    (panoramas, views, grid, grid, features).
 
-    `source`: the file that holds the encoder, where it isn't the last stage's that trains it."""
+    `start`: weights that hold the encoder (default: the result of the resampler stage)."""
     device = choose_device(settings.trainer.accelerator)
     made_from.check_prepared(settings.views)
     made_from.invalidate(paths.FEATURES)
     torch.set_num_threads(settings.trainer.threads)
     model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
-    source = source or paths.weights_file(_TRAINED_BY.name)
-    load_start(source, model, ("encoder",), _TRAINED_BY)
+    start = start or paths.weights_file(_TRAINED_BY.name)
+    load_start(start, model, ("encoder",), _TRAINED_BY)
     model.eval().requires_grad_(False).to(device)
     inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
     for name, file in {**inputs, "rolled": paths.ROLLED}.items():
@@ -58,16 +58,12 @@ def write_features(settings: Settings, source: Path | None = None) -> None:
 
 @torch.inference_mode()
 def _write(
-    encoder: nn.Module,
-    views: np.ndarray,
-    out: Path,
-    device: torch.device,
-    settings: Settings,
+    encoder: nn.Module, views: np.ndarray, out: Path, device: torch.device, settings: Settings
 ) -> None:
     pool, dtype = settings.model.resampler.pool, settings.model.features
     with write_array(out) as append:
-        for at in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
-            index = list(range(at, min(at + _BATCH, len(views))))
+        for first in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
+            index = list(range(first, min(first + _BATCH, len(views))))
             with autocast(device, settings.trainer.precision):
                 features = pool_tokens(encoder(gather(views, index).to(device)), pool)
             values = features.float().cpu().numpy().astype(dtype)

@@ -1,7 +1,7 @@
 """A training stage as a Lightning module.
 
-Optimization is by hand, because a step's loss is one mean over all its parts: Lightning would
-average the means of parts of unequal size."""
+Uses Lightning's manual optimization: a step's loss is one mean over all its parts, whereas
+Lightning's gradient accumulation averages the means of parts of unequal size."""
 
 import logging
 import math
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class LitStage(pl.LightningModule):
-    """One optimizer step a batch; a batch is a list of parts.
+    """One optimizer step per batch; a batch is a list of parts.
 
-    It counts its own epochs and steps and goes on from any of its checkpoints by itself, so that
-    a run in several pieces leaves the same bytes as a run in one."""
+    Counts epochs and steps and restores checkpoints itself instead of leaving that to Lightning, so
+    that an interrupted run gives the same bytes as an uninterrupted one."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class LitStage(pl.LightningModule):
         train = objective.readers["train"]
         self.epoch_steps = [len(train.plan(epoch)) for epoch in range(epochs)]
         self.total_steps = sum(self.epoch_steps)
-        self.epoch = 0  # that is being trained
-        self.epoch_step = 0  # steps done of it
-        self.step = 0  # steps done in all
-        self.values: dict[str, Tensor | float] = {}  # of the last step, for the curves
-        self.history: list[tuple[int, dict[str, float]]] = []  # the curves so far
-        self.best: list[tuple[float, int]] = []  # (validation loss, epoch), the best first
+        self.epoch = 0  # the current one
+        self.epoch_step = 0  # completed steps of this epoch
+        self.step = 0  # completed steps
+        self.values: dict[str, Tensor | float] = {}  # the curves' values at the last step
+        self.history: list[tuple[int, dict[str, float]]] = []  # (step, the curves' values)
+        self.best: list[tuple[float, int]] = []  # (validation loss, epoch), best first
         self._validation: list[tuple[dict[str, Tensor], int]] = []
-        self._optimizer_state: dict[str, Any] | None = None
+        self._restored: tuple[dict, dict] | None = None  # states of optimizer and scheduler
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", self.epoch, self.epoch_step)
@@ -90,13 +90,14 @@ class LitStage(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        if self._optimizer_state is not None:
-            self.optimizers().optimizer.load_state_dict(self._optimizer_state["optimizer"])  # type: ignore[union-attr]
-            self.lr_schedulers().load_state_dict(self._optimizer_state["scheduler"])  # type: ignore[union-attr]
-            self._optimizer_state = None
+        if self._restored is not None:
+            optimizer, scheduler = self._restored
+            self.optimizers().optimizer.load_state_dict(optimizer)  # type: ignore[union-attr]
+            self.lr_schedulers().load_state_dict(scheduler)  # type: ignore[union-attr]
+            self._restored = None
 
     def training_step(self, batch: list, batch_idx: int) -> None:
-        # Whatever is random in a step depends on the seed and the step alone.
+        # The randomness of a step depends only on the seed and the step.
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()  # type: ignore[union-attr]
@@ -105,9 +106,9 @@ class LitStage(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
         if not torch.isfinite(result["loss"] + norm):
             raise UserError(
-                f"step {self.step + 1}: the loss is {result['loss'].item()} and its "
-                f"gradient's norm {norm.item()}; nothing of this run is kept. Lower the stage's "
-                "learning rate, or use trainer.precision 32-true"
+                f"step {self.step + 1}: loss is {result['loss'].item()} (gradient norm "
+                f"{norm.item()}); this run is discarded. Lower the stage's learning rate, or set "
+                "trainer.precision to 32-true"
             )
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
@@ -128,17 +129,17 @@ class LitStage(pl.LightningModule):
         sums, counts = zip(*self._validation, strict=True)
         self._validation = []
         for name in sums[0]:
-            mean = torch.stack([own[name] for own in sums]).sum() / sum(counts)
+            mean = torch.stack([values[name] for values in sums]).sum() / sum(counts)
             self.log(f"val_{name}", mean, prog_bar=True, logger=False)
             if not torch.isfinite(mean):
                 raise UserError(
-                    f"after step {self.step}: the validation {name} is {mean.item()}; "
-                    "nothing of this run is kept. Lower the stage's learning rate"
+                    f"after step {self.step}: validation {name} is {mean.item()}; this run is "
+                    "discarded. Lower the stage's learning rate"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds the trained parts, the optimizer and where the run stands, and
-        nothing that differs between equal runs: no path, no time, no count of restarts."""
+        """Keep the trained parts, the optimizer and the progress; drop what differs between equal
+        runs, such as paths, times and the number of restarts."""
         trained = self._trained()
         weights = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         kept = {
@@ -155,52 +156,52 @@ class LitStage(pl.LightningModule):
         checkpoint.clear()
         checkpoint.update(_canonical(kept))
 
-    def resume_from(self, saved: dict[str, Any], path: Path) -> None:
-        """Take up a run where its checkpoint left it. `saved` is what `path` holds.
+    def resume_from(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Restore weights, optimizer and progress from `checkpoint`, the content of `path`.
 
         Raises:
-            UserError: the checkpoint is of another model.
+            UserError: the checkpoint does not match this model.
         """
-        self.load_trained(saved["state_dict"], path)
-        self.epoch, self.epoch_step = saved["epoch"], saved["epoch_step"]
-        self.step = saved["global_step"]
-        self.history = [(step, values) for step, values in saved["history"]]
-        self.best = [(loss, epoch) for loss, epoch in saved["best"]]
-        self._optimizer_state = {
-            "optimizer": saved["optimizer_states"][0],
-            "scheduler": saved["lr_schedulers"][0],
-        }
+        self.load_trained(checkpoint["state_dict"], path)
+        self.epoch, self.epoch_step = checkpoint["epoch"], checkpoint["epoch_step"]
+        self.step = checkpoint["global_step"]
+        self.history = [(step, values) for step, values in checkpoint["history"]]
+        self.best = [(loss, epoch) for loss, epoch in checkpoint["best"]]
+        self._restored = checkpoint["optimizer_states"][0], checkpoint["lr_schedulers"][0]
 
     def load_trained(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Load the trained parameters of a checkpoint, all of them and no other."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        copy_strictly(weights, trained, path)
+        """Load the trained parameters from `weights`, which must hold exactly those.
 
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        Raises:
+            UserError: a parameter is missing, unexpected, or has another shape.
+        """
+        copy_strictly(weights, self._trained(), path)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:
-    """Trained weights decay; biases and the scales of norms do not."""
+    """Weight decay applies to trained matrices, but not to biases and the scales of norms."""
     trained = [p for p in parameters if p.requires_grad]
     return [([p for p in trained if p.ndim > 1], decay), ([p for p in trained if p.ndim < 2], 0.0)]
 
 
 def _canonical(tree: Any) -> Any:
-    """Equal values in equal bytes: pickle writes an object that it has met before as a reference,
-    so that equal trees differ where one of them shares a string or a tuple."""
+    """A copy whose pickle depends only on its values. Pickle writes a repeated object as a
+    reference, so that equal trees differ if one of them shares strings or tuples."""
     if isinstance(tree, dict):
         return {_canonical(key): _canonical(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [_canonical(value) for value in tree]
     if isinstance(tree, Tensor):
-        own = tree.detach().cpu()
-        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
+        tensor = tree.detach().cpu()
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     return sys.intern(tree) if type(tree) is str else tree
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # by the share of steps done after warm-up
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "linear": lambda done: 1 - done,
-    "constant": lambda done: 1.0,
+SCHEDULES: dict[str, Callable[[float], float]] = {  # of the progress after the warm-up, 0 to 1
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
 }

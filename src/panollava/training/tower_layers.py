@@ -13,37 +13,38 @@ _PROGRAMS = 64
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Checkpoint the layers of all towers in `model`, frozen ones too: gradients flow through a
-    frozen language model into its prefix. Comes after the parts' modes are set.
+    """Enable gradient checkpointing in all towers of `model`. Call it after freezing.
+
+    Frozen towers are included: gradients flow through a frozen language model to its inputs.
 
     Raises:
-        UserError: a tower that can't be checkpointed, or not without changing what it computes.
+        UserError: a tower does not support it, or would compute something else.
     """
     for tower in model.modules():
         if not isinstance(tower, PreTrainedModel):
             continue
         if not tower.supports_gradient_checkpointing:
-            raise _unusable(tower, "can't be checkpointed")
+            raise _unsupported(tower, "do not support it")
         tower.activation_checkpointing_enable({"use_reentrant": False})
         for layer in tower.modules():
             if isinstance(layer, GradientCheckpointingLayer) and not layer.training:
                 if any(value for name, value in vars(layer).items() if "dropout" in name):
-                    raise _unusable(tower, "would drop values out of a frozen part")
-                # A layer is checkpointed in training mode alone. It is put into that by itself:
-                # what is in it stays in evaluation mode, and drops nothing out.
+                    raise _unsupported(tower, "would apply dropout although they are frozen")
+                # Transformers checkpoints a layer only in training mode. Its children stay in
+                # evaluation mode, so that no dropout is applied.
                 layer.training = True
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each layer of all towers in `model`, in place, when it is first called. Parameters
-    keep their names."""
+    """Compile each layer of all towers in `model`, in place, at its first call. Parameters keep
+    their names."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(recompile_limit=_PROGRAMS)
 
 
-def _unusable(tower: PreTrainedModel, reason: str) -> UserError:
+def _unsupported(tower: PreTrainedModel, reason: str) -> UserError:
     return UserError(
-        f"trainer.gradient_checkpointing: the layers of a '{tower.config.model_type}' model "
-        f"{reason}; set it to false, and raise the stage's accumulate where memory is short"
+        f"trainer.gradient_checkpointing: layers of a '{tower.config.model_type}' model {reason}; "
+        "set it to false. To save memory, raise the stage's accumulate"
     )

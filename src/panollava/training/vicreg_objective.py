@@ -1,5 +1,4 @@
-"""Stage objective: what adjacent views see of the same directions is to be alike, by VICReg, or by
-InfoNCE on the same correspondences."""
+"""Stage objective: VICReg, or InfoNCE, between what adjacent views see of the same directions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import ViewReader
 from panollava.data.packing import Row
-from panollava.errors import UserError
 from panollava.geometry import views
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.model.encoder import EncoderOnly, load_encoder, token_centers
@@ -20,61 +18,58 @@ from panollava.training import losses
 
 
 class Objective(nn.Module):
-    """Statistics are those of the whole step, in however many parts it is computed."""
+    """VICReg's statistics are those of all panoramas of a step. They do not depend on the step's
+    division into parts."""
 
     readers: dict[str, ViewReader]
 
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
-        """Without `weights`, the shapes of the pretrained encoder alone."""
+        """`weights` False: build the encoder from its configuration, without weights."""
         super().__init__()
-        own = settings.stage.vision
-        self.settings, self.seed = own, settings.seed
-        if own.objective not in ("vicreg", "infonce"):
-            raise UserError(
-                f"stage.vision.objective: expected vicreg or infonce, found '{own.objective}'"
-            )
-        encoder = load_encoder(settings.model.encoder, settings.views.size, weights)
-        layout = views.layout(settings.views)
+        self.stage_settings, self.seed = settings.stage.vision, settings.seed
         size = settings.views.size
+        encoder = load_encoder(settings.model.encoder, size, weights)
+        layout = views.layout(settings.views)
         self.view_shape = (len(layout.projections), size, size, 3)
         self.model = EncoderOnly(encoder)
-        if own.epochs:  # with none, views needn't overlap
-            self.pairs = correspondences(
-                layout, token_centers(encoder, settings.views.size), own.overlap
-            )
+        if self.stage_settings.epochs:  # without training, views need not overlap
+            centers = token_centers(encoder, size)
+            self.pairs = correspondences(layout, centers, self.stage_settings.overlap)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.expander = _expander(encoder.width, own.expander)
+            self.expander = _expander(encoder.width, self.stage_settings.expander)
 
     def open_readers(self) -> None:
+        """Raises UserError for a missing or damaged file."""
         self.readers = {
             split: ViewReader(
-                paths.PREPARED / split / "views.npy", self.settings.batch_size, self.seed
+                paths.PREPARED / split / "views.npy", self.stage_settings.batch_size, self.seed
             )
             for split in ("train", "valid")
         }
 
     def describe(self) -> dict[str, Any]:
-        """What the pretrained encoder does to a step beside its weights."""
+        """What a step depends on besides parameters, files and weights."""
         encoder: Any = self.model.encoder
         return {"encoder": encoder.describe()}
 
     def blank(self, panoramas: list[list[Row]]) -> Tensor:
-        """A part of the shape that `panoramas` have, with nothing in it."""
+        """A part with uninitialized views of as many panoramas."""
         return torch.empty((len(panoramas), *self.view_shape), dtype=torch.uint8)
 
     def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.parameters()), "lr": self.settings.lr}]
+        return [{"params": list(self.parameters()), "lr": self.stage_settings.lr}]
 
     def count(self, batch: Tensor) -> int:
         """Panoramas of a part."""
         return len(batch)
 
     def step(self, parts: list[Tensor], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Leave the gradient of the step's loss, and return the loss and its parts.
+        """Accumulate the gradient of the step's loss. Returns the loss and its terms.
 
-        Several parts are computed twice, as in GradCache (Gao et al., 2021): once to have all
-        features for the statistics, once to carry the loss's gradient on into the encoder."""
+        Several parts are computed twice, as in GradCache (Gao et al., 2021): first without
+        gradients, for the statistics over all features, then to propagate the gradient of the loss
+        into the encoder."""
         if len(parts) == 1:
             x, y = self._matched(parts[0])
             result = self._losses(x, y)
@@ -92,40 +87,42 @@ class Objective(nn.Module):
         sizes = [len(x) for x, _ in matched]
         split = [g.split(sizes) for g in gradients]
         for part, state, *gradient in zip(parts, states, *split, strict=True):
-            _set_random_state(state, part.device)  # what drops out must be the same
-            again = self._matched(part)
-            backward(sum((z * g).sum() for z, g in zip(again, gradient, strict=True)))
+            _set_random_state(state, part.device)  # both passes must use the same dropout masks
+            recomputed = self._matched(part)
+            backward(sum((z * g).sum() for z, g in zip(recomputed, gradient, strict=True)))
         return {name: value.detach() for name, value in result.items()}
 
     def validate(self, parts: list[Tensor]) -> tuple[dict[str, Tensor], int]:
-        """Sums over panoramas of the loss and of the share of tokens whose counterpart in the
-        neighboring view is the nearest of its panorama's, and the panoramas' number."""
+        """Loss and top-1 retrieval accuracy between adjacent views, both summed over panoramas, and
+        the number of panoramas."""
         matched = [self._matched(part) for part in parts]
         x, y = (torch.cat(side) for side in zip(*matched, strict=True))
-        found = torch.cat([losses.found(*map(self._by_panorama, pair)) for pair in matched])
+        retrieved = [losses.top1_retrieval(*map(self._by_panorama, pair)) for pair in matched]
         count = sum(len(part) for part in parts)
-        return {"loss": self._losses(x, y)["loss"] * count, "accuracy": found.sum()}, count
+        loss = self._losses(x, y)["loss"] * count
+        return {"loss": loss, "accuracy": torch.cat(retrieved).sum()}, count
 
     def _matched(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Expanded features of the same directions in adjacent views, each (matches, features)."""
         self.pairs = self.pairs.to(batch.device)
         x, y = matched_tokens(self.model.encoder(batch), self.pairs)
         return self.expander(x), self.expander(y)
 
     def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        own = self.settings
-        if own.objective == "infonce":
-            # Of one panorama: all of a step's would take memory as the square of their number.
+        settings = self.stage_settings
+        if settings.objective == "infonce":
+            # Per panorama: over a step, memory would grow with the square of its panoramas.
             x, y = self._by_panorama(x), self._by_panorama(y)
-            return losses.infonce(x, y, own.temperature)
-        return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)
+            return losses.infonce(x, y, settings.temperature)
+        return losses.vicreg(x, y, settings.invariance, settings.variance, settings.covariance)
 
     def _by_panorama(self, x: Tensor) -> Tensor:
         return x.view(-1, len(self.pairs.matches), x.shape[-1])
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_gpu]
+    gpu_state = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *gpu_state]
 
 
 def _set_random_state(state: list[Tensor], device: torch.device) -> None:
@@ -135,12 +132,9 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 
 def _expander(features: int, width: int) -> nn.Module:
-    """VICReg's expander, without the paper's batch norm: nothing here uses batch statistics."""
+    """VICReg's expander with layer norm instead of the paper's batch norm: the model uses no batch
+    statistics."""
     if not width:
         return nn.Identity()
-    return nn.Sequential(
-        nn.Linear(features, width),
-        nn.LayerNorm(width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-    )
+    first, second = nn.Linear(features, width), nn.Linear(width, width)
+    return nn.Sequential(first, nn.LayerNorm(width), nn.ReLU(), second)

@@ -1,0 +1,60 @@
+"""Cached features: equal to what the encoder computes, refused for other panoramas."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, change, run_stage
+from panollava import paths
+from panollava.config import Settings
+from panollava.errors import UserError
+from panollava.evaluation.evaluate import evaluate
+from panollava.model.panollava import build_model
+from panollava.model.weights import load_weights
+from panollava.stages import find_stage
+from panollava.training.features import write_features
+
+
+def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    model, _ = build_model(settings.model, settings.views)
+    stage = find_stage("resampler")
+    load_weights(paths.weights_file("resampler"), model, stage.saves, stage)
+    for split in ("train", "valid", "test"):
+        views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
+        expected = model.eval().features(views)
+        assert torch.allclose(
+            torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy")), expected, atol=1e-5
+        )
+
+
+def test_features_of_other_panoramas_or_rolls_are_an_error(settings: Settings) -> None:
+    for stage in ("vision", "resampler"):
+        run_stage(stage, settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    rolls = len(settings.evaluate.rolls) + 1
+    more = change(settings, evaluate__rolls=[10.0] * rolls)
+    with pytest.raises(UserError, match=rf"rolled.npy: holds .* by the {rolls} angles.*dvc repro"):
+        evaluate(more)
+    train = paths.FEATURES / "train.npy"
+    np.save(train, np.load(train)[:1])
+    shutil.rmtree(paths.RESUME)
+    with pytest.raises(UserError, match=r"train.npy: holds 1 panoramas, but .*rows.csv has rows"):
+        run_stage("finetune", settings)
+
+
+@pytest.mark.parametrize("module", ["training.features", "evaluation.evaluate"])
+def test_features_and_evaluate_do_not_import_lightning(module: str) -> None:
+    script = (
+        f"import sys; import panollava.{module}; "
+        "sys.exit('pytorch_lightning' in sys.modules or 'lightning_fabric' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": str(ROOT / "src")}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0

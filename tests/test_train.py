@@ -1,0 +1,260 @@
+"""Training stages on small real towers, with real Lightning and real files."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from conftest import change, curve, outputs, run_stage, settings_for, weights
+from panollava import paths
+from panollava.config import Settings
+from panollava.errors import UserError
+from panollava.evaluation.evaluate import evaluate
+from panollava.model.encoder import load_encoder
+from panollava.provenance.resume import remove_finished
+from panollava.training.features import write_features
+from panollava.training.train import check_deterministic
+
+
+def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Settings) -> None:
+    settings = change(settings, stage__resampler__epochs=8, stage__finetune__epochs=4)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    evaluate(settings)
+    assert {k.split(".")[0] for k in weights("vision")} == {"encoder"}
+    for stage in ("resampler", "finetune"):
+        assert {k.split(".")[0] for k in weights(stage)} == {"encoder", "resampler", "projector"}
+        losses, accuracies = curve(stage, "val/loss"), curve(stage, "val/accuracy")
+        assert losses[-1] < losses[0] and all(0 <= share <= 1 for share in accuracies)
+    resampler, finetune = weights("resampler"), weights("finetune")
+    for name, value in resampler.items():
+        same = torch.equal(value, finetune[name])
+        assert same == name.startswith("encoder."), name
+    assert not torch.equal(
+        weights("vision")["encoder.tower.post_layernorm.weight"],
+        resampler["encoder.tower.post_layernorm.weight"],
+    )
+    assert len(pd.read_csv(paths.PREDICTIONS)) == 6 and paths.EVALUATION.is_file()
+    for name in ("loss", "learning_rate", "gradient_norm"):
+        assert curve("resampler", f"train/{name}")
+    for name in ("invariance", "variance", "covariance"):
+        assert curve("vision", f"train/{name}")
+    assert (paths.speed_folder("vision") / "plots/metrics/rows_per_second.tsv").is_file()
+
+
+def test_all_stages_and_an_evaluation_run_in_half_precision(settings: Settings) -> None:
+    settings = change(settings, trainer__precision="bf16-mixed")
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    evaluate(settings)
+    for stage in ("vision", "resampler", "finetune"):
+        assert {value.dtype for value in weights(stage).values()} == {torch.float32}
+
+
+def metrics(stage: str) -> dict[str, float]:
+    return json.loads(paths.metrics_file(stage).read_text())
+
+
+def test_metrics_and_weights_are_those_of_the_best_epoch(settings: Settings) -> None:
+    run_stage("vision", settings)
+    rates = {"stage__resampler__lr": 0.1, "trainer__schedule": "constant"}
+    run_stage("resampler", change(settings, stage__resampler__epochs=4, **rates))
+    losses, accuracies = curve("resampler", "val/loss"), curve("resampler", "val/accuracy")
+    best = losses.index(min(losses))
+    assert best < 3 and len(losses) == 4
+    assert metrics("resampler") == {
+        "best_epoch": best,
+        "val_loss": losses[best],
+        "val_accuracy": accuracies[best],
+    }
+    (file,) = (paths.run_folder("resampler") / "checkpoints").iterdir()
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    published = weights("resampler")
+    assert saved and file.name.startswith(f"epoch={best:02d}-")
+    for name, value in saved.items():
+        assert torch.equal(published[name.removeprefix("objective.model.")], value), name
+
+
+def test_0_epochs_copy_the_input_weights_and_give_no_metrics(settings: Settings) -> None:
+    run_stage("vision", change(settings, stage__vision__epochs=0))
+    pretrained = load_encoder(settings.model.encoder, settings.views.size).state_dict()
+    assert all(
+        torch.equal(v, pretrained[k.removeprefix("encoder.")]) for k, v in weights("vision").items()
+    )
+    assert metrics("vision") == {}
+    assert (paths.curves_folder("vision") / "plots").is_dir()
+
+
+def test_a_stage_does_not_start_from_another_s_result(settings: Settings) -> None:
+    run_stage("vision", change(settings, stage__vision__epochs=0))
+    run_stage("resampler", settings)
+    paths.weights_file("vision").write_bytes(paths.weights_file("resampler").read_bytes())
+    with pytest.raises(UserError, match="result of stage 'resampler', expected 'vision'"):
+        run_stage("resampler", settings)
+
+
+def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
+    settings: Settings,
+) -> None:
+    run_stage("vision", settings)
+    expected, (work,) = outputs("vision"), paths.RESUME.iterdir()
+    shutil.rmtree(work)
+    run_stage("vision", change(settings, machine__loader_workers=2, machine__save_every=1000))
+    assert outputs("vision") == expected
+    assert work.is_dir()
+
+
+def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:
+    run_stage("vision", settings)
+    (work,) = paths.RESUME.iterdir()
+    with caplog.at_level(logging.INFO):
+        run_stage("vision", change(settings, stage__vision__lr=1e-3))
+    assert "resuming" not in caplog.text and f"removing {work}" in caplog.text
+    assert len(list(paths.RESUME.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("encoder/preprocessor_config.json", '"image_mean": [0.5', '"image_mean": [0.4'),
+        ("encoder/config.json", '"layer_norm_eps": 1e-06', '"layer_norm_eps": 1e-05'),
+        ("language_model/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+        ("language_model/chat_template.jinja", "<|im_start|>", "<|im_start|> the"),
+    ],
+)
+def test_unfinished_work_of_other_towers_is_not_used(
+    settings: Settings, towers: Path, caplog, file: str, old: str, new: str
+) -> None:
+    """What these files say is neither in the weights nor in the parameters."""
+    shutil.copytree(towers, "towers")
+    copy = settings_for(Path("towers")).model
+    settings = dataclasses.replace(settings, model=copy)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    text = Path("towers", file).read_text()
+    assert old in text
+    Path("towers", file).write_text(text.replace(old, new, 1))
+    with caplog.at_level(logging.INFO):
+        run_stage("resampler", settings)
+    assert "resuming" not in caplog.text
+
+
+def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -> None:
+    run_stage("vision", settings)
+    views = paths.PREPARED / "train/views.npy"
+    changed = bytearray(views.read_bytes())
+    changed[-1] ^= 1
+    views.write_bytes(changed)
+    with caplog.at_level(logging.INFO):
+        run_stage("vision", settings)
+    assert "resuming" not in caplog.text
+
+
+def test_finished_work_is_kept_until_another_stage_starts(settings: Settings) -> None:
+    """DVC may have been killed before it recorded the outputs."""
+    run_stage("vision", settings)
+    remove_finished(except_stage="vision")
+    assert list(paths.RESUME.glob("vision-*"))
+    remove_finished(except_stage="resampler")
+    assert not list(paths.RESUME.glob("vision-*"))
+
+
+def test_a_failed_compilation_names_the_parameter(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(UserError, match="trainer.compile: .* set it to false"):
+        run_stage("vision", change(settings, trainer__compile=True))
+    torch._dynamo.reset()
+
+
+class Nondeterministic(torch.autograd.Function):
+    """Behaves like a GPU kernel that has no deterministic implementation."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                "odd_backward_cuda does not have a deterministic implementation, but you set "
+                "'torch.use_deterministic_algorithms(True)'. You can turn off determinism"
+            )
+        return grad
+
+
+def test_a_tower_without_deterministic_kernels_names_the_parameter(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = functional.layer_norm
+    monkeypatch.setattr(
+        functional, "layer_norm", lambda *args, **kw: Nondeterministic.apply(plain(*args, **kw))
+    )
+    message = (
+        "trainer.deterministic: odd_backward_cuda does not have a deterministic "
+        "implementation; set it to false"
+    )
+    with pytest.raises(UserError, match=message):
+        run_stage("vision", settings)
+    run_stage("vision", change(settings, trainer__deterministic=False))
+    assert weights("vision")
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "deterministic", "allowed"),
+    [
+        ("cuda", True, True, False),
+        ("cuda", True, False, True),
+        ("cuda", False, True, True),
+        ("cpu", True, True, True),
+    ],
+)
+def test_compiled_and_deterministic_layers_exclude_each_other_on_a_gpu(
+    settings: Settings, device: str, compiled: bool, deterministic: bool, allowed: bool
+) -> None:
+    trainer = change(
+        settings, trainer__compile=compiled, trainer__deterministic=deterministic
+    ).trainer
+    refused = pytest.raises(UserError, match="compile and trainer.deterministic cannot both be")
+    with contextlib.nullcontext() if allowed else refused:
+        check_deterministic(trainer, torch.device(device))
+
+
+def test_training_on_a_gpu_checks_that_a_resumed_run_would_be_bit_identical(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panollava.training.train.choose_device", lambda _: torch.device("cuda"))
+    with pytest.raises(UserError, match="cannot both be true on a GPU"):
+        run_stage("vision", change(settings, trainer__compile=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_two_trainings_on_a_gpu_leave_the_same_bytes(settings: Settings) -> None:
+    settings = change(settings, trainer__accelerator="gpu", trainer__precision="bf16-mixed")
+    published = []
+    for _ in range(2):
+        run_stage("vision", settings)
+        run_stage("resampler", settings)
+        published.append(
+            [paths.weights_file(stage).read_bytes() for stage in ("vision", "resampler")]
+        )
+        shutil.rmtree(paths.RESUME)
+    assert published[0] == published[1]

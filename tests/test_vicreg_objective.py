@@ -1,0 +1,72 @@
+"""The objective between overlapping views: VICReg in two passes, InfoNCE, and unusable views."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import change, curve, run_stage
+from panollava import paths
+from panollava.config import Settings
+from panollava.data.prepare import prepare_project
+from panollava.errors import UserError
+from panollava.stages import find_stage
+from panollava.training.vicreg_objective import Objective
+
+
+def test_both_passes_of_a_part_use_the_same_dropout_masks(
+    settings: Settings, tmp_path: Path
+) -> None:
+    towers = shutil.copytree(settings.model.encoder.path, tmp_path / "dropout")
+    config = json.loads((towers / "config.json").read_text())
+    (towers / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    objective = Objective(find_stage("vision"), change(settings, model__encoder__path=str(towers)))
+    objective.train()
+    views = torch.randint(0, 256, (4, *objective.view_shape), dtype=torch.uint8)
+    parts = list(views.split(2))
+    encoder = objective.model.encoder
+
+    def gradient() -> torch.Tensor:
+        grads = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+        encoder.zero_grad()
+        return torch.cat(grads)
+
+    torch.manual_seed(0)
+    loss_in_parts = objective.step(parts, lambda loss: loss.backward())["loss"]
+    in_parts = gradient()
+    torch.manual_seed(0)
+    x, y = (torch.cat(side) for side in zip(*map(objective._matched, parts), strict=True))
+    loss = objective._losses(x, y)["loss"]
+    loss.backward()
+    assert loss_in_parts == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(in_parts, gradient(), atol=1e-4)
+    torch.manual_seed(1)
+    objective.step(parts, lambda loss: loss.backward())
+    assert not torch.allclose(in_parts, gradient(), atol=1e-2)  # dropout has an effect
+
+
+def test_infonce_learns_to_retrieve_counterparts(settings: Settings) -> None:
+    settings = change(settings, stage__vision__objective="infonce", stage__vision__epochs=8)
+    run_stage("vision", change(settings, stage__vision__lr=1e-3))
+    losses = curve("vision", "train/loss")
+    accuracies = curve("vision", "train/retrieval_accuracy")
+    assert losses[-1] < losses[0] and accuracies[-1] > accuracies[0]
+
+
+@pytest.mark.parametrize("size", [0, 60, 5000])
+def test_incomplete_views_are_named(settings: Settings, size: int) -> None:
+    views = paths.PREPARED / "train/views.npy"
+    views.write_bytes(views.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"prepared/train/views.npy: not a complete \.npy file"):
+        run_stage("vision", settings)
+
+
+def test_views_without_overlap_need_0_epochs_of_the_vision_stage(settings: Settings) -> None:
+    settings = change(settings, views__strategy="resize")
+    prepare_project(settings)
+    with pytest.raises(UserError, match=r"set stage\.vision\.epochs to 0"):
+        run_stage("vision", settings)
+    run_stage("vision", change(settings, stage__vision__epochs=0))
+    run_stage("resampler", settings)
