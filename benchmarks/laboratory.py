@@ -8,7 +8,7 @@ that is evaluated.
 
     make laboratory                                     # all: hours
     make laboratory ARGS="--only default overlap --seeds 3"
-    make laboratory ARGS="--seeds 3 --report docs"      # a page of what is there
+    make laboratory ARGS="--seeds 3 --report docs/log"     # a page of what is there
 """
 
 import argparse
@@ -31,8 +31,8 @@ from scipy import stats
 log = logging.getLogger(__name__)
 
 FEW = {  # the rows of two hundred panoramas; the vision stage sees all eight hundred
-    "stage.resampler.labelled": 0.25,
-    "stage.finetune.labelled": 0.25,
+    "stage.resampler.labeled": 0.25,
+    "stage.finetune.labeled": 0.25,
     "stage.resampler.epochs": 10,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
