@@ -127,8 +127,9 @@ def _answer_all(
             features = gather(inputs.features, [int(inputs.indices[p]) for p in batch]).to(device)
             queries = [queries_of[panorama] for panorama in batch]
             texts = answer(model, dialogue, features, queries, settings.evaluate.max_new_tokens)
-            for panorama, asked, answered in zip(batch, queries, texts, strict=True):
-                answers |= {(panorama, q): a for q, a in zip(asked, answered, strict=True)}
+            for panorama, answered in zip(batch, texts, strict=True):
+                pairs = zip(queries_of[panorama], answered, strict=True)
+                answers |= {(panorama, query): text for query, text in pairs}
     return answers
 
 
