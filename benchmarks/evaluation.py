@@ -16,7 +16,8 @@ from measure import Line, in_turns, write
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES, spell
-from panollava.demo.scenes import make_scene, render
+from panollava.demo.render import render
+from panollava.demo.scenes import make_scene
 from panollava.geometry import views
 from panollava.model.device import keep_freed_memory
 from panollava.model.generate import answer

@@ -1,6 +1,7 @@
 """The demo's dataset: panoramas as JPEG files, and rows in QuIC-360's format."""
 
 import csv
+import io
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from panollava.demo.questions import rows
 from panollava.demo.render import render
 from panollava.demo.scenes import make_scene, roll_scene
 from panollava.demo.settings import DemoSettings
-from panollava.files import atomic_write
+from panollava.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,11 @@ def make_scenes(settings: DemoSettings, folder: Path) -> None:
     for split in ("train", "valid", "test"):
         rolls = _draw_rolls(split, settings)
         _write_images(split, settings, rolls, folder)
-        with (
-            atomic_write(folder / f"{split}.csv") as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("url", "query", "annotation"))
-            writer.writerows(_rows(split, settings, rolls))
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("url", "query", "annotation"))
+        writer.writerows(_rows(split, settings, rolls))
+        write_text(folder / f"{split}.csv", table.getvalue())
         log.info("%s: %d panoramas", split, len(rolls))
 
 

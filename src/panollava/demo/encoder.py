@@ -18,6 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipModel
 
+from panollava.demo.pretraining import fit
 from panollava.demo.render import render
 from panollava.demo.scenes import COLORS, EYE, KINDS, SHAPES, Scene, make_scene
 from panollava.demo.settings import VIEWS, DemoSettings
@@ -47,28 +48,14 @@ def make_encoder(settings: DemoSettings, folder: Path) -> None:
     pixels, captions, regions = _make_examples(settings, "encoder", parameters.scenes)
     model = _build_model()
     random = np.random.default_rng(settings.stream("encoder"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=parameters.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, parameters.lr, total_steps=parameters.steps, pct_start=0.1
-    )
-    bar = tqdm(range(parameters.steps), desc="encoder")
-    for step in bar:
+
+    def loss_of_step(step: int) -> Tensor:
         batch = random.integers(len(pixels), size=parameters.batch_size)
-        loss = _loss(
-            model,
-            pixels[batch],
-            [captions[i] for i in batch],
-            _region_index([regions[i] for i in batch]),
-            random,
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    report = {"loss": round(loss.item(), 4), **probe(model.vision_model.eval(), settings)}
+        batch_regions = _region_index([regions[i] for i in batch])
+        return _loss(model, pixels[batch], [captions[i] for i in batch], batch_regions, random)
+
+    loss = fit(model, loss_of_step, range(parameters.steps), parameters.lr, 0.999, "encoder")
+    report = {"loss": round(loss, 4), **probe(model.vision_model.eval(), settings)}
     log.info("linear probe: %s", report)
     model.vision_model.save_pretrained(folder)
     size = {"height": VIEWS.size, "width": VIEWS.size}

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers import (
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.demo.context import CONTEXT, MAX_PER_OBJECT, context_tokens
+from panollava.demo.pretraining import fit
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
 from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Scene, make_scene, roll_scene
 from panollava.demo.settings import DemoSettings, Lesson
@@ -123,28 +123,17 @@ def _train(
     lesson repeats their scenes."""
     parameters = settings.language_model
     stream, size = settings.stream("language_model"), parameters.batch_size
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=parameters.lr, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, parameters.lr, total_steps=lesson.steps, pct_start=0.1
-    )
     rolled = int(lesson.turned * size)
-    bar = tqdm(range(first_step, first_step + lesson.steps), desc="language model")
-    for step in bar:
+
+    def loss_of_step(step: int) -> Tensor:
         random = np.random.default_rng((stream, step))
         scenes = [make_scene(stream, step * size + i) for i in range(size)]
         scenes[:rolled] = [roll_scene(scene, random.uniform(0, 360)) for scene in scenes[:rolled]]
         context = context_tokens(model, dialogue, scenes, parameters.noise, lesson.places, random)
-        loss = _loss(model, dialogue, scenes, context, random)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return loss.item()
+        return _loss(model, dialogue, scenes, context, random)
+
+    steps = range(first_step, first_step + lesson.steps)
+    return fit(model, loss_of_step, steps, parameters.lr, 0.98, "language model")
 
 
 def _loss(

@@ -2,7 +2,6 @@
 
 Axes are those of `geometry.sphere`: x right, y up, z forward. Lengths are in meters."""
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -160,9 +159,4 @@ def _cone(origin: Array, rays: Array, size: float) -> tuple[Array, Array]:
     return hit, normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-9)
 
 
-_SOLIDS: dict[str, Callable[[Array, Array, float], tuple[Array, Array]]] = {
-    "ball": _ball,
-    "box": _box,
-    "cone": _cone,
-    "cylinder": _cylinder,
-}
+_SOLIDS = {"ball": _ball, "box": _box, "cone": _cone, "cylinder": _cylinder}
