@@ -1,12 +1,12 @@
-"""The real profile (`presets/quic360.yaml`) on one CUDA GPU, in bf16, with random weights: steps of
-the stages, a training as `panollava train` runs it, and answers.
+"""The real profile (`presets/quic360.yaml`) on one CUDA GPU, in bf16, with random weights: training
+steps, a training as `panollava train` runs it, and answers.
 
-Ours are taken as that profile has them, and the fast way: layers compiled, any kernels
-(`trainer.compile: true`, `trainer.deterministic: false`). The usual way is one padded sequence a
-row through `transformers`' model with logits everywhere, and one `generate` a row; under the same
-autocast, not compiled, any kernels."""
+Our steps are measured with the profile's settings and with the fast ones (`trainer.compile: true`,
+`trainer.deterministic: false`). The usual way is one padded sequence per row through
+`transformers`' model with logits everywhere, and one `generate` per row; under the same autocast,
+not compiled, with nondeterministic kernels."""
 
-import argparse
+import contextlib
 import gc
 import os
 import shutil
@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import evaluation
 import real_size
-from measure import Line, in_turns, write
+from measure import ROOT, Line, options_parser, report, time_alternately
 from panollava import config, paths
 from panollava.files import write_array, write_csv
 from panollava.geometry.overlap import correspondences, matched_tokens
@@ -33,27 +32,23 @@ from panollava.model.encoder import token_centers
 from panollava.stages import find_stage
 from panollava.training import losses
 from panollava.training.tower_layers import compile_layers
-from pipeline import gaps
 from training import Steps
+from training_loop import step_times
 
-ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "presets/quic360.yaml"
-ROWS = len(real_size.ANSWERS)  # of a panorama
-# Panoramas a step: about as many as the profile has, and more.
+ROWS = len(real_size.ANSWERS)  # per panorama
+# Panoramas per step: about as many as in the profile, and more.
 SIZES = {"resampler": (5, 16, 48), "finetune": (2, 16), "vision": (32,)}
 FAST = {"trainer.compile": True, "trainer.deterministic": False}
-NEAR = 5e-3  # losses, relative: what half precision explains
-GOALS = {"resampler": 0.5}  # of the matrix product's rate
-WORDS = ["red", "blue", "green"]  # a token each
+TOLERANCE = 5e-3  # relative difference of losses in half precision
+GOALS = {"resampler": 0.5}  # share of the matrix product's rate
+WORDS = ["red", "blue", "green"]  # one token each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=5)
-    options = parser.parse_args()
+    options = options_parser(__doc__, repeats=5).parse_args()
     if not torch.cuda.is_available():
-        sys.stderr.write(f"no GPU that torch {torch.__version__} can use: nothing is measured\n")
+        sys.stderr.write(f"torch {torch.__version__} finds no GPU; nothing was measured\n")
         return
     device = torch.device("cuda")
     name, version = torch.cuda.get_device_name(), torch.version.cuda
@@ -63,17 +58,18 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as Lightning sets it
     lines: list[Line] = []
     for stage in SIZES:
-        lines += of_stage(stage, device, precision, options.turns)
-        write(options.out, lines)
-    out = options.out.resolve()  # the folder changes
-    lines += answers(device)
-    write(out, lines)
-    lines += training()
-    write(out, lines)
+        lines += measure_steps(stage, device, precision, options.repeats)
+        report(lines, options.out)
+    # In fp32: with random weights the likeliest tokens are so close that half precision changes
+    # their order.
+    lines.append(evaluation.measure_real_size(1, panoramas=4, device=device))
+    report(lines, options.out)
+    lines += measure_training()
+    report(lines, options.out)
 
 
-def of_stage(stage: str, device: torch.device, precision: str, turns: int) -> list[Line]:
-    """Steps without a loop around them: rows a second, the rate, and peak memory."""
+def measure_steps(stage: str, device: torch.device, precision: str, repeats: int) -> list[Line]:
+    """Steps without a training loop: rows per second, FLOP/s, and peak memory."""
     lines: list[Line] = []
     product = matrix_product(device)
     for panoramas in SIZES[stage]:
@@ -91,8 +87,8 @@ def of_stage(stage: str, device: torch.device, precision: str, turns: int) -> li
             usual = make(stage)
             loss = value(usual, usual.our_loss)
             try:
-                usual_seconds, usual_peak = timed(usual, usual.usual_loss, turns)
-                assert abs(value(usual, usual.usual_loss) - loss) < NEAR * loss
+                usual_seconds, usual_peak = timed(usual, usual.usual_loss, repeats)
+                assert abs(value(usual, usual.usual_loss) - loss) < TOLERANCE * loss
             except torch.OutOfMemoryError:  # 33 and 96 GB for 5 and 16 panoramas
                 pass
             del usual
@@ -101,23 +97,24 @@ def of_stage(stage: str, device: torch.device, precision: str, turns: int) -> li
             way = ours.our_loss
         flops, loss = ours.operations(way), value(ours, way)
         cast_frozen_linears(ours.model, precision, keep=find_stage("resampler").saves)
-        theirs = None if usual_seconds is None else rows / usual_seconds
+        usual_rate = None if usual_seconds is None else rows / usual_seconds
         for fast in (False, True):
             torch.use_deterministic_algorithms(not fast)
             if fast:
                 compile_layers(ours.model)
-            seconds, peak = timed(ours, way, turns)
-            assert abs(value(ours, way) - loss) < NEAR * loss
+            seconds, peak = timed(ours, way, repeats)
+            assert abs(value(ours, way) - loss) < TOLERANCE * loss
             what = f"GPU, step of {stage}, {panoramas} panoramas" + ", fast" * fast
-            own, rate = rows / seconds, flops / seconds / 1e12
+            our_rate, flop_rate = rows / seconds, flops / seconds / 1e12
+            ratio = None if usual_rate is None else our_rate / usual_rate
             lines += [
-                Line(what, unit, own, theirs, ratio=None if theirs is None else own / theirs),
+                Line(what, unit, our_rate, usual_rate, ratio=ratio),
                 Line(
                     f"{what}, rate against a matrix product's",
                     "TFLOP/s",
-                    rate,
+                    flop_rate,
                     limit=product,
-                    ratio=rate / product,
+                    ratio=flop_rate / product,
                     at_least=GOALS.get(stage),
                 ),
                 Line(f"{what}, peak memory", "GB", peak, usual_peak),
@@ -128,18 +125,18 @@ def of_stage(stage: str, device: torch.device, precision: str, turns: int) -> li
 
 
 def vision_loss(steps: Steps) -> Callable[[], Tensor]:
-    """VICReg on exact overlaps, of the encoder alone."""
+    """VICReg of the encoder on exact overlaps."""
     encoder: Any = steps.model.encoder
-    own = config.load_settings(PROFILE).stage.vision
+    vision = config.load_settings(PROFILE).stage.vision
     centers = token_centers(encoder, real_size.SIZE)
-    pairs = correspondences(real_size.LAYOUT, centers, own.overlap).to(steps.device)
-    del steps.model.language_model  # which that stage doesn't load
+    pairs = correspondences(real_size.LAYOUT, centers, vision.overlap).to(steps.device)
+    del steps.model.language_model  # this stage does not load it
     steps.trained = list(encoder.parameters())
     steps.optimizer = torch.optim.AdamW(steps.trained, lr=1e-9, fused=True)
 
     def loss() -> Tensor:
         x, y = matched_tokens(encoder(steps.example.views), pairs)
-        return losses.vicreg(x, y, own.invariance, own.variance, own.covariance)["loss"]
+        return losses.vicreg(x, y, vision.invariance, vision.variance, vision.covariance)["loss"]
 
     return loss
 
@@ -149,51 +146,40 @@ def value(steps: Steps, way: Callable[[], Tensor]) -> float:
         return way().item()
 
 
-def timed(steps: Steps, way: Callable[[], Tensor], turns: int) -> tuple[float, float]:
-    """Median seconds of a step, and the peak memory in GB of all that is there."""
-    for _ in range(2):  # the second one has the optimizer's moments
+def timed(steps: Steps, way: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
+    """Median seconds of a step, and torch's peak memory in GB."""
+    for _ in range(2):  # the first one allocates the optimizer's moments
         steps.take(way)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    (seconds,) = in_turns(lambda: steps.take(way), turns=turns, warm=True)
+    (seconds,) = time_alternately(lambda: steps.take(way), repeats=repeats, warm=True)
     return seconds, torch.cuda.max_memory_allocated() / 1e9
 
 
 def matrix_product(device: torch.device, side: int = 8192) -> float:
-    """TFLOP/s of a large product in bf16, of random numbers."""
+    """TFLOP/s of a large product of random matrices in bf16."""
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
 
     def multiply() -> None:
         for _ in range(4):
             product = square @ square
-        product[0, 0].item()  # waits for it
+        product[0, 0].item()  # wait for the result
 
-    (seconds,) = in_turns(multiply, turns=8)
+    (seconds,) = time_alternately(multiply, repeats=8)
     return 4 * 2 * side**3 / seconds / 1e12
 
 
-def answers(device: torch.device) -> list[Line]:
-    """In fp32: of random weights the likeliest tokens are so close that half precision changes
-    their order."""
-    return [evaluation.of_real_size(1, panoramas=4, device=device)]
-
-
-def training() -> list[Line]:
-    """Stage `resampler` by Lightning, with its loader's workers, in steps of the profile's size."""
-    where = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            make_project()
-            changes: dict[str, Any] = {
-                "model.encoder.path": "encoder",
-                "model.language_model.path": "language_model",
-                **FAST,
-            }
-            settings = config.load_settings(PROFILE, changes=changes)
-            between, inside = gaps(settings)
-        finally:
-            os.chdir(where)
+def measure_training() -> list[Line]:
+    """Stage `resampler` by Lightning, with loader workers, in steps of the profile's size."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        make_project()
+        changes: dict[str, Any] = {
+            "model.encoder.path": "encoder",
+            "model.language_model.path": "language_model",
+            **FAST,
+        }
+        settings = config.load_settings(PROFILE, changes=changes)
+        between, inside = step_times(settings)
     rows = settings.stage.resampler.batch_size // ROWS * ROWS
     what = f"GPU, training of resampler by Lightning, {rows} rows a step, fast"
     return [
@@ -203,7 +189,7 @@ def training() -> list[Line]:
 
 
 def make_project(panoramas: int = 160) -> None:
-    """Towers in the real size with random weights, and what `prepare` would have left."""
+    """Towers of the real size with random weights, and the files that `prepare` would write."""
     model: Any = real_size.build()
     model.encoder.tower.save_pretrained("encoder")
     model.language_model.save_pretrained("language_model")

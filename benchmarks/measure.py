@@ -1,6 +1,7 @@
-"""How the benchmarks measure: pairs in turns in one process, medians; memory in a process of its
-own, because a process's peak never falls."""
+"""How the benchmarks measure: alternating runs in one process, medians; peak memory in a process of
+its own, because the peak of a process never falls. Also their options and their table."""
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from panollava.logs import table
+from tabulate import tabulate
+
+ROOT = Path(__file__).parents[1]
+PANOLLAVA = (sys.executable, str(ROOT / "src/run.py"))  # the command line, without installation
 
 _BYTES = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-
-
-# A process begins with the peak of the one that starts it, so that a small one in between does.
+# A process inherits the peak of the process that starts it. This small one starts the command.
 _WATCH = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[2:])
@@ -27,32 +29,44 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Line(NamedTuple):
-    """A row of the table. `ratio` is the usual way's value through ours, where it isn't given."""
+    """A row of the table. The default `ratio` is the usual way's value over ours."""
 
     what: str
     unit: str
     ours: float
     usual: float | None = None
-    limit: float | None = None  # what the machine itself allows, in the same unit
+    limit: float | None = None  # what the machine allows, in the same unit
     ratio: float | None = None
-    at_least: float | None = None  # that the ratio should be
-    at_most: float | None = None  # that ours should be; with a limit: through the limit
+    at_least: float | None = None  # goal for the ratio
+    at_most: float | None = None  # goal for our value, as a multiple of the limit if there is one
 
 
-def in_turns(*functions: Callable[[], object], turns: int, warm: bool = False) -> list[float]:
-    """Median seconds of each; if they aren't `warm`, a first turn isn't counted."""
+def options_parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The options that all sections of `compare` have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="write the lines here as JSON, print nothing")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each")
+    return parser
+
+
+def time_alternately(
+    *functions: Callable[[], object], repeats: int, warm: bool = False
+) -> list[float]:
+    """Median seconds of each function. Unless they are `warm`, a first run is not counted."""
     times: list[list[float]] = [[] for _ in functions]
-    for turn in range(int(warm), turns + 1):
-        for function, own in zip(functions, times, strict=True):
+    for repeat in range(int(warm), repeats + 1):
+        for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
-            if turn:
-                own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+            if repeat:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def run(command: Sequence[str | Path], folder: Path) -> tuple[float, float]:
-    """Seconds and peak GB of a process; its output is shown if it fails."""
+    """Seconds and peak GB of a process. Its output is shown only if it fails."""
     start = time.perf_counter()
     peak = folder / "peak"
     watched = [sys.executable, "-I", "-S", "-c", _WATCH, str(peak), *command]
@@ -66,21 +80,27 @@ def run(command: Sequence[str | Path], folder: Path) -> tuple[float, float]:
     return seconds, int(peak.read_text()) * _BYTES / 1e9
 
 
-def write(path: Path, lines: Sequence[Line]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([line._asdict() for line in lines], indent=1) + "\n")
+def report(lines: Sequence[Line], out: Path | None) -> None:
+    """Write the lines to `out`, or print them as a table."""
+    if out is None:
+        sys.stdout.write(format_table(lines) + "\n")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps([line._asdict() for line in lines], indent=1) + "\n")
 
 
 def read(path: Path) -> list[Line]:
     return [Line(**line) for line in json.loads(path.read_text())]
 
 
-def show(lines: Sequence[Line]) -> str:
-    header = ("what", "unit", "ours", "the usual way", "ratio", "limit", "to reach", "reached")
-    return table([_cells(line) for line in lines], header)
+def format_table(lines: Sequence[Line]) -> str:
+    headers = ("what", "unit", "ours", "the usual way", "ratio", "limit", "goal", "reached")
+    formats = ("", "", ".4g", ".4g", ".2f", ".4g")
+    rows = [_cells(line) for line in lines]
+    return tabulate(rows, headers, tablefmt="plain", floatfmt=formats, missingval="-")
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str | float | None, ...]:
     ratio = line.ratio
     if ratio is None and line.usual is not None:
         ratio = line.usual / line.ours
@@ -94,10 +114,11 @@ def _cells(line: Line) -> tuple[str, ...]:
     return (
         line.what,
         line.unit,
-        f"{line.ours:.4g}",
-        "-" if line.usual is None else f"{line.usual:.4g}",
-        "-" if ratio is None else f"{ratio:.2f}",
-        "-" if line.limit is None else f"{line.limit:.4g}",
-        ", ".join(text for text, _ in goals) or "-",
-        ", ".join("yes" if good else "no" for _, good in goals) or "-",
+        *map(_to_float, (line.ours, line.usual, ratio, line.limit)),
+        ", ".join(text for text, _ in goals) or None,
+        ", ".join("yes" if good else "no" for _, good in goals) or None,
     )
+
+
+def _to_float(value: float | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,6 +1,6 @@
-"""Panoramas as a camera might have taken them, for who has none at hand: dead leaves, discs of
-all sizes that hide each other, which have the spectrum and the edges of natural images, and grain.
-Their JPEG files take about as many bits a pixel as real ones."""
+"""Synthetic photos: the dead leaves model (occluding discs of all sizes), which has the spectrum
+and the edges of natural images, plus grain. Their JPEG files have about as many bits per pixel as
+real ones."""
 
 from pathlib import Path
 
@@ -20,21 +20,21 @@ def save_photos(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> lis
 
 
 def make_photo(width: int, height: int, seed: int) -> NDArray[np.uint8]:
-    """(height, width, 3); it closes round the seam."""
+    """(height, width, 3), continuous across the seam."""
     random = np.random.default_rng(seed)
     panorama = np.zeros((height, width, 3), np.uint8)
     count = 20_000
-    # The density of radii falls with their cube, as where likeness holds at all scales.
+    # Scale invariance: the density of radii falls with their cube.
     smallest, largest = height / 400, height / 3
     share = random.random(count)
     radii = (smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5
     columns, rows = random.random(count) * width, random.random(count) * height
     colors = random.normal(128, 50, count)[:, None] + random.normal(0, 18, (count, 3))
     for radius, x, y, color in zip(radii, columns, rows, colors.clip(0, 255), strict=True):
-        for turn in (-width, 0, width):
-            if -radius < x + turn < width + radius:
-                center = (round(x + turn), round(y))
+        for shift in (-width, 0, width):
+            if -radius < x + shift < width + radius:
+                center = (round(x + shift), round(y))
                 cv2.circle(panorama, center, round(radius), color.tolist(), -1, cv2.LINE_AA)
     grain = random.normal(0, 5, (height, width, 1)).astype(np.float32)
-    seen: NDArray[np.uint8] = (cv2.GaussianBlur(panorama, (3, 3), 0) + grain).clip(0, 255)
-    return seen.astype(np.uint8)
+    photo: NDArray = (cv2.GaussianBlur(panorama, (3, 3), 0) + grain).clip(0, 255)
+    return photo.astype(np.uint8)

@@ -1,9 +1,8 @@
 """Eight 224-pixel views of a photo, and the stage `prepare`: time, quality and memory.
 
-The usual way decodes a photo in full, and samples one view after another: with py360convert, with
-pyequilib, or with OpenCV's remap and maps that were made before."""
+The usual way decodes a photo at full size and samples one view after another: with py360convert,
+with pyequilib, or with OpenCV's remap and precomputed maps."""
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import py360convert
 from numpy.typing import NDArray
 from PIL import Image
 
-from measure import Line, in_turns, run, write
+from measure import PANOLLAVA, ROOT, Line, options_parser, report, run, time_alternately
 from panollava import config
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare as prepare_data
@@ -28,30 +27,27 @@ from panollava.geometry import views
 from panollava.geometry.sphere import panorama_position
 from photos import save_photos
 
-ROOT = Path(__file__).parents[1]
 SIZE, FOV = 224, 90.0
 LAYOUT = views.layout(config.Views("e2p", SIZE, FOV, 0.5, 0.0, False))
 YAWS = [45.0 * index for index in range(8)]
 SAMPLER = views.Sampler(LAYOUT, SIZE)
-# How much faster than py360convert, by the photo's width.
-FASTER = {6006: 9.0, 4096: 6.5, 2048: 5.0}
-SUPERSAMPLED = 8  # rays along a pixel's side
+# Goals: speedup over py360convert, by the photo's width.
+SPEEDUPS = {6006: 9.0, 4096: 6.5, 2048: 5.0}
+SUPERSAMPLING = 8  # rays along a pixel's side, for the reference
 Way = Callable[[NDArray[np.uint8]], NDArray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--pictures", type=Path)
+    parser = options_parser(__doc__, repeats=7)
+    parser.add_argument("--pictures", type=Path, help="a folder of panoramas (*.jpg)")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as name:
-        made = not options.pictures
-        photos = save_photos(Path(name)) if made else sorted(options.pictures.glob("*.jpg"))
-        lines = [line for photo in photos for line in of_photo(photo, options.turns)]
-        lines += of_stage(Path(name), photos, options.turns)
-    write(options.out, lines)
+        folder = Path(name)
+        photos = sorted(options.pictures.glob("*.jpg")) if options.pictures else save_photos(folder)
+        lines = [line for photo in photos for line in measure_photo(photo, options.repeats)]
+        lines += measure_stage(folder, photos, options.repeats)
+    report(lines, options.out)
 
 
 def decode(path: Path) -> NDArray[np.uint8]:
@@ -60,7 +56,7 @@ def decode(path: Path) -> NDArray[np.uint8]:
 
 
 def decode_scaled(path: Path) -> None:
-    """What of our way is the JPEG library's."""
+    """The part of our time that the JPEG library takes."""
     with Image.open(path) as picture:
         picture.draft("RGB", (SAMPLER.panorama_width, SAMPLER.panorama_width // 2))
         picture.load()
@@ -85,8 +81,8 @@ def with_remap(maps: list[tuple[NDArray, NDArray]], panorama: NDArray[np.uint8])
 
 
 def maps(panorama: NDArray, *axes: NDArray, shift: float = 0) -> list[tuple[NDArray, NDArray]]:
-    """OpenCV's maps of the eight views, from the (x, y) of their pixels' centers on the plane
-    before the eye; `shift`: in pixels of the panorama."""
+    """OpenCV's maps of the eight views, from the (x, y) of their pixels' centers on the image
+    plane. `shift`: in pixels of the panorama."""
     height, width = panorama.shape[:2]
     x, y = np.meshgrid(*axes)
     result = []
@@ -99,24 +95,24 @@ def maps(panorama: NDArray, *axes: NDArray, shift: float = 0) -> list[tuple[NDAr
     return result
 
 
-# Where each way's rays pass the plane: first pixel and last, from -1 to 1.
+# Where each way places the first and the last pixel on the image plane, from -1 to 1.
 ENDS = {
-    "ours": (-1 + 1 / SIZE, 1 - 1 / SIZE),  # pixels are cells
+    "ours": (-1 + 1 / SIZE, 1 - 1 / SIZE),  # centers of cells
     "remap": (-1 + 1 / SIZE, 1 - 1 / SIZE),
-    "py360convert": (-1.0, 1.0),  # pixels are points, the outer ones on the edge
-    "pyequilib": (-1.0, 1 - 2 / SIZE),  # the upper left corners of cells
+    "py360convert": (-1.0, 1.0),  # points, the outer ones on the edge
+    "pyequilib": (-1.0, 1 - 2 / SIZE),  # upper left corners of cells
 }
-SHIFTS = {"pyequilib": 1.0}  # it takes a panorama's pixel for one that lies down and to the right
+SHIFTS = {"pyequilib": 1.0}  # it reads the panorama one pixel too far down and to the right
 
 
 def reference(panorama: NDArray[np.uint8], way: str) -> NDArray[np.float32]:
-    """What a pixel sees of the panorama, averaged over rays across all of it."""
+    """The views by supersampling: each pixel is the mean over rays across its area."""
     first, last = ENDS[way]
     step = (last - first) / (SIZE - 1)
-    inside = (np.arange(SUPERSAMPLED) + 0.5) / SUPERSAMPLED - 0.5
+    inside = (np.arange(SUPERSAMPLING) + 0.5) / SUPERSAMPLING - 0.5
     axis = ((first + step * np.arange(SIZE))[:, None] + step * inside).ravel()
-    seen = with_remap(maps(panorama, axis, axis, shift=SHIFTS.get(way, 0)), panorama)
-    cells = seen.reshape(len(YAWS), SIZE, SUPERSAMPLED, SIZE, SUPERSAMPLED, 3)
+    samples = with_remap(maps(panorama, axis, axis, shift=SHIFTS.get(way, 0)), panorama)
+    cells = samples.reshape(len(YAWS), SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING, 3)
     return cells.mean(axis=(2, 4), dtype=np.float32)
 
 
@@ -125,7 +121,7 @@ def psnr(one: NDArray, other: NDArray) -> float:
     return float(10 * np.log10(255**2 / np.square(one.astype(np.float32) - other).mean()))
 
 
-def of_photo(path: Path, turns: int) -> list[Line]:
+def measure_photo(path: Path, repeats: int) -> list[Line]:
     panorama = decode(path)
     height, width = panorama.shape[:2]
     axis = np.linspace(*ENDS["remap"], SIZE)
@@ -144,13 +140,15 @@ def of_photo(path: Path, turns: int) -> list[Line]:
     quality = {"ours": psnr(ours(), reference(panorama, "ours"))}
     for name, way in usual.items():
         quality[name] = psnr(way(panorama), reference(panorama, name))
-        assert quality[name] > 15, f"{path}: {name} doesn't show the same views"
+        assert quality[name] > 15, f"{path}: {name} shows different views"
     functions = [partial(decoded_and_sampled, way) for way in usual.values()]
-    time, limit, *others = in_turns(ours, partial(decode_scaled, path), *functions, turns=turns)
+    time, limit, *others = time_alternately(
+        ours, partial(decode_scaled, path), *functions, repeats=repeats
+    )
     name = f"views, {width} x {height}"
     lines = []
     for peer, other in zip(usual, others, strict=True):
-        goal = FASTER.get(width) if peer == "py360convert" else 1.0
+        goal = SPEEDUPS.get(width) if peer == "py360convert" else 1.0
         line = Line(f"{name}, {peer}", "ms", 1e3 * time, 1e3 * other, at_least=goal)
         lines.append(line)
     lines.append(
@@ -163,20 +161,21 @@ def of_photo(path: Path, turns: int) -> list[Line]:
     return lines
 
 
-def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
-    """The command `prepare`, with one thread and with two, and with more panoramas."""
+def measure_stage(folder: Path, photos: list[Path], repeats: int) -> list[Line]:
+    """The command `prepare`: time with one and with two threads, memory with more panoramas."""
     smaller = [photo for photo in photos if photo.stat().st_size < 1e6] or photos
-    few = project(folder / "few", photos, 192)
-    many, most = (project(folder / str(n), smaller, n) for n in (16, 64))
-    command = [sys.executable, str(ROOT / "src/run.py"), "prepare"]
+    timed = make_project(folder / "timed", photos, 192)
+    projects = [make_project(folder / str(count), smaller, count) for count in (16, 64)]
 
     def prepare(threads: int) -> None:
-        settings = config.Data(str(few / "data"), 0.0)
+        settings = config.Data(str(timed / "data"), 0.0)
         layout = config.Views("e2p", SIZE, FOV, 0.5, 0.0, False)
-        prepare_data(settings, layout, few / "out", few, threads=threads)
+        prepare_data(settings, layout, timed / "out", timed, threads=threads)
 
-    two, one = in_turns(partial(prepare, 2), partial(prepare, 1), turns=max(1, turns // 2))
-    memory = [run(command, each)[1] for each in (many, most)]
+    two, one = time_alternately(
+        partial(prepare, 2), partial(prepare, 1), repeats=max(1, repeats // 2)
+    )
+    memory = [run([*PANOLLAVA, "prepare"], project)[1] for project in projects]
     return [
         Line("prepare, 192 photos, two threads against one", "s", two, one, at_least=1.8),
         Line(
@@ -188,17 +187,18 @@ def of_stage(folder: Path, photos: list[Path], turns: int) -> list[Line]:
     ]
 
 
-def project(folder: Path, photos: list[Path], count: int) -> Path:
-    """`count` panoramas, copies of the photos, and a row for each; all in train but two."""
+def make_project(folder: Path, photos: list[Path], count: int) -> Path:
+    """`count` copies of the photos with one row each: one in valid, one in test, the others in
+    train."""
     (folder / "data/images").mkdir(parents=True)
     for index in range(count):
         shutil.copyfile(photos[index % len(photos)], folder / f"data/images/{index}.jpg")
-    for split, own in (("train", range(2, count)), ("valid", [0]), ("test", [1])):
-        rows = "".join(f"images/{index}.jpg,what,a place.\n" for index in own)
+    for split, panoramas in (("train", range(2, count)), ("valid", [0]), ("test", [1])):
+        rows = "".join(f"images/{index}.jpg,what,a place.\n" for index in panoramas)
         (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
-    profile = (ROOT / "presets/quic360.yaml").read_text()
-    profile = profile.replace("dir: data/quic360", "dir: data").replace("threads: 8", "threads: 2")
-    (folder / "params.yaml").write_text(profile)
+    params = (ROOT / "presets/quic360.yaml").read_text()
+    params = params.replace("dir: data/quic360", "dir: data").replace("threads: 8", "threads: 2")
+    (folder / "params.yaml").write_text(params)
     return folder
 
 

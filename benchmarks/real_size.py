@@ -1,5 +1,5 @@
-"""The model of the real profile, SigLIP-base-patch16-224 and Qwen2.5-0.5B, with random weights, and
-panoramas with three rows each; and the usual way to train and to ask such a model."""
+"""The real profile's model, SigLIP-base-patch16-224 and Qwen2.5-0.5B, with random weights, and
+panoramas with three rows each; the loss in our way and in the usual way."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ from panollava.model.resampler import MLPResampler
 SIZE, POOL, WIDTH = 224, 2, 896
 LAYOUT = views.layout(config.Views("e2p", SIZE, 90.0, 0.5, 0.0, False))
 VOCABULARY = 151_936
-# Tokens of Qwen's chat template around the image, and of rows as QuIC-360's are: a query of one
-# word within the template, and answers of 20 words on average, which end with the stop token.
+# Tokens of Qwen's chat template before the image, and of rows like QuIC-360's: a query of one word
+# with the template around it, and answers of 20 words on average with the stop token.
 PREFIX = 14
 QUERY, ANSWERS = 10, (20, 28, 40)
 
@@ -73,19 +73,19 @@ def make_example(
     panoramas: int = 1, rows: int = len(ANSWERS), layout: views.Layout = LAYOUT
 ) -> Example:
     torch.manual_seed(1)
-    seen = torch.randint(256, (panoramas, len(layout.projections), SIZE, SIZE, 3))
+    sampled = torch.randint(256, (panoramas, len(layout.projections), SIZE, SIZE, 3))
 
     def tokens(count: int) -> list[int]:
         return torch.randint(VOCABULARY, (count,)).tolist()
 
     prefix = tokens(PREFIX)
-    said = [
+    row_tokens = [
         [Row(tokens(QUERY), tokens(ANSWERS[row % len(ANSWERS)])) for row in range(rows)]
         for _ in range(panoramas)
     ]
     vision = len(layout.projections) * (SIZE // 16 // POOL) ** 2
-    packed = pack(prefix, vision, said, pad=0)
-    return Example(seen.to(torch.uint8), prefix, said, packed)
+    packed = pack(prefix, vision, row_tokens, pad=0)
+    return Example(sampled.to(torch.uint8), prefix, row_tokens, packed)
 
 
 def our_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
@@ -93,9 +93,9 @@ def our_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
 
 
 def usual_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
-    """A sequence a row, with its own panorama's features (rows, ...), padded to the longest, and
-    transformers' own loss over logits at every position."""
-    rows = [row for own in example.rows for row in own]
+    """One sequence per row, padded to the longest, with transformers' loss over logits at every
+    position. `features`: those of each row's panorama, (rows, ...)."""
+    rows = [row for of_panorama in example.rows for row in of_panorama]
     vision, device = model.vision_tokens(features), features.device
     start, longest = len(example.prefix) + vision.shape[1], max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)

@@ -1,10 +1,10 @@
-"""Kills the pipeline at random moments, runs it again, and compares the end with that of a run
-that nobody disturbed.
+"""Kills the pipeline at random moments, resumes it, and compares the results with those of an
+uninterrupted run.
 
-A copy of the project, with little data and small towers, runs `dvc repro` once in peace. Another
-copy runs it again and again, each time until SIGKILL ends DVC and all its processes: at a random
-moment of a stage, at a random moment of its training alone, or just when a file is being written.
-When a pass has come to its end, lock files and metrics must be the same, byte for byte.
+A copy of the project with little data and small towers runs `dvc repro` without interruption. In
+another copy, SIGKILL ends DVC and all its processes again and again: at a random moment of a stage,
+at a random moment of its training, or while a file is being written. When the pipeline has
+finished, lock files and metrics must be equal, byte for byte.
 
     make torture ARGS="--kills 40 --seed 0"
 """
@@ -27,14 +27,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from project import Project, copy_project
+from helpers import Project, copy_project, save_towers
 
 STAGES = ("scenes", "prepare", "vision", "resampler", "features", "finetune", "evaluate")
 TRAININGS = ("vision", "resampler", "finetune")
-LONG_FILES = (*TRAININGS, "prepare", "features")  # that take some time to write
+WRITES_LONG = (*TRAININGS, "prepare", "features")  # stages that write large files
+_STARTS = re.compile(r"Running stage '(?:.*:)?(\w+)'")
 _TRAINS = re.compile(r"\d+ epochs, \d+ steps")
-# What a user does about what a killed DVC leaves behind, by what DVC says of it.
-REMEDIES = (
+# DVC's messages about files that a killed DVC leaves behind, and the file to remove.
+LEFTOVERS = (
     (re.compile(r"being blocked by|RWLock-file"), ".dvc/tmp/rwlock"),
     (re.compile(r"dvc\.lock' is (invalid|corrupted)|unable to read: 'dvc\.lock'"), "dvc.lock"),
     (re.compile(r"data/demo/dvc\.lock' is"), "data/demo/dvc.lock"),
@@ -46,26 +47,26 @@ class Report:
     kills: Counter[str] = field(default_factory=Counter)  # by stage
     moments: Counter[str] = field(default_factory=Counter)
     resumed: dict[str, list[str]] = field(default_factory=dict)  # by stage, "12 of 40"
-    remedies: Counter[str] = field(default_factory=Counter)  # files removed by hand
+    removed: Counter[str] = field(default_factory=Counter)  # files, as DVC's messages demand
     passes: int = 0
-    good: int = 0  # kills of passes that ended in the same bytes
+    good: int = 0  # kills in passes whose results were equal
 
     def text(self) -> str:
-        lines = [f"{'stage':10} {'kills':>5}  goes on from step"]
+        lines = [f"{'stage':10} {'kills':>5}  resumed from step"]
         for stage in STAGES:
             steps = ", ".join(self.resumed.get(stage, [])) or "-"
             lines.append(f"{stage:10} {self.kills[stage]:5}  {steps}")
         total = self.kills.total()
         moments = ", ".join(f"{count} {moment}" for moment, count in self.moments.items())
         lines.append(f"moments: {moments}")
-        for file, count in self.remedies.items():
-            lines.append(f"removed by hand before going on: {file}, {count} times")
-        lines.append(f"{self.good} of {total} kills end in the same bytes ({self.passes} passes)")
+        for file, count in self.removed.items():
+            lines.append(f"removed before resuming: {file}, {count} times")
+        lines.append(f"{self.good} of {total} kills led to equal results ({self.passes} passes)")
         return "\n".join(lines)
 
 
 class Repro:
-    """A running `dvc repro`, whose output is followed."""
+    """A running `dvc repro`, with its output so far."""
 
     def __init__(self, project: Project) -> None:
         self.lines: list[tuple[float, str]] = []
@@ -85,24 +86,24 @@ class Repro:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if found := re.search(r"Running stage '(?:.*:)?(\w+)'", line):
-                self.stage = found[1]
+            if started := _STARTS.search(line):
+                self.stage = started[1]
             self.lines.append((time.monotonic(), line.rstrip()))
 
-    def wait_until(self, happens: Callable[[], bool]) -> bool:
-        """False: the process has ended before."""
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """False if the process ended first."""
         while self.process.poll() is None:
-            if happens():
+            if condition():
                 return True
             time.sleep(0.001)
         return False
 
     def signal(self, number: int) -> None:
-        """To DVC and all that it has started."""
+        """Send a signal to DVC and all processes that it started."""
         os.killpg(self.process.pid, number)
 
     def end(self) -> str:
-        """Wait for the end, and give all that was said."""
+        """Wait for the end. Returns the output."""
         self.process.wait()
         self._reader.join()
         return "\n".join(line for _, line in self.lines)
@@ -110,7 +111,7 @@ class Repro:
 
 @dataclass
 class Times:
-    """Of a stage that nobody disturbs, in seconds."""
+    """Seconds of an uninterrupted stage."""
 
     total: float
     training: float = 0.0
@@ -119,8 +120,8 @@ class Times:
 def measure(run: Repro) -> dict[str, Times]:
     marks: list[tuple[float, str, bool]] = []
     for at, line in run.lines:
-        if found := re.search(r"Running stage '(?:.*:)?(\w+)'", line):
-            marks.append((at, found[1], False))
+        if started := _STARTS.search(line):
+            marks.append((at, started[1], False))
         elif _TRAINS.search(line):
             marks.append((at, marks[-1][1], True))
     marks.append((run.lines[-1][0], "", False))
@@ -137,35 +138,37 @@ def measure(run: Repro) -> dict[str, Times]:
 def torture(
     folder: Path, towers: Path, kills: int, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Kill `kills` times. Raises AssertionError for a run that fails or ends in other bytes."""
+    """Kill `kills` times. Raises AssertionError if a run fails or its results differ."""
     generator = random.Random(seed)
-    calm = _copy(folder / "calm", towers)
-    run = Repro(calm)
+    uninterrupted = _copy(folder / "uninterrupted", towers)
+    run = Repro(uninterrupted)
     output = run.end()
     assert run.process.returncode == 0, output
-    expected, times = calm.results(), measure(run)
-    say("in peace: " + ", ".join(f"{name} {t.total:.0f} s" for name, t in times.items()))
+    expected, times = uninterrupted.results(), measure(run)
+    say("uninterrupted: " + ", ".join(f"{name} {t.total:.0f} s" for name, t in times.items()))
     report = Report()
     while report.kills.total() < kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
         project = _copy(folder / "killed", towers)
         before = report.kills.total()
-        # Two kills of each stage a pass; the last pass has what is left, at random stages.
-        left = kills - before
-        chosen = generator.sample(STAGES * 2, min(left, 2 * len(STAGES)))
-        _one_pass(project, sorted(chosen, key=STAGES.index), times, generator, report, say)
+        # Two kills of each stage per pass; the last pass has the remaining ones in random stages.
+        remaining = kills - before
+        targets = generator.sample(STAGES * 2, min(remaining, 2 * len(STAGES)))
+        _one_pass(project, sorted(targets, key=STAGES.index), times, generator, report, say)
         report.passes += 1
-        found = project.results()
-        odd = [
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        results = project.results()
+        different = [
+            name
+            for name in expected.keys() | results.keys()
+            if expected.get(name) != results.get(name)
         ]
-        assert not odd, f"{folder}: after kills these differ: {sorted(odd)}"
+        assert not different, f"{folder}: these differ after kills: {sorted(different)}"
         report.good += report.kills.total() - before
     return report
 
 
 def _copy(folder: Path, towers: Path) -> Project:
-    """Trainings of some seconds, that save often."""
+    """With trainings of some seconds that save often."""
     project = copy_project(folder, towers, data=None)
     project.set("params.yaml", epochs=4, batch_size=4, save_every=5, log_every=5)
     project.commit("longer")
@@ -180,6 +183,7 @@ def _one_pass(
     report: Report,
     say: Callable[[str], None],
 ) -> None:
+    """Run the pipeline to its end, with a kill in each of `targets`."""
     while True:
         run = Repro(project)
         killed = _kill(run, project, targets, times, generator, report)
@@ -196,10 +200,10 @@ def _one_pass(
         elif run.process.returncode == 0:
             return
         else:
-            file = next((file for sign, file in REMEDIES if sign.search(output)), None)
+            file = next((file for message, file in LEFTOVERS if message.search(output)), None)
             assert file, output
             say(f"removed {file}")
-            report.remedies[file] += 1
+            report.removed[file] += 1
             (project.folder / file).unlink()
 
 
@@ -211,7 +215,7 @@ def _kill(
     generator: random.Random,
     report: Report,
 ) -> str:
-    """Kill the run in the next of the targets; returns the moment, or nothing if it has ended."""
+    """Kill the run in the next target. Returns the kind of moment, or "" if the run ended first."""
 
     def reached() -> bool:
         while targets and run.stage in STAGES and _after(run.stage, targets[0]):
@@ -222,14 +226,14 @@ def _kill(
         return ""
     stage = targets.pop(0)
     moment, delay = "at any moment", generator.uniform(0, 0.9 * times[stage].total)
-    if stage in LONG_FILES and generator.random() < 0.5:
+    if stage in WRITES_LONG and generator.random() < 0.5:
         moment = "while a file is written"
     if stage in TRAININGS and generator.random() < 0.5:
         moment, delay = "in training", generator.uniform(0, times[stage].training)
         if not run.wait_until(lambda: bool(_TRAINS.search(run.lines[-1][1]))):
             return ""
-    until = time.monotonic() + delay
-    if not run.wait_until(lambda: time.monotonic() > until):
+    deadline = time.monotonic() + delay
+    if not run.wait_until(lambda: time.monotonic() > deadline):
         return ""
     if moment == "while a file is written" and not run.wait_until(
         lambda: _writes(project.folder) or _after(run.stage, stage)
@@ -244,22 +248,21 @@ def _after(stage: str, other: str) -> bool:
 
 
 def _writes(folder: Path) -> bool:
-    places = (".resume", "runs", "metrics/evaluate")
-    return any(next((folder / place).rglob("*.part"), None) for place in places)
+    folders = (".resume", "runs", "metrics/evaluate")
+    return any(next((folder / name).rglob("*.part"), None) for name in folders)
 
 
 def main() -> None:
-    from conftest import save_encoder, save_language_model
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_encoder(folder / "towers/encoder", size=32)
-        save_language_model(folder / "towers/language_model")
-        report = torture(folder, folder / "towers", options.kills, options.seed, _say)
+        towers = save_towers(folder / "towers")
+        report = torture(folder, towers, options.kills, options.seed, _say)
     _say(report.text())
 
 

@@ -1,12 +1,11 @@
 """One optimizer step of a training stage at the real profile's size: one panorama with three rows.
 
-Ours packs the rows behind one panorama and makes logits at answers alone. The usual way trains on a
-sequence a row: each with its panorama's encoder run, logits at every position, and all padded to
-the longest."""
+Ours packs the rows behind one panorama and computes logits only at answers. The usual way trains on
+one sequence per row, padded to the longest: it encodes the panorama for each row, and computes
+logits at every position."""
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,13 +16,13 @@ from torch.utils.flop_counter import (
 )
 
 import real_size
-from measure import Line, in_turns, write
+from measure import Line, options_parser, report, time_alternately
 from panollava.geometry.views import Layout
 from panollava.model.device import autocast, keep_freed_memory
 from real_size import Example
 
 THREADS = 2
-GOALS = {"resampler": 2.8, "finetune": 3.2}  # how many times faster
+GOALS = {"resampler": 2.8, "finetune": 3.2}  # speedups
 
 
 def attention(query: tuple, key: tuple, value: tuple, *_: object, **__: object) -> int:
@@ -36,7 +35,7 @@ def attention_backward(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-# Of a processor's kernels, which torch leaves out.
+# CPU kernels that torch's counter does not know.
 COUNTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
@@ -44,7 +43,7 @@ COUNTS = {
 
 
 class Steps:
-    """The ways to take the same step, on one model and with one optimizer."""
+    """Both ways to take a step, with one model and one optimizer."""
 
     def __init__(
         self,
@@ -59,32 +58,32 @@ class Steps:
         self.device, self.precision = device or torch.device("cpu"), precision
         self.model = real_size.build(layout, self.device)
         self.example = (example or real_size.make_example()).to(self.device)
-        self.rows = sum(map(len, self.example.rows))
-        # Of each panorama, as the usual way sees them: once for each of its rows.
-        self.times = torch.tensor([len(rows) for rows in self.example.rows], device=self.device)
+        # Rows per panorama: how often the usual way encodes it.
+        self.row_counts = torch.tensor([len(r) for r in self.example.rows], device=self.device)
+        self.rows = int(self.row_counts.sum())
         self.trains_encoder = stage == "resampler"
         self.model.encoder.requires_grad_(self.trains_encoder)
-        with torch.no_grad(), autocast(self.device, precision):  # what `features` has kept
+        with torch.no_grad(), autocast(self.device, precision):  # as `features` writes them
             self.features = self.model.features(self.example.views).float()
         parts = [self.model.resampler, self.model.projector]
         parts += [self.model.encoder] if self.trains_encoder else []
         self.trained = [parameter for part in parts for parameter in part.parameters()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-9, betas=(0.9, 0.98), fused=True)
 
-    def _see(self, views: Tensor) -> Tensor:
+    def _encode(self, views: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.trains_encoder):
             return self.model.features(views)
 
     def our_loss(self) -> Tensor:
-        features = self._see(self.example.views) if self.trains_encoder else self.features
+        features = self._encode(self.example.views) if self.trains_encoder else self.features
         return real_size.our_loss(self.model, features, self.example)
 
     def usual_loss(self) -> Tensor:
-        features = self._see(self.example.views.repeat_interleave(self.times, dim=0))
+        features = self._encode(self.example.views.repeat_interleave(self.row_counts, dim=0))
         return real_size.usual_loss(self.model, features, self.example)
 
     def usual_loss_from_features(self) -> Tensor:
-        features = self.features.repeat_interleave(self.times, dim=0)
+        features = self.features.repeat_interleave(self.row_counts, dim=0)
         return real_size.usual_loss(self.model, features, self.example)
 
     def take(self, loss: Callable[[], Tensor]) -> float:
@@ -97,30 +96,29 @@ class Steps:
         return value.item()
 
     def operations(self, loss: Callable[[], Tensor]) -> int:
-        """Floating-point operations of a step. Layers that are to be compiled come after it: under
-        a counter they are not."""
+        """Floating-point operations of a step. Call it before layers are compiled: the counter
+        would disable compilation."""
         with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
             self.take(loss)
         return counter.get_total_flops()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options_parser(__doc__, repeats=2)
     parser.add_argument("stage", choices=GOALS)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
-    write(options.out, time(options.stage, options.turns))
+    report(measure_stage(options.stage, options.repeats), options.out)
 
 
-def time(stage: str, turns: int) -> list[Line]:
+def measure_stage(stage: str, repeats: int) -> list[Line]:
     steps = Steps(stage)
     name = f"step of {stage}, 1 panorama, {steps.rows} rows"
-    ways = {"": steps.usual_loss}
+    usual_ways = {"": steps.usual_loss}
     if not steps.trains_encoder:
-        ways[", both from features"] = steps.usual_loss_from_features
+        usual_ways[", both from features"] = steps.usual_loss_from_features
+    ways = [steps.our_loss, *usual_ways.values()]
     with torch.no_grad():
-        ours, *others = (way().item() for way in (steps.our_loss, *ways.values()))
+        ours, *others = (way().item() for way in ways)
     assert all(abs(ours - other) < 1e-5 * ours for other in others), (ours, others)
     operations = steps.operations(steps.our_loss)
     square = torch.randn(2048, 2048)
@@ -129,15 +127,15 @@ def time(stage: str, turns: int) -> list[Line]:
         for _ in range(8):
             square @ square
 
-    functions = [lambda way=way: steps.take(way) for way in (steps.our_loss, *ways.values())]
-    own, *usual, product = in_turns(*functions, multiply, turns=turns)
+    functions = [partial(steps.take, way) for way in ways]
+    our_time, *usual_times, product_time = time_alternately(*functions, multiply, repeats=repeats)
     lines = [
-        Line(name + what, "s", own, other, at_least=None if what else GOALS[stage])
-        for what, other in zip(ways, usual, strict=True)
+        Line(name + what, "s", our_time, time, at_least=None if what else GOALS[stage])
+        for what, time in zip(usual_ways, usual_times, strict=True)
     ]
-    rate, most = operations / own / 1e9, 8 * 2 * 2048**3 / product / 1e9
-    what = f"{name}, rate against a matrix product's"
-    return [*lines, Line(what, "GFLOP/s", rate, limit=most, ratio=rate / most, at_least=0.75)]
+    rate, peak_rate = operations / our_time / 1e9, 8 * 2 * 2048**3 / product_time / 1e9
+    what, ratio = f"{name}, rate against a matrix product's", rate / peak_rate
+    return [*lines, Line(what, "GFLOP/s", rate, limit=peak_rate, ratio=ratio, at_least=0.75)]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import change, run_stage, save_tokenizer
+from helpers import change, run_stage, save_tokenizer
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.stages import find_stage

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 from panollava.data.batches import divide, plan_epoch
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pycocoevalcap
 import pytest
 
-from conftest import SHARED
+from helpers import SHARED
 from panollava.evaluation import captions
 from panollava.evaluation.captions import tokenize
 

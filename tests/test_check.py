@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SHARED, save_panorama, write_rows
+from helpers import SHARED, save_panorama, write_rows
 from panollava.cli import main as cli
 from panollava.data.check import Report, check
 from panollava.data.rows import picture_file, plain_file

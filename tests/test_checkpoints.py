@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import Killed, change, curve, outputs, run_stage
+from helpers import Killed, change, curve, outputs, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.training import curves

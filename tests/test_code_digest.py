@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import panollava
+from helpers import CODE_EDITS, STAGES
 from panollava.errors import UserError
 from panollava.provenance.code_digest import digests, write_digests
-from project import CODE_EDITS, STAGES
 
 FILES = {
     "__init__.py": "",

@@ -4,7 +4,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 from panollava import config
 from panollava.config import load_settings
 from panollava.demo.settings import load_demo_settings

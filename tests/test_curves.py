@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from conftest import change, curve, run_stage
+from helpers import change, curve, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.training import curves

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ROWS, packed_loss, random_views, settings_for
+from helpers import ROWS, packed_loss, random_views, settings_for
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.model.device import autocast, cast_frozen_linears, choose_device

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from conftest import save_tokenizer
+from helpers import save_tokenizer
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, SHARED, write_rows
+from helpers import ROOT, SHARED, write_rows
 from panollava.data.download import download
 from panollava.data.http_client import ATTEMPTS
 from panollava.data.rows import picture_file, plain_file, read_rows

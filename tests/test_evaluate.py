@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import save_language_model
+from helpers import save_language_model
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.data.batches import read_prepared_rows

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import Project, copy_project
 from panollava import paths
 from panollava.cli.main import main
 from panollava.model.weights import read_header
 from panollava.training.answer_objective import Objective
-from project import Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, change, run_stage
+from helpers import ROOT, change, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError

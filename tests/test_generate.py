@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import ROOT
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES, spell

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from project import copy_project
+from helpers import copy_project
 from torture import TRAININGS, Repro, torture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from conftest import (
+from helpers import (
     ROWS,
     packed_loss,
     random_views,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import change, curve, run_stage, weights
+from helpers import change, curve, run_stage, weights
 from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError

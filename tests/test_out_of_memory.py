@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, save_encoder, save_panorama, write_rows
+from helpers import ROOT, save_encoder, save_panorama, write_rows
 from panollava import paths
 from panollava.cli import main as cli
 

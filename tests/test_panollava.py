@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROWS, packed_loss, random_views, separate_losses, settings_for
+from helpers import ROWS, packed_loss, random_views, separate_losses, settings_for
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.model.panollava import PanoLLaVA, build_model

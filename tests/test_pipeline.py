@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from project import CODE_EDITS, STAGES, Project, copy_project
+from helpers import CODE_EDITS, STAGES, Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import write_rows
+from helpers import write_rows
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.stages import STAGES

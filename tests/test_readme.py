@@ -11,9 +11,8 @@ from typing import NamedTuple
 import pytest
 from ruamel.yaml import YAML
 
-from conftest import ROOT
+from helpers import ROOT, Project, copy_project
 from panollava.cli import main as cli
-from project import Project, copy_project
 
 ENGLISH, KOREAN = "README.md", "README.ko.md"
 LINK_TO_OTHER = {ENGLISH: f"[한국어]({KOREAN})", KOREAN: f"[English]({ENGLISH})"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from conftest import ROOT, SHARED, save_encoder, save_language_model, save_tokenizer
+from helpers import ROOT, SHARED, save_encoder, save_language_model, save_tokenizer
 from real_size import language_config
 
 MINI = SHARED / "quic360_mini"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from project import Project, copy_project
+from helpers import Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -4,7 +4,7 @@ import pytest
 from ruamel.yaml import YAML
 from torch import nn
 
-from conftest import ROOT
+from helpers import ROOT
 from panollava.config import ALWAYS_READABLE, VisionStage, load_settings
 from panollava.data import prepare
 from panollava.errors import UserError

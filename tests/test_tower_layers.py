@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from conftest import (
+from helpers import (
     ROWS,
     Killed,
     change,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import change, curve, outputs, run_stage, settings_for, weights
+from helpers import change, curve, outputs, run_stage, settings_for, weights
 from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError

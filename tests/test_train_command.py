@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from helpers import ROOT
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import load_settings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import change, curve, run_stage
+from helpers import change, curve, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.prepare import prepare_project

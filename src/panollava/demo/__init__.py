@@ -1,2 +1,2 @@
-"""The demo profile's world: panoramas of colored objects, questions about them, and two small
-towers that have learned to see and to speak on other such panoramas."""
+"""The demo profile: rendered panoramas of colored objects, questions about them, and two small
+towers pretrained on other such panoramas."""

@@ -1,6 +1,7 @@
-"""The demo's data set: panoramas as JPEG files, and rows in QuIC-360's format."""
+"""The demo's dataset: panoramas as JPEG files, and rows in QuIC-360's format."""
 
 import csv
+import io
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,50 +13,54 @@ from tqdm import tqdm
 
 from panollava.data.images import roll
 from panollava.demo.questions import rows
-from panollava.demo.scenes import make_scene, render, turn
+from panollava.demo.render import render
+from panollava.demo.scenes import make_scene, roll_scene
 from panollava.demo.settings import DemoSettings
+from panollava.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
-
-Turns = list[float]
 
 
 def make_scenes(settings: DemoSettings, folder: Path) -> None:
     """Write train.csv, valid.csv, test.csv and images/ into `folder`."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid", "test"):
-        count = getattr(settings.scenes, split)
-        references = 1 if split == "train" else settings.scenes.references
-        seed = settings.stream(split)
-
-        turns = _turns(split, settings)
-
-        def write(index: int, split: str = split, seed: int = seed, turns: Turns = turns) -> None:
-            panorama = roll(render(make_scene(seed, index), settings.height), turns[index])
-            Image.fromarray(panorama).save(folder / _name(split, index), quality=92)
-
-        with ThreadPoolExecutor(2) as pool:
-            list(tqdm(pool.map(write, range(count)), desc=f"scenes, {split}", total=count))
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("url", "query", "annotation"))
-            writer.writerows(_rows(split, seed, turns, references))
-        log.info("%s: %d panoramas", split, count)
+        rolls = _draw_rolls(split, settings)
+        _write_images(split, settings, rolls, folder)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("url", "query", "annotation"))
+        writer.writerows(_rows(split, settings, rolls))
+        write_text(folder / f"{split}.csv", table.getvalue())
+        log.info("%s: %d panoramas", split, len(rolls))
 
 
-def _turns(split: str, settings: DemoSettings) -> Turns:
-    """Degrees by which each panorama is turned: a share of train's, by any angle. Their objects
-    may lie between two directions, as they may when a panorama is turned in the evaluation."""
+def _draw_rolls(split: str, settings: DemoSettings) -> list[float]:
+    """Degrees by which each panorama is rolled: any angle for a share of train's, otherwise 0.
+    The objects of rolled panoramas may be between two directions, as in the evaluation."""
     count = getattr(settings.scenes, split)
     random = np.random.default_rng((settings.stream(split), count))
-    turned = random.random(count) < (settings.scenes.turned if split == "train" else 0)
-    return [float(d) for d in np.where(turned, random.uniform(0, 360, count), 0)]
+    rolled = random.random(count) < (settings.scenes.turned if split == "train" else 0)
+    return [float(d) for d in np.where(rolled, random.uniform(0, 360, count), 0)]
 
 
-def _rows(split: str, seed: int, turns: Turns, references: int) -> Iterator[tuple[str, str, str]]:
-    for index, degrees in enumerate(turns):
+def _write_images(split: str, settings: DemoSettings, rolls: list[float], folder: Path) -> None:
+    def write(index: int) -> None:
+        scene = make_scene(settings.stream(split), index)
+        panorama = roll(render(scene, settings.height), rolls[index])
+        with atomic_write(folder / _name(split, index)) as temporary:
+            Image.fromarray(panorama).save(temporary, "JPEG", quality=92)
+
+    count = len(rolls)
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(write, range(count)), desc=f"scenes, {split}", total=count))
+
+
+def _rows(split: str, settings: DemoSettings, rolls: list[float]) -> Iterator[tuple[str, str, str]]:
+    seed = settings.stream(split)
+    references = 1 if split == "train" else settings.scenes.references
+    for index, degrees in enumerate(rolls):
         scene = make_scene(seed, index)
-        scene = turn(scene, degrees) if degrees else scene
+        scene = roll_scene(scene, degrees) if degrees else scene
         yield from rows(scene, str(_name(split, index)), references, seed * 1_000_003 + index)
 
 

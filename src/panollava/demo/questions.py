@@ -1,4 +1,4 @@
-"""Questions about a scene, and their answers in words. What an answer states is read in `facts`."""
+"""Questions about a scene, and their answers as text. `facts` parses answers back into facts."""
 
 import re
 
@@ -7,7 +7,7 @@ import numpy as np
 from panollava.demo.scenes import COLORS, DIRECTIONS, Object, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four")
-PLACES = {  # how a direction is said
+PLACES = {  # phrases for a direction
     "front": ("in front", "ahead"),
     "right": ("on the right", "to the right"),
     "behind": ("behind", "at the back"),
@@ -21,11 +21,11 @@ QUERIES = {
     "largest": "which object is the largest ?",
     "around": "what is all around ?",
 }
-TEMPLATES = 3  # ways to say every answer
+TEMPLATES = 3  # phrasings of every answer
 
 
 def has_answer(scene: Scene, topic: str) -> bool:
-    """Not, if it asks for a direction of what is between two of them."""
+    """False if the answer would need the direction of an object between two directions."""
     if topic in DIRECTIONS:
         return scene.is_clear(topic)
     if topic == "largest":
@@ -36,7 +36,7 @@ def has_answer(scene: Scene, topic: str) -> bool:
 
 
 def answer(scene: Scene, topic: str, template: int) -> str:
-    """The true answer to a query of QUERIES, said in one of TEMPLATES ways."""
+    """The correct answer to a query of QUERIES, in one of TEMPLATES phrasings."""
     if topic == "scene":
         where = "indoors" if scene.indoors else "outdoors"
         return (
@@ -46,14 +46,14 @@ def answer(scene: Scene, topic: str, template: int) -> str:
         )[template]
     if topic in ("colors", "count"):
         colors = {item.color for item in scene.objects}
-        listed = _listed([name for name in COLORS if name in colors])
+        listed = _enumerate([name for name in COLORS if name in colors])
     if topic == "colors":
         return (
             f"the objects are {listed} .",
             f"the colors are {listed} .",
             f"they are {listed} .",
         )[template]
-    if topic == "count":  # each is named, then their number
+    if topic == "count":  # the objects are listed before their number
         number = NUMBERS[len(scene.objects)]
         objects = f"{listed} , {number} {'object' if len(scene.objects) == 1 else 'objects'}"
         return (
@@ -63,7 +63,7 @@ def answer(scene: Scene, topic: str, template: int) -> str:
         )[template]
     if topic == "largest":
         largest = scene.largest
-        assert largest.direction is not None, "no largest object in a direction"
+        assert largest.direction is not None, "the largest object is between two directions"
         place = PLACES[largest.direction][0]
         return (
             f"the largest is the {_named(largest)} {place} .",
@@ -71,12 +71,12 @@ def answer(scene: Scene, topic: str, template: int) -> str:
             f"the {_named(largest)} {place} is the largest .",
         )[template]
     if topic == "around":
-        said = [
+        phrases = [
             f"{PLACES[direction][template == 1]} {_article(item)}"
             for direction in DIRECTIONS
             if (item := scene.at(direction)) is not None
         ]
-        return f"{'one can see ' if template == 2 else ''}{' , '.join(said)} ."
+        return f"{'one can see ' if template == 2 else ''}{' , '.join(phrases)} ."
     item = scene.at(topic)
     thing = "nothing" if item is None else _article(item)
     one, other = PLACES[topic]
@@ -88,8 +88,8 @@ def answer(scene: Scene, topic: str, template: int) -> str:
 
 
 def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str, str, str]]:
-    """`references` answers to every query that has one, no two of them said alike; `choice` seeds
-    which."""
+    """(url, query, answer): `references` answers in different phrasings to every query that has
+    one. `choice` seeds the phrasings."""
     random = np.random.default_rng(choice)
     return [
         (url, spell(query), spell(answer(scene, topic, int(template))))
@@ -100,7 +100,7 @@ def rows(scene: Scene, url: str, references: int, choice: int) -> list[tuple[str
 
 
 def spell(words: str) -> str:
-    """Words and marks between spaces, as one writes them."""
+    """Remove the spaces before punctuation marks."""
     return re.sub(r" ([,.?])", r"\1", words)
 
 
@@ -112,5 +112,5 @@ def _article(item: Object) -> str:
     return f"{'an' if item.color[0] in 'aeiou' else 'a'} {_named(item)}"
 
 
-def _listed(words: list[str]) -> str:
+def _enumerate(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{' , '.join(words[:-1])} and {words[-1]}"

@@ -1,17 +1,16 @@
-"""The demo's own settings, `data/demo/params.yaml`, and what its two towers have in common."""
+"""The demo's settings, `data/demo/params.yaml`, and what its data and its towers share."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from panollava.config import Count, NotNegative, Positive, Section, Seed, Share, Views, read
 
-# Streams of scenes that share nothing: scene i of a stream is made from (seed, stream, i).
-# The test scenes of stream 2 were looked at while the demo was made: those of 6 were not.
+# Disjoint streams of scenes: scene i of a stream is made from (seed, stream, i).
+# Stream 2 is retired: its scenes were inspected while the demo was developed.
 STREAMS = {"train": 0, "valid": 1, "test": 6, "encoder": 3, "language_model": 4, "probe": 5}
 
-VIEWS = Views(
-    strategy="e2p", size=64, fov=90.0, overlap=0.5, pitch=0.0, global_view=False
-)  # what the encoder learns to see
+# The views that the encoder is pretrained on.
+VIEWS = Views(strategy="e2p", size=64, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class EncoderSettings(Section):
 @dataclass(frozen=True)
 class Lesson(Section):
     steps: Count
-    places: Count  # of the context that one object has at most
-    turned: Share  # of the scenes, that are turned by any angle
+    places: Count  # largest number of context tokens that describe one object
+    turned: Share  # share of the scenes that are rolled by any angle
 
 
 @dataclass(frozen=True)
-class LanguageSettings(Section):
+class LanguageModelSettings(Section):
     lessons: list[Lesson]
     batch_size: Count
     lr: Positive
@@ -54,7 +53,7 @@ class DemoSettings(Section):
     height: Count
     scenes: SceneSettings
     encoder: EncoderSettings
-    language_model: LanguageSettings
+    language_model: LanguageModelSettings
 
     def stream(self, name: str) -> int:
         """The seed of a stream of scenes."""
@@ -62,5 +61,5 @@ class DemoSettings(Section):
 
 
 def load_demo_settings(path: Path) -> DemoSettings:
-    """Raises UserError for anything but a valid file."""
+    """Raises UserError for an invalid file."""
     return read(DemoSettings, path)
