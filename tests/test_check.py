@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rewrite(folder: Path, split: str, more: list[tuple[str, str, str]]) -> None:
     """Twenty good rows, and more after them."""
     rows = [
-        (f"images/{split}_{'ab'[row % 2]}.jpg", "weather", f"The sky is grey {row}.")
+        (f"images/{split}_{'ab'[row % 2]}.jpg", "weather", f"The sky is gray {row}.")
         for row in range(20)
     ]
     write_rows(folder / f"{split}.csv", rows + more)
@@ -99,7 +99,7 @@ def test_suspicions_are_listed_but_fail_nothing(folder: Path) -> None:
         "train",
         [
             ("images/train_a.jpg", "wether", "It rains."),
-            ("images/train_a.jpg", "weather", "The sky is grey 0."),
+            ("images/train_a.jpg", "weather", "The sky is gray 0."),
             ("images/valid_a.jpg", "weather", "The sky is blue."),
             (one, "weather", "It snows."),
             (other, "weather", "It snows."),
