@@ -28,7 +28,7 @@ from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
 from panollava.geometry import views
 from panollava.model.panollava import build_model
-from panollava.stages import STAGES, find_stage
+from panollava.stages import STAGES
 from panollava.training.features import write_features
 from panollava.training.objective import load_objective
 from panollava.training.train import train
@@ -133,7 +133,7 @@ def _write_features() -> None:
     no_epochs = {f"stage.{name}.epochs": 0 for name in STAGES}
     settings = load_settings(Path("params.yaml"), changes=no_epochs)
     for name in ("vision", "resampler"):
-        train(find_stage(name), settings)
+        train(STAGES[name], settings)
     write_features(settings)
 
 
@@ -147,7 +147,7 @@ def trace_step(name: str, settings: Settings) -> Trace:
 def trace_row(name: str, settings: Settings, limit: int | None) -> Trace:
     """One row, from rows.csv through its tokens and its packed batch to its loss."""
     recorder = Recorder()
-    objective: Any = load_objective(find_stage(name), settings)
+    objective: Any = load_objective(STAGES[name], settings)
     with recorder():
         objective.open_readers()
         reader = objective.readers["train"]

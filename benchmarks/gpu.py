@@ -29,7 +29,7 @@ from panollava.files import write_array, write_csv
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.model.device import autocast, cast_frozen_linears
 from panollava.model.encoder import token_centers
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training import losses
 from panollava.training.tower_layers import compile_layers
 from training import Steps
@@ -96,7 +96,7 @@ def measure_steps(stage: str, device: torch.device, precision: str, repeats: int
             ours = make(stage)
             way = ours.our_loss
         flops, loss = ours.operations(way), value(ours, way)
-        cast_frozen_linears(ours.model, precision, keep=find_stage("resampler").saves)
+        cast_frozen_linears(ours.model, precision, keep=STAGES["resampler"].saves)
         usual_rate = None if usual_seconds is None else rows / usual_seconds
         for fast in (False, True):
             torch.use_deterministic_algorithms(not fast)

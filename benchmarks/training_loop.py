@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from panollava.config import Settings
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training import train
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import load_objective
@@ -25,7 +25,7 @@ def make_module(name: str, settings: Settings) -> LitStage:
     """The stage on what `prepare` and `features` have written; its parts start as pretrained or
     random, not from the stage before."""
     torch.set_num_threads(settings.trainer.threads)
-    stage = find_stage(name)
+    stage = STAGES[name]
     objective: Any = load_objective(stage, settings)
     objective.open_readers()
     return train.make_module(stage, settings, objective)

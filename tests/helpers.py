@@ -30,7 +30,7 @@ from panollava.config import Settings, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.model.panollava import PanoLLaVA
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -227,7 +227,7 @@ class Killed(BaseException):
 def run_stage(name: str, settings: Settings) -> None:
     from panollava.training.train import train  # Lightning is slow to import
 
-    train(find_stage(name), settings)
+    train(STAGES[name], settings)
 
 
 def weights(stage: str) -> dict[str, torch.Tensor]:
@@ -249,7 +249,7 @@ def outputs(stage: str) -> dict[str, bytes]:
     }
 
 
-STAGES = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
+PIPELINE = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
 
 
 class CodeEdit(NamedTuple):
@@ -289,7 +289,7 @@ CODE_EDITS = {
         "return grid * position - 0.5, inside",
         "return grid * position - 0.51, inside",
         {"vision"},
-        set(STAGES) - {"prepare"},
+        set(PIPELINE) - {"prepare"},
     ),
     "a line of captions.py": CodeEdit(
         "evaluation/captions.py", "lower case", "lower-case", {"evaluate"}, {"evaluate"}
@@ -304,7 +304,9 @@ CODE_EDITS = {
     "a line of logs.py": CodeEdit(
         "logs.py", "%(asctime)s %(levelname)s", "%(levelname)s %(asctime)s", set(), set()
     ),
-    "a line of files.py": CodeEdit("files.py", "indent=2", "indent=1", set(STAGES), set(STAGES)),
+    "a line of files.py": CodeEdit(
+        "files.py", "indent=2", "indent=1", set(PIPELINE), set(PIPELINE)
+    ),
 }
 
 

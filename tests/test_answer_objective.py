@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers import change, run_stage, save_tokenizer
 from panollava.config import Settings
 from panollava.errors import UserError
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
 
 
@@ -16,7 +16,7 @@ def test_labelled_is_the_share_of_panoramas_whose_rows_are_used(settings: Settin
     kept = []
     for share in (1.0, 0.5, 0.01):
         objective = Objective(
-            find_stage("resampler"), change(settings, stage__resampler__labelled=share)
+            STAGES["resampler"], change(settings, stage__resampler__labelled=share)
         )
         objective.open_readers()
         train, valid = objective.readers["train"], objective.readers["valid"]

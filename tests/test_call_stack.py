@@ -4,7 +4,7 @@ from pathlib import Path
 
 from call_stack import Recorder, trace_all
 from panollava import paths
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 
 
 def test_no_trace_has_more_files_than_its_limit(project: Path) -> None:
@@ -18,7 +18,7 @@ def test_no_trace_has_more_files_than_its_limit(project: Path) -> None:
 def test_a_file_counts_when_one_of_its_functions_is_called() -> None:
     recorder = Recorder()
     with recorder():
-        find_stage("vision")
+        STAGES["vision"]
         paths.RESUME.exists()
     paths.run_folder("vision")
     trace = recorder.trace("", limit=0)

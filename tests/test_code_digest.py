@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import panollava
-from helpers import CODE_EDITS, STAGES
+from helpers import CODE_EDITS, PIPELINE
 from panollava.errors import UserError
 from panollava.provenance.code_digest import digests, write_digests
 
@@ -245,7 +245,7 @@ def test_an_edit_of_the_project_changes_these_digests(
     """The edits that test_pipeline.py makes under DVC."""
     code = CODE_EDITS[name]
     edit(source / code.file, code.old, code.new)
-    assert differing(source, listings) & set(STAGES) == code.digests
+    assert differing(source, listings) & set(PIPELINE) == code.digests
     assert code.digests <= code.reruns
 
 

@@ -15,7 +15,7 @@ from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.panollava import build_model
 from panollava.model.weights import load_weights
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training.features import write_features
 
 
@@ -24,7 +24,7 @@ def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
     run_stage("resampler", settings)
     write_features(settings)
     model, _ = build_model(settings.model, settings.views)
-    stage = find_stage("resampler")
+    stage = STAGES["resampler"]
     load_weights(paths.weights_file("resampler"), model, stage.saves, stage)
     for split in ("train", "valid", "test"):
         views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))

@@ -199,21 +199,6 @@ def test_a_malformed_message_of_a_library_does_not_stop_the_run(tmp_path: Path) 
     assert result.returncode == 0 and "still running" in only_log(tmp_path)
 
 
-def test_tables_align_words_left_and_numbers_right() -> None:
-    rows = [("encoder", "trains", "92,884,224"), ("projector", "frozen", "0")]
-    assert logs.table(rows, header=("part", "", "parameters")) == (
-        "part               parameters\n"
-        "encoder    trains  92,884,224\n"
-        "projector  frozen           0"
-    )
-    assert logs.table([], header=("a", "b")) == "a  b"
-
-
-def test_a_table_with_a_short_row_is_refused() -> None:
-    with pytest.raises(ValueError):
-        logs.table([("a",)], header=("a", "b"))
-
-
 def test_user_errors_are_raised_again(tmp_path: Path) -> None:
     with pytest.raises(UserError), logs.start("prepare", tmp_path):
         raise UserError("x")

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from panollava.config import Settings
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training.objective import load_objective, prepare_parts
 
 
 def test_only_parts_that_are_neither_trained_nor_saved_are_cast_to_half_precision(
     settings: Settings,
 ) -> None:
-    stage = find_stage("resampler")
+    stage = STAGES["resampler"]
     objective: Any = load_objective(stage, settings)
     prepare_parts(objective.model, stage, "bf16-mixed", checkpointing=False)
     parameters = objective.model.named_parameters()

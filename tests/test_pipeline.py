@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers import CODE_EDITS, STAGES, Project, copy_project
+from helpers import CODE_EDITS, PIPELINE, Project, copy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-AFTER_VISION = set(STAGES[2:])
+AFTER_VISION = set(PIPELINE[2:])
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def finished(
 ) -> Iterator[Project]:
     """A copy in which the pipeline has run, committed."""
     project = copy_project(tmp_path_factory.mktemp("project"), towers, small_data)
-    assert project.repro() == set(STAGES)
+    assert project.repro() == set(PIPELINE)
     project.commit("results")
     yield project
 
@@ -86,12 +86,12 @@ def edit_machine(project: Project) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
-    "vision's lr": (edit_param("vision", "lr", "2e-4"), set(STAGES[1:])),
+    "vision's lr": (edit_param("vision", "lr", "2e-4"), set(PIPELINE[1:])),
     "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
     "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate"}),
-    "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(STAGES[1:])),
-    "view fov": (edit("params.yaml", "fov: 90", "fov: 120"), set(STAGES)),
-    "a pixel of one panorama": (edit_pixel, set(STAGES)),
+    "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(PIPELINE[1:])),
+    "view fov": (edit("params.yaml", "fov: 90", "fov: 120"), set(PIPELINE)),
+    "a pixel of one panorama": (edit_pixel, set(PIPELINE)),
     # The pictures are the same, and the vision stage reads no text.
     "one annotation": (
         edit("small/data/train.csv", "the red box is left.", "the red ball is left."),

@@ -12,7 +12,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 from panollava.training.vicreg_objective import Objective
 
 
@@ -22,7 +22,7 @@ def test_both_passes_of_a_part_use_the_same_dropout_masks(
     towers = shutil.copytree(settings.model.encoder.path, tmp_path / "dropout")
     config = json.loads((towers / "config.json").read_text())
     (towers / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
-    objective = Objective(find_stage("vision"), change(settings, model__encoder__path=str(towers)))
+    objective = Objective(STAGES["vision"], change(settings, model__encoder__path=str(towers)))
     objective.train()
     views = torch.randint(0, 256, (4, *objective.view_shape), dtype=torch.uint8)
     parts = list(views.split(2))

@@ -9,10 +9,10 @@ from torch import nn
 
 from panollava.errors import UserError
 from panollava.model.weights import load_weights, read_header, save_weights
-from panollava.stages import Stage, find_stage
+from panollava.stages import STAGES, Stage
 
-VISION = find_stage("vision")
-RESAMPLER = find_stage("resampler")
+VISION = STAGES["vision"]
+RESAMPLER = STAGES["resampler"]
 
 
 def stage_that_saves(*parts: str) -> Stage:

@@ -59,21 +59,6 @@ def _last_line(error: BaseException, path: Path) -> str:
     return f"internal error ({type(error).__name__}); please report it and attach {path}"
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Aligned columns as plain text; numbers are right-aligned."""
-    lines = [tuple(map(str, line)) for line in (header, *rows)]
-    columns = []
-    for cells in zip(*lines, strict=True):
-        width = max(map(len, cells))
-        numbers = len(cells) > 1 and all(map(_is_number, cells[1:]))
-        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "").strip("-+%").isdigit()
-
-
 def _create(folder: Path, name: str) -> Path:
     """A new file. A second run in the same second gets a number. Exits with a message if the file
     cannot be created, because there is no log yet."""

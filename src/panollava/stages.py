@@ -62,7 +62,3 @@ STAGES = {
         ),
     )
 }
-
-
-def find_stage(name: str) -> Stage:
-    return STAGES[name]

@@ -1,6 +1,7 @@
 """The command line: one short function per command, which imports only what the command needs."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ _MEMORY_HINTS = {
     "train": "lower machine.loader_workers, or the stage's batch_size",
     "evaluate": "lower evaluate.batch_size",
 }
+
+Run = Callable[[argparse.Namespace], None]
 
 # These follow each other in a pipeline: when one starts, the results of the others are recorded.
 _STEPS = ("prepare", "train", "features", "evaluate")
@@ -63,33 +66,52 @@ def _parser() -> argparse.ArgumentParser:
         parser_class=train_command.HelpWithParameters,
     )
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], help: str, folder: Path = paths.LOGS
-    ) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, help: str, folder: Path = paths.LOGS) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run, logs=folder)
         return command
 
     _add_download(add("download", _download, "download the pictures that rows link to"))
     _add_check(add("check", _check, "report every problem of rows and pictures"))
-    add("prepare", _prepare, "check the rows and convert each panorama into views")
-    train_command.add_to(add("train", _train, "train one stage, or all of them without DVC"))
+    prepare = _with_settings("panollava.data.prepare", "prepare_project")
+    add("prepare", prepare, "check the rows and convert each panorama into views")
+    train_command.add_to(add("train", train_command.run, "train one or all stages without DVC"))
     _add_plan(add("plan", _plan, "estimate parameters, memory and disk space of a training"))
-    add("features", _features, "compute the frozen encoder's features (runs/features)")
-    add("evaluate", _evaluate, "answer every query of a split and score the answers")
+    features = _with_settings("panollava.training.features", "write_features")
+    add("features", features, "compute the frozen encoder's features (runs/features)")
+    evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate")
+    add("evaluate", evaluate, "answer every query of a split and score the answers")
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
-    for name, run, help in (
-        ("demo-scenes", _demo_scenes, "render the demo's panoramas (in data/demo)"),
-        ("demo-encoder", _demo_encoder, "pretrain the demo's encoder (in data/demo)"),
-        (
-            "demo-language-model",
-            _demo_language_model,
-            "pretrain the demo's language model (in data/demo)",
-        ),
+    for name, module, function, help in (
+        ("scenes", "dataset", "make_scenes", "render the demo's panoramas"),
+        ("encoder", "encoder", "make_encoder", "pretrain the demo's encoder"),
+        ("language-model", "language_model", "make_language_model", "pretrain its language model"),
     ):
-        add(name, run, help, paths.LOGS_OF_DEMO)
+        demo = _with_demo_settings(f"panollava.demo.{module}", function)
+        add(f"demo-{name}", demo, f"{help} (in data/demo)", paths.LOGS_OF_DEMO)
     return parser
+
+
+def _with_settings(module: str, function: str) -> Run:
+    """A command that calls a function with the settings that its module READS."""
+
+    def run(options: argparse.Namespace) -> None:
+        from panollava.config import load_settings
+
+        stage = importlib.import_module(module)
+        getattr(stage, function)(load_settings(paths.PARAMS, stage.READS))
+
+    return run
+
+
+def _with_demo_settings(module: str, function: str) -> Run:
+    def run(options: argparse.Namespace) -> None:
+        from panollava.demo.settings import load_demo_settings
+
+        getattr(importlib.import_module(module), function)(load_demo_settings(paths.PARAMS))
+
+    return run
 
 
 def _add_download(command: argparse.ArgumentParser) -> None:
@@ -158,20 +180,6 @@ def _check(options: argparse.Namespace) -> None:
     show(report)
 
 
-def _prepare(options: argparse.Namespace) -> None:
-    from panollava.config import load_settings
-    from panollava.data.prepare import READS, prepare_project
-
-    prepare_project(load_settings(paths.PARAMS, READS))
-
-
-def _train(options: argparse.Namespace) -> None:
-    from panollava.model.device import keep_freed_memory
-
-    keep_freed_memory()
-    train_command.run(options)
-
-
 def _plan(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -185,24 +193,6 @@ def _plan(options: argparse.Namespace) -> None:
     show(plan, settings.trainer.gradient_checkpointing)
     if options.json:
         write_json(options.json, asdict(plan))
-
-
-def _features(options: argparse.Namespace) -> None:
-    from panollava.config import load_settings
-    from panollava.model.device import keep_freed_memory
-    from panollava.training.features import READS, write_features
-
-    keep_freed_memory()
-    write_features(load_settings(paths.PARAMS, READS))
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from panollava.config import load_settings
-    from panollava.evaluation.evaluate import READS, evaluate
-    from panollava.model.device import keep_freed_memory
-
-    keep_freed_memory()
-    evaluate(load_settings(paths.PARAMS, READS))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -224,24 +214,3 @@ def _digest(options: argparse.Namespace) -> None:
     from panollava.provenance.code_digest import write_digests
 
     write_digests(paths.DIGESTS)
-
-
-def _demo_scenes(options: argparse.Namespace) -> None:
-    from panollava.demo.dataset import make_scenes
-    from panollava.demo.settings import load_demo_settings
-
-    make_scenes(load_demo_settings(paths.PARAMS), Path())
-
-
-def _demo_encoder(options: argparse.Namespace) -> None:
-    from panollava.demo.encoder import make_encoder
-    from panollava.demo.settings import load_demo_settings
-
-    make_encoder(load_demo_settings(paths.PARAMS), Path("towers/encoder"))
-
-
-def _demo_language_model(options: argparse.Namespace) -> None:
-    from panollava.demo.language_model import make_language_model
-    from panollava.demo.settings import load_demo_settings
-
-    make_language_model(load_demo_settings(paths.PARAMS), Path("towers/language_model"))

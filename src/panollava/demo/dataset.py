@@ -21,7 +21,7 @@ from panollava.files import atomic_write, write_text
 log = logging.getLogger(__name__)
 
 
-def make_scenes(settings: DemoSettings, folder: Path) -> None:
+def make_scenes(settings: DemoSettings, folder: Path = Path()) -> None:
     """Write train.csv, valid.csv, test.csv and images/ into `folder`."""
     for split in ("train", "valid", "test"):
         rolls = _draw_rolls(split, settings)

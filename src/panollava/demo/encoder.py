@@ -39,7 +39,7 @@ Caption = tuple[str, ...]
 Regions = list[tuple[int, int, int, int]]  # of a view: patch row, patch column, color, shape
 
 
-def make_encoder(settings: DemoSettings, folder: Path) -> None:
+def make_encoder(settings: DemoSettings, folder: Path = Path("towers/encoder")) -> None:
     """Pretrain the encoder, and save it in `from_pretrained` format with a report of its loss and
     its linear probe accuracy."""
     parameters = settings.encoder

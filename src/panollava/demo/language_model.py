@@ -40,7 +40,9 @@ _CHATML = (
 )
 
 
-def make_language_model(settings: DemoSettings, folder: Path) -> None:
+def make_language_model(
+    settings: DemoSettings, folder: Path = Path("towers/language_model")
+) -> None:
     """Pretrain the language model, and save it and its tokenizer in `from_pretrained` format with a
     report of its loss and its accuracy. Raises UserError for unusable lessons."""
     parameters = settings.language_model

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
@@ -23,19 +22,19 @@ from panollava.errors import UserError
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.metrics import PREDICTION, SWAPPED, compute_details, headline, rolled_name
 from panollava.files import open_array, write_csv, write_json
-from panollava.model.device import autocast, cast_frozen_linears, choose_device
+from panollava.model.device import autocast, cast_frozen_linears, choose_device, configure_cpu
 from panollava.model.generate import answer
 from panollava.model.language_model import end_tokens
 from panollava.model.panollava import PanoLLaVA, build_model
 from panollava.model.weights import load_weights
 from panollava.provenance.made_from import check_features, check_prepared
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 
 log = logging.getLogger(__name__)
 
 _TRAINER = ("trainer.accelerator", "trainer.threads", "trainer.precision")
 READS = ("views", "model", "evaluate", *_TRAINER)
-_EVALUATED = find_stage("finetune")
+_EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
@@ -48,7 +47,7 @@ class Inputs(NamedTuple):
 def evaluate(settings: Settings) -> None:
     """Write the answers (runs/evaluate/predictions.csv), everything measured (details.json) and
     the headline numbers (metrics/evaluate/metrics.json)."""
-    torch.set_num_threads(settings.trainer.threads)
+    configure_cpu(settings.trainer.threads)
     model, dialogue = _load_model(settings)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
     references: dict[Key, list[str]] = {}

@@ -51,6 +51,12 @@ def cast_frozen_linears(model: nn.Module, precision: str, keep: tuple[str, ...] 
                 layer.to(torch.bfloat16)
 
 
+def configure_cpu(threads: int) -> None:
+    """The number of threads that torch uses, and `keep_freed_memory`."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 def keep_freed_memory() -> None:
     """Make glibc's malloc reuse freed memory instead of returning it to the system, which would
     clear it again, page by page, in every training step. The peak does not change. Does nothing

@@ -13,11 +13,11 @@ from panollava.config import Settings
 from panollava.data.batches import gather
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
-from panollava.model.device import autocast, choose_device
+from panollava.model.device import autocast, choose_device, configure_cpu
 from panollava.model.encoder import EncoderOnly, load_encoder, pool_tokens
 from panollava.model.weights import load_start
 from panollava.provenance import made_from
-from panollava.stages import find_stage
+from panollava.stages import STAGES
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ READS = (
     "trainer.precision",
 )
 _BATCH = 8  # panoramas
-_TRAINED_BY = find_stage("resampler")  # the last stage that trains the encoder
+_TRAINED_BY = STAGES["resampler"]  # the last stage that trains the encoder
 
 
 def write_features(settings: Settings, start: Path | None = None) -> None:
@@ -42,7 +42,7 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
     device = choose_device(settings.trainer.accelerator)
     made_from.check_prepared(settings.views)
     made_from.invalidate(paths.FEATURES)
-    torch.set_num_threads(settings.trainer.threads)
+    configure_cpu(settings.trainer.threads)
     model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
     start = start or paths.weights_file(_TRAINED_BY.name)
     load_start(start, model, ("encoder",), _TRAINED_BY)

@@ -16,14 +16,14 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.errors import UserError
 from panollava.files import write_json
-from panollava.model.device import choose_device
+from panollava.model.device import choose_device, configure_cpu
 from panollava.model.pretrained import hub_commit
 from panollava.model.weights import load_start, read_checkpoint, save_weights
 from panollava.provenance.code_digest import digests
 from panollava.provenance.fingerprint import fingerprint
 from panollava.provenance.made_from import check_features
 from panollava.provenance.resume import check_unfinished, mark_finished, work_folder
-from panollava.stages import Stage, find_stage
+from panollava.stages import STAGES, Stage
 from panollava.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from panollava.training.curves import Curves, Speed, Track, open_tracker
 from panollava.training.lightning_module import LitStage
@@ -50,7 +50,7 @@ def train(
         UserError: the stage cannot start, or the training failed. Nothing is published then.
     """
     check_deterministic(settings.trainer, choose_device(settings.trainer.accelerator))
-    torch.set_num_threads(settings.trainer.threads)
+    configure_cpu(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = load_objective(stage, settings)
     header = _header(stage, settings, objective.model)
@@ -92,7 +92,7 @@ def _load_start(
     if stage.starts_from is None:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
         return
-    before = find_stage(stage.starts_from)
+    before = STAGES[stage.starts_from]
     start = start or paths.weights_file(before.name)
     load_start(start, model, before.saves, before)
     if stage.reads_features:
