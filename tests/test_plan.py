@@ -64,6 +64,7 @@ def test_without_rows_the_plan_is_an_upper_bound(
     project: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = plan()["stages"]
+    assert "no rows found" not in capsys.readouterr().err
     paths.PARAMS.write_text(paths.PARAMS.read_text().replace(str(small_data), "nowhere"))
     unknown = plan()["stages"]
     assert "no rows found: assuming one full-length row per panorama" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
 
-from panollava import config, paths
-from panollava.config import Settings
+from panollava import paths
+from panollava.config import Evaluate, Settings
 from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
@@ -81,7 +81,7 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
     return model, Dialogue(tokenizer, ends=end_tokens(model.language_model))
 
 
-def _find_inputs(evaluation: config.Evaluate) -> dict[str, Inputs]:
+def _find_inputs(evaluation: Evaluate) -> dict[str, Inputs]:
     """By name: each panorama itself, another one in its place, and each roll. Raises UserError if
     runs/features/rolled.npy was written for other rolls."""
     features = open_array(paths.FEATURES / f"{evaluation.split}.npy")
