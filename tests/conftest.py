@@ -1,13 +1,17 @@
 """Fixtures: small real towers, panoramas and rows, made once a session."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from helpers import (
+    Project,
     change,
+    finished_project,
     save_data,
     save_towers,
     settings_for,
@@ -63,3 +67,25 @@ def settings(
     yield settings
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shared_project(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, towers: Path, small_data: Path
+) -> Path:
+    """The folder of a finished project, made once for all test processes: read it, or copy it."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":  # the processes of pytest-xdist have a folder in common
+        folder = folder.parent
+    with FileLock(folder / "shared_project.lock"):
+        if not (folder / "shared_project/dvc.lock").is_file():
+            finished_project(folder / "shared_project", towers, small_data)
+    return folder / "shared_project"
+
+
+@pytest.fixture(scope="module")
+def finished(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """This module's copy of the finished project."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    shutil.copytree(shared_project, folder, symlinks=True)
+    return Project(folder)

@@ -374,6 +374,14 @@ class Project:
         }
 
 
+def finished_project(target: Path, towers: Path, data: Path) -> Project:
+    """A copy of the project in which the pipeline has run and is committed."""
+    project = copy_project(target, towers, data)
+    assert project.repro() == set(PIPELINE)
+    project.commit("results")
+    return project
+
+
 def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
     """What git knows of the project but for results, with small towers in its params.yaml, and
     other data; None: a small form of the demo's, which the pipeline makes itself."""
@@ -385,9 +393,9 @@ def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
         check=True,
     )
     for name in listed.stdout.splitlines():
-        own = not name.startswith("data/demo/") or (data is None and "/towers/" not in name)
+        needed = not name.startswith("data/demo/") or (data is None and "/towers/" not in name)
         result = name == "dvc.lock" or name.startswith("metrics/")
-        if (ROOT / name).is_file() and own and not result:
+        if (ROOT / name).is_file() and needed and not result:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
     shutil.copytree(towers, target / "small/towers")
@@ -404,7 +412,7 @@ def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
         ("size: 64", "size: 32"),
     ):
         project.replace("params.yaml", old, new)
-    project.set("params.yaml", max_text_length=99, epochs=1, batch_size=4)
+    project.set("params.yaml", max_text_length=99, epochs=2, batch_size=4, save_every=1)
     project.run("git", "init", "-q")
     project.run("git", "config", "user.email", "test@example.invalid")
     project.run("git", "config", "user.name", "test")

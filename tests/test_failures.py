@@ -14,24 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import Project, copy_project
+from helpers import Project
 from panollava import paths
 from panollava.cli.main import main
 from panollava.model.weights import read_header
 from panollava.training.answer_objective import Objective
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, towers: Path, small_data: Path
-) -> Iterator[Project]:
-    project = copy_project(tmp_path_factory.mktemp("project"), towers, small_data)
-    project.set("params.yaml", save_every=1, epochs=2)
-    project.repro()
-    project.commit("results")
-    yield project
 
 
 @pytest.fixture

@@ -9,19 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Project, copy_project
+from helpers import Project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, towers: Path, small_data: Path
-) -> Iterator[Project]:
-    project = copy_project(tmp_path_factory.mktemp("project"), towers, small_data)
-    project.repro()
-    project.commit("results")
-    yield project
 
 
 @pytest.fixture(scope="module")
