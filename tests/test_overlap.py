@@ -143,6 +143,7 @@ def test_exactly_the_tokens_with_four_neighbors_in_the_target_are_matched() -> N
     _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
     assert torch.allclose(read, torch.ones_like(read))
     assert (pairs.weights > 0).sum(dim=-1).max() <= 4
+    assert not pairs.weights[~pairs.mask.flatten(1)].any()
     # No other token has four neighbors: the target's projection gives the same mask.
     for pair, (source, target) in enumerate(views_layout.neighbors):
         position, _ = views_layout.projections[target].position(
