@@ -12,11 +12,11 @@ from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
 
 
-def test_labelled_is_the_share_of_panoramas_whose_rows_are_used(settings: Settings) -> None:
+def test_labeled_is_the_share_of_panoramas_whose_rows_are_used(settings: Settings) -> None:
     kept = []
     for share in (1.0, 0.5, 0.01):
         objective = Objective(
-            STAGES["resampler"], change(settings, stage__resampler__labelled=share)
+            STAGES["resampler"], change(settings, stage__resampler__labeled=share)
         )
         objective.open_readers()
         train, valid = objective.readers["train"], objective.readers["valid"]

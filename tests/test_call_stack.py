@@ -18,7 +18,7 @@ def test_no_trace_has_more_files_than_its_limit(project: Path) -> None:
 def test_a_file_counts_when_one_of_its_functions_is_called() -> None:
     recorder = Recorder()
     with recorder():
-        STAGES["vision"]
+        _ = STAGES["vision"].reads_features
         paths.RESUME.exists()
     paths.run_folder("vision")
     trace = recorder.trace("", limit=0)

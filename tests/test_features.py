@@ -46,7 +46,9 @@ def test_features_of_other_panoramas_or_rolls_are_an_error(settings: Settings) -
     train = paths.FEATURES / "train.npy"
     np.save(train, np.load(train)[:1])
     shutil.rmtree(paths.RESUME)
-    with pytest.raises(UserError, match=r"train.npy: holds 1 panoramas, but .*rows.csv has rows"):
+    with pytest.raises(
+        UserError, match=r"train.npy: contains 1 panoramas, but .*rows.csv refers to"
+    ):
         run_stage("finetune", settings)
 
 
