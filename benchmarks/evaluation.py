@@ -13,7 +13,7 @@ import real_size
 from measure import ROOT, Line, options_parser, report, time_alternately
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
-from panollava.demo.questions import QUERIES, spell
+from panollava.demo.questions import QUERIES
 from panollava.demo.render import render
 from panollava.demo.scenes import make_scene
 from panollava.geometry import views
@@ -81,7 +81,7 @@ def compare(
     max_new_tokens: int,
     repeats: int,
 ) -> Line:
-    texts = [spell(query) for query in list(QUERIES.values())[:QUERIES_PER_PANORAMA]]
+    texts = list(QUERIES.values())[:QUERIES_PER_PANORAMA]
     queries = [texts] * len(features)
     ours = partial(answer, model, dialogue, features, queries, max_new_tokens)
     usual = partial(answer_one_by_one, model, dialogue, features, queries, max_new_tokens)

@@ -21,20 +21,15 @@ from helpers import ROOT
 from panollava.config import Pretrained
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
-from panollava.demo.context import MAX_PER_OBJECT, token_words
+from panollava.demo.context import token_words
 from panollava.demo.dataset import make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
-from panollava.demo.language_model import (
-    accuracy,
-    make_language_model,
-    make_tokenizer,
-    with_context,
-)
-from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
+from panollava.demo.language_model import accuracy, make_tokenizer, with_context
+from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows
 from panollava.demo.render import render
 from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, roll_scene
-from panollava.demo.settings import STREAMS, DemoSettings, Lesson, load_demo_settings
+from panollava.demo.settings import MAX_PER_OBJECT, STREAMS, DemoSettings, load_demo_settings
 from panollava.errors import UserError
 from panollava.model.encoder import load_encoder
 from panollava.model.language_model import load_language_model
@@ -116,8 +111,8 @@ def test_every_answer_states_exactly_the_facts_of_its_scene() -> None:
         scene = make_scene(1, index)
         for topic, query in QUERIES.items():
             for template in range(TEMPLATES):
-                text = spell(answer(scene, topic, template))
-                facts = read_facts(spell(query), text)
+                text = answer(scene, topic, template)
+                facts = read_facts(query, text)
                 kind = "color_shape_by_direction" if topic in DIRECTIONS else topic
                 assert facts[kind] == expected_facts(scene, topic), text
                 if topic in DIRECTIONS:
@@ -130,7 +125,7 @@ def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None
         degrees = 9.0 * index
         scene = roll_scene(make_scene(7, index), degrees)
         picture = roll(render(make_scene(7, index), 128), degrees)
-        queries = {query for _, query, _ in rows(scene, "x.jpg", 1, choice=index)}
+        queries = {query for query, _ in rows(scene, 1, choice=index)}
         for item in scene.objects:
             row, column = place(item, 128)
             colors = {nearest_color(picture[row, (column + shift) % 256]) for shift in (-1, 0, 1)}
@@ -139,13 +134,13 @@ def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None
             if min(offsets) > 30:
                 between += 1
                 assert item.direction is None
-                assert spell(QUERIES["around"]) not in queries
+                assert QUERIES["around"] not in queries
             for direction, offset in zip(DIRECTIONS, offsets, strict=True):
                 if 30 < offset < 60:
-                    assert spell(QUERIES[direction]) not in queries
-                elif offset <= 30 and spell(QUERIES[direction]) in queries:
+                    assert QUERIES[direction] not in queries
+                elif offset <= 30 and QUERIES[direction] in queries:
                     assert item.direction == direction
-        assert {spell(QUERIES[topic]) for topic in ("scene", "colors", "count")} <= queries
+        assert {QUERIES[topic] for topic in ("scene", "colors", "count")} <= queries
     assert between > 10
 
 
@@ -161,7 +156,7 @@ def test_a_scene_rolled_by_a_multiple_of_90_degrees_keeps_all_queries(quarters: 
 
 
 def test_the_answer_to_how_many_lists_the_objects_before_their_number() -> None:
-    text = spell(answer(make_scene(7, 3), "count", 0))
+    text = answer(make_scene(7, 3), "count", 0)
     *colors, number = re.split(r", | and ", text.removesuffix("."))
     assert set(colors) == {item.color for item in make_scene(7, 3).objects}
     assert number == f"{('one', 'two', 'three', 'four')[len(colors) - 1]} objects"
@@ -170,9 +165,9 @@ def test_the_answer_to_how_many_lists_the_objects_before_their_number() -> None:
 
 def test_the_references_of_a_query_differ() -> None:
     answers: dict[str, list[str]] = {}
-    for _, query, text in rows(make_scene(1, 0), "x.jpg", 3, choice=0):
+    for query, text in rows(make_scene(1, 0), 3, choice=0):
         answers.setdefault(query, []).append(text)
-    assert set(answers) == {spell(query) for query in QUERIES.values()}
+    assert set(answers) == set(QUERIES.values())
     assert all(len(texts) == len(set(texts)) == 3 for texts in answers.values())
 
 
@@ -182,7 +177,7 @@ def test_the_loaded_tokenizer_preserves_every_query_and_answer() -> None:
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     dialogue = Dialogue(tokenizer, 128)
     for index in range(50):
-        for _, query, text in rows(make_scene(1, index), "", TEMPLATES, index):
+        for query, text in rows(make_scene(1, index), TEMPLATES, index):
             tokens = dialogue.row(query, text)
             assert dialogue.decode(tokens.answer) == text
             assert len(tokens.answer) <= len(re.findall(r"\w+|[^\w\s]", text)) + 1  # words
@@ -242,18 +237,23 @@ def test_the_language_model_answers_from_context_tokens(settings: DemoSettings) 
         assert report[name] >= 0.98
 
 
-def test_the_context_holds_all_objects_of_a_scene(settings: DemoSettings, tmp_path: Path) -> None:
+def test_the_context_holds_all_objects_of_a_scene(tmp_path: Path) -> None:
     most = 24  # 96 of the 128 tokens can describe objects, and a scene has up to four
     assert most == MAX_PER_OBJECT
     largest = SimpleNamespace(permutation=range, integers=lambda low, high: high - 1)
     full = next(scene for i in range(50) if len((scene := make_scene(1, i)).objects) == 4)
-    assert len(token_words(full, most, largest)) == 128  # type: ignore[arg-type]
-    for values, message in (([(12, 8), (12, most + 1)], "lesson 2 has places: 25"), ([], "none")):
-        lessons = [Lesson(steps, places, 0.5) for steps, places in values]
-        wrong = change(settings, language_model=change(settings.language_model, lessons=lessons))
-        with pytest.raises(UserError, match=message):
-            make_language_model(wrong, tmp_path)
-    assert not list(tmp_path.iterdir())
+    words = token_words(full, most, largest)  # type: ignore[arg-type]
+    assert len(words) == 128
+    assert all(sum(item.color in token for token in words) == most for item in full.objects)
+    path, text = tmp_path / "params.yaml", (DEMO / "params.yaml").read_text()
+    path.write_text(text.replace("places: 8", f"places: {most + 1}"))
+    with pytest.raises(UserError, match=r"lessons\[1\]\.places: .* at most 24, found 25"):
+        load_demo_settings(path)
+    path.write_text(
+        re.sub(r"lessons:.*?\n  batch_size", "lessons: []\n  batch_size", text, flags=re.S)
+    )
+    with pytest.raises(UserError, match=r"language_model\.lessons: .* at least 1 item"):
+        load_demo_settings(path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from panollava.demo.questions import QUERIES, answer, spell
+from panollava.demo.questions import QUERIES, answer
 from panollava.demo.scenes import DIRECTIONS, Scene, make_scene
 from panollava.evaluation.facts import PanoramaFacts, compare, find_reader, rotation, seam
 
@@ -23,7 +23,7 @@ def rolled(scene: Scene, quarters: int) -> Scene:
 
 def stated(scenes: list[Scene], template: int = 0) -> PanoramaFacts:
     texts = {
-        (index, spell(query)): spell(answer(scene, topic, template))
+        (index, query): answer(scene, topic, template)
         for index, scene in enumerate(scenes)
         for topic, query in QUERIES.items()
     }

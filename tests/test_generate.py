@@ -6,7 +6,7 @@ import torch
 from helpers import ROOT
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
-from panollava.demo.questions import QUERIES, spell
+from panollava.demo.questions import QUERIES
 from panollava.model.generate import _PreallocatedLayer, answer
 from panollava.model.panollava import build_model
 
@@ -24,7 +24,7 @@ def test_batched_answers_equal_those_of_generate_query_by_query(
     monkeypatch.setattr(dialogue, "decode", list)
     torch.manual_seed(0)
     features = model.eval().features(torch.randint(256, (3, 8, 64, 64, 3)).to(torch.uint8))
-    texts = [spell(query) for query in QUERIES.values()]
+    texts = list(QUERIES.values())
     queries = [texts, texts[:1], texts[4:]]
     embed = model.language_model.get_input_embeddings()
     before = embed(torch.tensor([dialogue.text_prefix]))

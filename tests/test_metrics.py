@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from panollava.demo.questions import QUERIES, answer, spell
+from panollava.demo.questions import QUERIES, answer
 from panollava.demo.scenes import DIRECTIONS, Scene, make_scene
 from panollava.evaluation.facts import FactReader, Key, find_reader
 from panollava.evaluation.metrics import compute_details, headline, rolled_name
@@ -16,7 +16,7 @@ SCENES = [make_scene(2, index) for index in range(12)]
 
 def texts(scenes: list[Scene], template: int = 0) -> dict[Key, str]:
     return {
-        (index, spell(query)): spell(answer(scene, topic, template))
+        (index, query): answer(scene, topic, template)
         for index, scene in enumerate(scenes)
         for topic, query in QUERIES.items()
     }

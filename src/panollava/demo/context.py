@@ -7,14 +7,12 @@ A context token is a noisy sum of word embeddings that state some facts of a sce
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from panollava.data.dialogue import Dialogue
 from panollava.demo.scenes import CLEARANCE, DIRECTIONS, TOLERANCE, Object, Scene, offset
+from panollava.demo.settings import CONTEXT, MAX_SILENT
 from panollava.model.panollava import PanoLLaVA
-
-CONTEXT = 128  # tokens of a panorama: eight views of 4 x 4
-_MAX_SILENT = CONTEXT // 4  # largest number of tokens that state nothing
-MAX_PER_OBJECT = (CONTEXT - _MAX_SILENT) // len(DIRECTIONS)  # tokens, so that all objects fit
 
 
 def context_tokens(
@@ -42,28 +40,22 @@ def context_tokens(
     )
     is_word = (ids != dialogue.pad).unsqueeze(-1)
     summed = (model.embed(ids) * is_word).sum(dim=2)
-    norm = summed.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    normed = summed / norm * summed.shape[-1] ** 0.5
+    normed = functional.normalize(summed, dim=-1, eps=1e-6) * summed.shape[-1] ** 0.5
     noises = torch.from_numpy(random.standard_normal(normed.shape).astype(np.float32))
     return normed + noise * noises
 
 
 def token_words(scene: Scene, per_object: int, random: np.random.Generator) -> list[list[str]]:
     """The words of each context token."""
-    tokens: list[list[str]] = [[scene.kind] for _ in range(CONTEXT)]
-    silent = random.integers(0, _MAX_SILENT + 1)
+    described: list[list[str]] = [[]] * int(random.integers(0, MAX_SILENT + 1))
     order = random.permutation(CONTEXT)
-    for at in order[:silent]:
-        tokens[at] = []
-    at = silent
     for item in scene.objects:
         words = [item.color, item.shape, *_directions(item)]
         if item is scene.largest:
             words.append("largest")
-        for _ in range(random.integers(1, per_object + 1)):
-            tokens[order[at]] = words
-            at += 1
-    return tokens
+        described += [words] * int(random.integers(1, per_object + 1))
+    described += [[scene.kind]] * (CONTEXT - len(described))
+    return [described[i] for i in np.argsort(order)]
 
 
 def _directions(item: Object) -> list[str]:

@@ -1,13 +1,13 @@
 """The demo's dataset: panoramas as JPEG files, and rows in QuIC-360's format."""
 
-import csv
-import io
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,12 +25,12 @@ def make_scenes(settings: DemoSettings, folder: Path = Path()) -> None:
     """Write train.csv, valid.csv, test.csv and images/ into `folder`."""
     for split in ("train", "valid", "test"):
         rolls = _draw_rolls(split, settings)
-        _write_images(split, settings, rolls, folder)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("url", "query", "annotation"))
-        writer.writerows(_rows(split, settings, rolls))
-        write_text(folder / f"{split}.csv", table.getvalue())
+        write = partial(_write_panorama, split, settings, folder)
+        with ThreadPoolExecutor(2) as pool:
+            written = pool.map(write, range(len(rolls)), rolls)
+            bar = tqdm(written, desc=f"scenes, {split}", total=len(rolls))
+            table = pd.DataFrame(chain.from_iterable(bar), columns=["url", "query", "annotation"])
+        write_text(folder / f"{split}.csv", table.to_csv(index=False, lineterminator="\n"))
         log.info("%s: %d panoramas", split, len(rolls))
 
 
@@ -40,29 +40,19 @@ def _draw_rolls(split: str, settings: DemoSettings) -> list[float]:
     count = getattr(settings.scenes, split)
     random = np.random.default_rng((settings.stream(split), count))
     rolled = random.random(count) < (settings.scenes.turned if split == "train" else 0)
-    return [float(d) for d in np.where(rolled, random.uniform(0, 360, count), 0)]
+    return np.where(rolled, random.uniform(0, 360, count), 0).tolist()
 
 
-def _write_images(split: str, settings: DemoSettings, rolls: list[float], folder: Path) -> None:
-    def write(index: int) -> None:
-        scene = make_scene(settings.stream(split), index)
-        panorama = roll(render(scene, settings.height), rolls[index])
-        with atomic_write(folder / _name(split, index)) as temporary:
-            Image.fromarray(panorama).save(temporary, "JPEG", quality=92)
-
-    count = len(rolls)
-    with ThreadPoolExecutor(2) as pool:
-        list(tqdm(pool.map(write, range(count)), desc=f"scenes, {split}", total=count))
-
-
-def _rows(split: str, settings: DemoSettings, rolls: list[float]) -> Iterator[tuple[str, str, str]]:
+def _write_panorama(
+    split: str, settings: DemoSettings, folder: Path, index: int, degrees: float
+) -> list[tuple[str, str, str]]:
+    """Write the panorama's image. Returns its rows: (url, query, annotation)."""
     seed = settings.stream(split)
+    scene = make_scene(seed, index)
+    url = f"images/{split}_{index:04d}.jpg"
+    with atomic_write(folder / url) as temporary:
+        panorama = roll(render(scene, settings.height), degrees)
+        Image.fromarray(panorama).save(temporary, "JPEG", quality=92)
     references = 1 if split == "train" else settings.scenes.references
-    for index, degrees in enumerate(rolls):
-        scene = make_scene(seed, index)
-        scene = roll_scene(scene, degrees) if degrees else scene
-        yield from rows(scene, str(_name(split, index)), references, seed * 1_000_003 + index)
-
-
-def _name(split: str, index: int) -> Path:
-    return Path("images") / f"{split}_{index:04d}.jpg"
+    rolled = roll_scene(scene, degrees) if degrees else scene
+    return [(url, *row) for row in rows(rolled, references, seed * 1_000_003 + index)]

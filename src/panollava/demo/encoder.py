@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipModel
 
-from panollava.demo.pretraining import fit
+from panollava.demo.pretraining import TOWER, fit
 from panollava.demo.render import render
 from panollava.demo.scenes import COLORS, EYE, KINDS, SHAPES, Scene, make_scene
 from panollava.demo.settings import VIEWS, DemoSettings
@@ -36,7 +36,7 @@ _POOL = 2
 _MEAN = _STD = 0.5
 
 Caption = tuple[str, ...]
-Regions = list[tuple[int, int, int, int]]  # of a view: patch row, patch column, color, shape
+Regions = list[tuple[int, int, int, int]]  # of a view: token row, token column, color, shape
 
 
 def make_encoder(settings: DemoSettings, folder: Path = Path("towers/encoder")) -> None:
@@ -65,22 +65,10 @@ def make_encoder(settings: DemoSettings, folder: Path = Path("towers/encoder")) 
 
 
 def _build_model() -> SiglipModel:
-    tower = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    }
-    text = {
-        **tower,
-        "num_hidden_layers": 2,
-        "vocab_size": len(_WORDS),
-        "max_position_embeddings": _CAPTION_LENGTH,
-        "projection_size": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+    tower = {**TOWER, "num_attention_heads": 4}
+    words = {"vocab_size": len(_WORDS), "max_position_embeddings": _CAPTION_LENGTH}
+    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos")}
+    text = {**tower, **words, **special, "num_hidden_layers": 2}
     vision = {**tower, "image_size": VIEWS.size, "patch_size": _PATCH}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     # Initial values of the paper, since most pairs do not match; transformers sets both to 0.
@@ -95,14 +83,13 @@ def _make_examples(
     """All views of `count` scenes: pixels (views, height, width, 3), captions and regions."""
     layout = views.layout(VIEWS)
     sampler = views.Sampler(layout, VIEWS.size)
-    pixels, captions, regions = [], [], []
-    for index in tqdm(range(count), desc=f"views, {stream}"):
-        scene = make_scene(settings.stream(stream), index)
-        pixels.append(sampler.sample(render(scene, settings.height)))
-        for projection in layout.projections:
-            caption, objects = _describe_view(scene, projection)
-            captions.append(caption)
-            regions.append(objects)
+    scenes = [make_scene(settings.stream(stream), index) for index in range(count)]
+    described = [_describe_view(scene, view) for scene in scenes for view in layout.projections]
+    pixels = [
+        sampler.sample(render(scene, settings.height))
+        for scene in tqdm(scenes, desc=f"views, {stream}")
+    ]
+    captions, regions = map(list, zip(*described, strict=True))
     return np.concatenate(pixels), captions, regions
 
 
@@ -120,8 +107,8 @@ def _describe_view(scene: Scene, projection: sphere.Projection) -> tuple[Caption
     grid = VIEWS.size // _PATCH
     for x, y, item in sorted(visible, key=lambda entry: entry[0]):
         words += [item.color, item.shape, _POSITIONS[min(2, int(3 * x))]]
-        patch = (int(y * grid), int(x * grid))
-        regions.append((*patch, list(COLORS).index(item.color), SHAPES.index(item.shape)))
+        token = (int(y * grid) // _POOL, int(x * grid) // _POOL)
+        regions.append((*token, list(COLORS).index(item.color), SHAPES.index(item.shape)))
     return tuple(words[:_CAPTION_LENGTH]), regions
 
 
@@ -138,7 +125,7 @@ def _loss(
     texts = list(dict.fromkeys([*captions, *(_corrupt(c, random) for c in captions)]))
     index = {text: i for i, text in enumerate(texts)}
     loss = _sigmoid_loss(model, output.pooler_output, texts, [index[c] for c in captions])
-    tokens = _pool(output.last_hidden_state)[regions[:, 0], regions[:, 1], regions[:, 2]]
+    tokens = _tokens_at(output.last_hidden_state, regions)
     names = (regions[:, 3] * len(SHAPES) + regions[:, 4]).tolist()
     return loss + _sigmoid_loss(model, tokens, [*product(COLORS, SHAPES)], names)
 
@@ -153,8 +140,7 @@ def _sigmoid_loss(
     image = functional.normalize(features, dim=-1)
     text = functional.normalize(model.text_model(ids).pooler_output, dim=-1)
     logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
-    sign = -torch.ones_like(logits)
-    sign[torch.arange(len(matches)), torch.tensor(matches)] = 1
+    sign = 2 * functional.one_hot(torch.tensor(matches), len(texts)) - 1
     return -functional.logsigmoid(sign * logits).sum() / len(matches)
 
 
@@ -164,22 +150,18 @@ def _normalize(pixels: NDArray[np.uint8]) -> Tensor:
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - _MEAN) / _STD
 
 
-def _pool(hidden: Tensor) -> Tensor:
-    """(views, tokens, width) -> (views, grid, grid, width), pooled as in PanoLLaVA."""
+def _tokens_at(hidden: Tensor, regions: Tensor) -> Tensor:
+    """(views, tokens, width) -> (objects, width): the tokens at the objects' centers, pooled as in
+    PanoLLaVA. `regions`: see `_region_index`."""
     side = VIEWS.size // _PATCH
-    return pool_tokens(hidden.unflatten(1, (side, side)), _POOL)
+    pooled = pool_tokens(hidden.unflatten(1, (side, side)), _POOL)
+    return pooled[regions[:, 0], regions[:, 1], regions[:, 2]]
 
 
 def _region_index(regions: list[Regions]) -> Tensor:
     """(objects, 5) int64: view, row and column of the pooled token at the object's center, color,
     shape."""
-    return torch.tensor(
-        [
-            (view, row // _POOL, column // _POOL, color, shape)
-            for view, objects in enumerate(regions)
-            for row, column, color, shape in objects
-        ]
-    )
+    return torch.tensor([(view, *at) for view, objects in enumerate(regions) for at in objects])
 
 
 def _corrupt(caption: Caption, random: np.random.Generator) -> Caption:
@@ -196,9 +178,8 @@ def probe(tower: torch.nn.Module, settings: DemoSettings, scenes: int = 150) -> 
     """Linear probe: accuracy of ridge regression from the pooled token at an object's center to its
     color and its shape. Fitted on the first two thirds of the objects, measured on the rest."""
     pixels, _, regions = _make_examples(settings, "probe", scenes)
-    tokens = _pool(tower(_normalize(pixels)).last_hidden_state)
     index = _region_index(regions)
-    x = tokens[index[:, 0], index[:, 1], index[:, 2]].double()
+    x = _tokens_at(tower(_normalize(pixels)).last_hidden_state, index).double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     split = len(x) * 2 // 3
     report = {}

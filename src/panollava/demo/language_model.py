@@ -10,24 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
-from panollava.demo.context import CONTEXT, MAX_PER_OBJECT, context_tokens
-from panollava.demo.pretraining import fit
-from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows, spell
+from panollava.demo.context import context_tokens
+from panollava.demo.pretraining import TOWER, fit
+from panollava.demo.questions import TEMPLATES, rows
 from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Scene, make_scene, roll_scene
-from panollava.demo.settings import DemoSettings, Lesson
-from panollava.errors import UserError
+from panollava.demo.settings import CONTEXT, DemoSettings, Lesson
 from panollava.files import write_json
-from panollava.model.generate import answer as generate
+from panollava.model.generate import answer
 from panollava.model.panollava import PanoLLaVA
 
 log = logging.getLogger(__name__)
@@ -44,9 +37,8 @@ def make_language_model(
     settings: DemoSettings, folder: Path = Path("towers/language_model")
 ) -> None:
     """Pretrain the language model, and save it and its tokenizer in `from_pretrained` format with a
-    report of its loss and its accuracy. Raises UserError for unusable lessons."""
+    report of its loss and its accuracy."""
     parameters = settings.language_model
-    _check_lessons(parameters.lessons)
     torch.set_num_threads(parameters.threads)
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer()
@@ -58,7 +50,7 @@ def make_language_model(
         first_step += lesson.steps
     report = {
         "loss": round(loss, 4),
-        "right": accuracy(model, dialogue, settings),
+        "right": accuracy(model, dialogue, settings, rolled=False),
         "right_turned": accuracy(model, dialogue, settings, rolled=True),
     }
     log.info("given the true context: %s", report)
@@ -67,25 +59,14 @@ def make_language_model(
     write_json(folder / "report.json", report)
 
 
-def _check_lessons(lessons: list[Lesson]) -> None:
-    if not lessons:
-        raise UserError("language_model.lessons: expected at least one lesson, found none")
-    for number, lesson in enumerate(lessons, 1):
-        if not 1 <= lesson.places <= MAX_PER_OBJECT:
-            raise UserError(
-                f"language_model.lessons: lesson {number} has places: {lesson.places}; "
-                f"expected 1 to {MAX_PER_OBJECT}, so that {len(DIRECTIONS)} objects fit"
-            )
-
-
-def make_tokenizer() -> PreTrainedTokenizerBase:
+def make_tokenizer() -> Qwen2Tokenizer:
     """A byte-pair tokenizer trained on the demo's sentences, with the ChatML template. It has
     Qwen2's class, because `AutoTokenizer` loads that class for every Qwen2 model."""
     sentences = [
         text
         for index in range(_TOKENIZER_SCENES)
-        for _, query, answer in rows(make_scene(0, index), "", TEMPLATES, index)
-        for text in (f"user\n{query}", f"assistant\n{answer}")
+        for query, reference in rows(make_scene(0, index), TEMPLATES, index)
+        for text in (f"user\n{query}", f"assistant\n{reference}")
     ]
     words = [f" {word}" for word in (*KINDS, *COLORS, *SHAPES, *DIRECTIONS, "largest")]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
@@ -96,12 +77,10 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+def _build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        **TOWER,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -146,7 +125,7 @@ def _loss(
     random: np.random.Generator,
 ) -> Tensor:
     tokens = [
-        [dialogue.row(query, text) for _, query, text in rows(scene, "", 1, int(seed))]
+        [dialogue.row(query, text) for query, text in rows(scene, 1, int(seed))]
         for scene, seed in zip(scenes, random.integers(1 << 31, size=len(scenes)), strict=True)
     ]
     packed = pack(dialogue.text_prefix, CONTEXT, tokens, dialogue.pad)
@@ -154,11 +133,7 @@ def _loss(
 
 
 def accuracy(
-    model: PanoLLaVA,
-    dialogue: Dialogue,
-    settings: DemoSettings,
-    count: int = 50,
-    rolled: bool = False,
+    model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, rolled: bool, count: int = 50
 ) -> float:
     """Share of generated answers that equal a reference, given the true context of `count` scenes.
     `rolled`: scenes rolled by any angle, and only the queries that have an answer there."""
@@ -171,12 +146,12 @@ def accuracy(
     with torch.no_grad():
         per_object = parameters.lessons[-1].places
         context = context_tokens(model, dialogue, scenes, parameters.noise, per_object, random)
-    topics = [[topic for topic in QUERIES if has_answer(scene, topic)] for scene in scenes]
-    queries = [[spell(QUERIES[topic]) for topic in answered] for answered in topics]
-    predicted = generate(model, dialogue, context, queries, max_new_tokens=48)
+    references = [rows(scene, TEMPLATES, 0) for scene in scenes]
+    queries = [list(dict.fromkeys(query for query, _ in pairs)) for pairs in references]
+    answers = answer(model, dialogue, context, queries, max_new_tokens=48)
     correct = [
-        text in {spell(answer(scene, topic, template)) for template in range(TEMPLATES)}
-        for scene, answered, texts in zip(scenes, topics, predicted, strict=True)
-        for topic, text in zip(answered, texts, strict=True)
+        pair in pairs
+        for pairs, scene_queries, texts in zip(references, queries, answers, strict=True)
+        for pair in zip(scene_queries, texts, strict=True)
     ]
     return round(sum(correct) / len(correct), 4)

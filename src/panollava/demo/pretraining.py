@@ -1,10 +1,14 @@
-"""The training loop of the demo's two towers."""
+"""What the demo's two towers share: their size, and the training loop."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, lr_scheduler
 from tqdm import tqdm
+
+TOWER: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 
 
 def fit(
@@ -16,10 +20,8 @@ def fit(
     name: str,
 ) -> float:
     """AdamW with a one-cycle learning rate that peaks at `lr`. Returns the last step's loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=len(steps), pct_start=0.1
-    )
+    optimizer = AdamW(model.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.05)
+    schedule = lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps), pct_start=0.1)
     bar = tqdm(steps, desc=name)
     for step in bar:
         loss = loss_of_step(step)

@@ -110,6 +110,12 @@ def _points(origin: Array, rays: Array, hit: Array) -> Array:
     return origin + rays * np.where(np.isfinite(hit), hit, 0)[:, None]
 
 
+def _cut(origin: Array, rays: Array, hit: Array, size: float) -> Array:
+    """The distances, infinite where the rays hit below or above the solid."""
+    level = _points(origin, rays, hit)[:, 1]
+    return np.where((level >= 0) & (level <= size), hit, np.inf)
+
+
 # Each solid: camera (3,), rays (count, 3) in the solid's axes, and its size -> distances and
 # normals.
 def _ball(origin: Array, rays: Array, size: float) -> tuple[Array, Array]:
@@ -123,21 +129,17 @@ def _box(origin: Array, rays: Array, size: float) -> tuple[Array, Array]:
     with np.errstate(divide="ignore"):
         one, other = (low - origin) / rays, (high - origin) / rays
     enter, leave = np.minimum(one, other), np.maximum(one, other).min(axis=1)
-    axis = enter.argmax(axis=1)
     first = enter.max(axis=1)
     hit = np.where((first < leave) & (first > 0), first, np.inf)
-    normal = np.zeros_like(rays)
-    index = np.arange(len(rays))
-    normal[index, axis] = -np.sign(rays[index, axis])
-    return hit, normal
+    side = np.arange(3) == enter.argmax(axis=1)[:, None]
+    return hit, np.where(side, -np.sign(rays), 0)
 
 
 def _cylinder(origin: Array, rays: Array, size: float) -> tuple[Array, Array]:
     flat, eye = rays[:, [0, 2]], origin[[0, 2]]
     radius = 0.35 * size
     side = _nearer_root((flat**2).sum(1), flat @ eye, eye @ eye - radius**2)
-    level = origin[1] + np.where(np.isfinite(side), side, 0) * rays[:, 1]
-    side = np.where((level >= 0) & (level <= size), side, np.inf)
+    side = _cut(origin, rays, side, size)
     with np.errstate(divide="ignore"):
         lid = (size - origin[1]) / rays[:, 1]
     spot = _points(origin, rays, lid)[:, [0, 2]]
@@ -153,8 +155,7 @@ def _cone(origin: Array, rays: Array, size: float) -> tuple[Array, Array]:
     offset = origin - np.array([0, size, 0])
     weights = np.array([1, -(slope**2), 1])
     hit = _nearer_root(rays**2 @ weights, (rays * offset) @ weights, (offset**2) @ weights)
-    level = origin[1] + np.where(np.isfinite(hit), hit, 0) * rays[:, 1]
-    hit = np.where((level >= 0) & (level <= size), hit, np.inf)
+    hit = _cut(origin, rays, hit, size)
     normal = (_points(origin, rays, hit) - np.array([0, size, 0])) * weights
     return hit, normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-9)
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from panollava.config import Count, NotNegative, Positive, Section, Seed, Share, Views, read
 
@@ -11,6 +14,11 @@ STREAMS = {"train": 0, "valid": 1, "test": 6, "encoder": 3, "language_model": 4,
 
 # The views that the encoder is pretrained on.
 VIEWS = Views(strategy="e2p", size=64, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)
+
+CONTEXT = 128  # context tokens of a panorama: eight views of 4 x 4
+MAX_SILENT = CONTEXT // 4  # largest number of them that state nothing
+MAX_PER_OBJECT = (CONTEXT - MAX_SILENT) // 4  # of four objects, so that all fit
+Places = Annotated[int, Field(strict=True, ge=1, le=MAX_PER_OBJECT)]
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,13 @@ class EncoderSettings(Section):
 @dataclass(frozen=True)
 class Lesson(Section):
     steps: Count
-    places: Count  # largest number of context tokens that describe one object
+    places: Places  # largest number of context tokens that describe one object
     turned: Share  # share of the scenes that are rolled by any angle
 
 
 @dataclass(frozen=True)
 class LanguageModelSettings(Section):
-    lessons: list[Lesson]
+    lessons: Annotated[list[Lesson], Field(min_length=1)]
     batch_size: Count
     lr: Positive
     threads: Count
