@@ -161,7 +161,7 @@ def test_a_missing_folder_is_an_error(folder: Path) -> None:
     ("option", "value", "expected"),
     [
         ("--workers", "0", "expected at least 1, found 0"),
-        ("--max-rejected", "1.5", "expected from 0 to 1, found 1.5"),
+        ("--max-rejected", "1.5", "expected at most 1, found 1.5"),
     ],
 )
 def test_an_invalid_option_is_an_error(
