@@ -17,7 +17,7 @@ from helpers import copy_project, save_towers
 from measure import PANOLLAVA, ROOT, Line, options_parser, report
 from panollava import paths
 from panollava.config import load_settings
-from panollava.data.prepare import prepare
+from panollava.data.prepare import prepare_project
 from panollava.demo.dataset import make_scenes
 from panollava.demo.settings import load_demo_settings
 from training_loop import step_times
@@ -47,7 +47,7 @@ def make_demo(folder: Path, train: int | None = None) -> None:
     params = params.replace("data/demo/towers", "towers").replace("dir: data/demo", "dir: data")
     (folder / "params.yaml").write_text(params)
     settings = load_settings(folder / "params.yaml")
-    prepare(settings.data, settings.views, folder / paths.PREPARED, folder)
+    prepare_project(settings, folder)
 
 
 def measure_first_steps(folder: Path, repeats: int) -> list[Line]:

@@ -3,6 +3,7 @@
 The usual way decodes a photo at full size and samples one view after another: with py360convert,
 with pyequilib, or with OpenCV's remap and precomputed maps."""
 
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from PIL import Image
 from measure import PANOLLAVA, ROOT, Line, options_parser, report, run, time_alternately
 from panollava import config
 from panollava.data.images import read_panorama
-from panollava.data.prepare import prepare as prepare_data
+from panollava.data.prepare import prepare_project
 from panollava.geometry import views
 from panollava.geometry.sphere import panorama_position
 from photos import save_photos
@@ -168,9 +169,9 @@ def measure_stage(folder: Path, photos: list[Path], repeats: int) -> list[Line]:
     projects = [make_project(folder / str(count), smaller, count) for count in (16, 64)]
 
     def prepare(threads: int) -> None:
-        settings = config.Data(str(timed / "data"), 0.0)
-        layout = config.Views("e2p", SIZE, FOV, 0.5, 0.0, False)
-        prepare_data(settings, layout, timed / "out", timed, threads=threads)
+        settings = config.load_settings(timed / "params.yaml")
+        machine = dataclasses.replace(settings.machine, decode_threads=threads)
+        prepare_project(dataclasses.replace(settings, machine=machine), timed)
 
     two, one = time_alternately(
         partial(prepare, 2), partial(prepare, 1), repeats=max(1, repeats // 2)

@@ -198,7 +198,7 @@ def write_links(folder: Path, links: list[str], rows: int = 1) -> None:
 
 
 def get(folder: Path, give_up: bool = False, connections: int = 8, rate: float = 1000) -> None:
-    download(folder, SPLITS, folder, connections, rate, pause=0.01, give_up=give_up)
+    download(folder, folder, connections, rate, pause=0.01, give_up=give_up)
 
 
 def rejects(folder: Path) -> dict[str, str]:
@@ -378,9 +378,7 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
 
 @pytest.mark.parametrize(("connections", "rate"), [(0, 10), (1, 0)])
 def test_an_invalid_option_is_an_error(tmp_path: Path, connections: int, rate: float) -> None:
-    with pytest.raises(
-        UserError, match=r"--(connections: expected at least 1|rate: expected greater than 0)"
-    ):
+    with pytest.raises(UserError, match=r"--(connections: expected at least 1|rate: .* than 0)"):
         get(tmp_path, connections=connections, rate=rate)
 
 

@@ -5,6 +5,8 @@ import logging
 import shutil
 import time
 import tracemalloc
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,36 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from helpers import ROOT, SHARED
 from panollava import config
 from panollava.data import prepare as module
 from panollava.data.images import read_panorama
-from panollava.data.prepare import prepare
+from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.geometry.views import Sampler, layout
+from panollava.paths import PREPARED
 
-SHARED = Path(__file__).parents[2] / "shared"
 VIEWS = config.Views(strategy="e2p", size=16, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)
 Rows = list[tuple[str, str, str]]
 
 
 def data(max_rejected: float = 0.0, folder: str = "data") -> config.Data:
     return config.Data(dir=folder, max_rejected=max_rejected)
+
+
+def prepare(
+    data: config.Data,
+    views: config.Views,
+    root: Path,
+    rolls: Sequence[float] = (),
+    threads: int = 2,
+) -> None:
+    settings = config.load_settings(ROOT / "params.yaml")
+    evaluate = replace(settings.evaluate, split="test", rolls=[*rolls])
+    machine = replace(settings.machine, decode_threads=threads)
+    prepare_project(
+        replace(settings, data=data, views=views, evaluate=evaluate, machine=machine), root
+    )
 
 
 def save_picture(path: Path, seed: int, mode: str = "RGB") -> None:
@@ -70,13 +88,13 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def reasons(root: Path, split: str = "train") -> list[list[Any]]:
-    return read_csv(root / "out" / split / "rejects.csv")[["row", "reason"]].values.tolist()
+    return read_csv(root / PREPARED / split / "rejects.csv")[["row", "reason"]].values.tolist()
 
 
 def test_rows_refer_to_the_views_of_their_panoramas(root: Path) -> None:
-    prepare(data(), VIEWS, root / "out", root)
-    views = np.load(root / "out" / "train" / "views.npy", mmap_mode="r")
-    rows = read_csv(root / "out" / "train" / "rows.csv")
+    prepare(data(), VIEWS, root)
+    views = np.load(root / PREPARED / "train" / "views.npy", mmap_mode="r")
+    rows = read_csv(root / PREPARED / "train" / "rows.csv")
     assert (views.dtype, views.shape) == (np.uint8, (3, 8, 16, 16, 3))
     assert list(rows) == ["panorama", "row", "url", "query", "annotation"]
     assert rows["panorama"].tolist() == [0, 1, 0, 2, 1]  # in the order of first appearance
@@ -86,36 +104,37 @@ def test_rows_refer_to_the_views_of_their_panoramas(root: Path) -> None:
     for panorama, url in zip(rows["panorama"], rows["url"], strict=True):
         picture = read_panorama(root / "data" / url, sampler.panorama_width)
         assert np.array_equal(views[panorama], sampler.sample(picture)), url
-    assert list(read_csv(root / "out" / "train" / "rejects.csv")) == [
+    assert list(read_csv(root / PREPARED / "train" / "rejects.csv")) == [
         *("row", "url", "query", "annotation", "reason")
     ]
-    assert sorted(path.name for path in (root / "out" / "train").iterdir()) == [
+    assert sorted(path.name for path in (root / PREPARED / "train").iterdir()) == [
         *("rejects.csv", "rows.csv", "views.npy")
     ]
 
 
 def test_a_roll_by_one_stride_is_a_cyclic_shift_of_the_views(root: Path) -> None:
     """The roll moves the seam, which must leave no trace in the views."""
-    prepare(data(), VIEWS, root / "out", root, "train", (45, 90, -45))
-    views = np.load(root / "out/train/views.npy")
-    rolled = np.load(root / "out/rolled.npy").reshape(len(views), 3, *views.shape[1:])
+    add_rows(root, [("images/c.jpg", "q", "a"), ("images/a.jpg", "q", "a")], split="test")
+    prepare(data(), VIEWS, root, rolls=(45, 90, -45))
+    views = np.load(root / PREPARED / "test/views.npy")
+    rolled = np.load(root / PREPARED / "rolled.npy").reshape(len(views), 3, *views.shape[1:])
     for index, places in enumerate((1, 2, -1)):
         assert np.array_equal(rolled[:, index], np.roll(views, places, axis=1))
 
 
 def test_any_angle_rolls_the_panorama_by_whole_pixels(root: Path) -> None:
-    prepare(data(), VIEWS, root / "out", root, "test", (20.4,))
+    prepare(data(), VIEWS, root, rolls=(20.4,))
     sampler = Sampler(layout(VIEWS), 16)
     picture = read_panorama(root / "data/images/test.jpg", sampler.panorama_width)
     columns = round(20.4 / 360 * picture.shape[1])
     assert np.array_equal(
-        np.load(root / "out/rolled.npy"), [sampler.sample(np.roll(picture, columns, axis=1))]
+        np.load(root / PREPARED / "rolled.npy"), [sampler.sample(np.roll(picture, columns, axis=1))]
     )
 
 
 def test_without_angles_nothing_is_rolled(root: Path) -> None:
-    prepare(data(), VIEWS, root / "out", root)
-    assert len(np.load(root / "out/rolled.npy")) == 0
+    prepare(data(), VIEWS, root)
+    assert len(np.load(root / PREPARED / "rolled.npy")) == 0
 
 
 def test_texts_are_written_unchanged(root: Path) -> None:
@@ -130,8 +149,8 @@ def test_texts_are_written_unchanged(root: Path) -> None:
         "全景 🏔",
     ]
     add_rows(root, [("images/a.jpg", text, text) for text in texts])
-    prepare(data(), VIEWS, root / "out", root)
-    rows = read_csv(root / "out" / "train" / "rows.csv")[5:]
+    prepare(data(), VIEWS, root)
+    rows = read_csv(root / PREPARED / "train" / "rows.csv")[5:]
     assert rows["annotation"].tolist() == texts
     assert rows["query"].tolist() == texts
 
@@ -157,7 +176,7 @@ def test_exactly_the_bad_rows_are_rejected_with_their_reasons(root: Path) -> Non
             ("images/b.png", "q", "the last"),
         ],
     )
-    prepare(data(max_rejected=0.5), VIEWS, root / "out", root)
+    prepare(data(max_rejected=0.5), VIEWS, root)
     rejected = reasons(root)
     assert [row for row, _ in rejected] == [5, 6, 8, 9, 10, 11, 12]
     for (_, reason), start in zip(
@@ -175,10 +194,10 @@ def test_exactly_the_bad_rows_are_rejected_with_their_reasons(root: Path) -> Non
     ):
         assert reason.startswith(start)
         assert str(root) not in reason  # the same on every machine
-    rows = read_csv(root / "out" / "train" / "rows.csv")
+    rows = read_csv(root / PREPARED / "train" / "rows.csv")
     assert rows["row"].tolist() == [0, 1, 2, 3, 4, 7, 13]
     assert rows["panorama"].tolist() == [0, 1, 0, 2, 1, 3, 2]
-    views = np.load(root / "out" / "train" / "views.npy")
+    views = np.load(root / PREPARED / "train" / "views.npy")
     assert len(views) == 4
     assert (views[3, ..., 0] == views[3, ..., 1]).all()  # the gray one
     assert views[3].std() > 0
@@ -192,18 +211,18 @@ def test_more_bad_rows_than_allowed_stop_the_run(root: Path, allowed: float, sto
     (root / "data" / "images" / "page.jpg").write_text("gone")
     add_rows(root, [("images/page.jpg", "q", "a"), ("images/a.jpg", "q", "")])
     if not stops:
-        prepare(data(allowed), VIEWS, root / "out", root)
+        prepare(data(allowed), VIEWS, root)
     else:
         with pytest.raises(UserError) as error:
-            prepare(data(allowed), VIEWS, root / "out", root)
+            prepare(data(allowed), VIEWS, root)
         message = str(error.value)
         assert "train.csv: " in message and f"data.max_rejected {allowed:g}" in message
         assert "1 x empty annotation" in message
-        assert f"Fix those listed in {root / 'out' / 'train' / 'rejects.csv'}" in message
+        assert f"Fix those listed in {root / PREPARED / 'train' / 'rejects.csv'}" in message
         assert "row 6 (images/a.jpg): empty annotation" in message
         if allowed > 0:
             assert "2 of 7 rows" in message and "1 x not a picture" in message
-        assert not (root / "out" / "train" / "rows.csv").exists()
+        assert not (root / PREPARED / "train" / "rows.csv").exists()
     expected = [[5, "not a picture"], [6, "empty annotation"]]
     assert reasons(root) == (expected if allowed > 0 else expected[1:])
 
@@ -214,25 +233,25 @@ def test_bad_rows_are_reported_before_any_picture_is_opened(
     monkeypatch.setattr(module, "read_panorama", lambda *_: pytest.fail("a picture was opened"))
     add_rows(root, [("images/test.jpg", "q", "")], split="test")
     with pytest.raises(UserError, match=r"test\.csv: 1 of 2 rows are bad.*1 x empty annotation"):
-        prepare(data(), VIEWS, root / "out", root)
+        prepare(data(), VIEWS, root)
 
 
 def test_a_split_without_good_rows_always_stops_the_run(root: Path) -> None:
     write_rows(root / "data" / "valid.csv", [("gone.jpg", "q", "a"), ("images/valid.jpg", "q", "")])
     with pytest.raises(UserError, match=r"valid\.csv: 2 of 2 rows are bad, so none is left"):
-        prepare(data(1.0), VIEWS, root / "out", root)
+        prepare(data(1.0), VIEWS, root)
     write_rows(root / "data" / "valid.csv", [("images/valid.jpg", "q", "a")])
     (root / "data" / "images" / "valid.jpg").write_text("gone")
     with pytest.raises(UserError, match=r"valid\.csv: 1 of 1 rows are bad, so none is left"):
-        prepare(data(1.0), VIEWS, root / "out", root)
+        prepare(data(1.0), VIEWS, root)
 
 
 def test_a_failed_run_leaves_no_files_of_an_earlier_run(root: Path) -> None:
-    prepare(data(), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root)
     (root / "data" / "images" / "a.jpg").write_text("gone")
     with pytest.raises(UserError):
-        prepare(data(), VIEWS, root / "out", root)
-    left = {str(path.relative_to(root / "out")) for path in (root / "out").rglob("*.*")}
+        prepare(data(), VIEWS, root)
+    left = {str(path.relative_to(root / PREPARED)) for path in (root / PREPARED).rglob("*.*")}
     # The views of a split are written before its bad pictures are counted.
     assert left == {"train/views.npy", *(f"{s}/rejects.csv" for s in ("train", "valid", "test"))}
 
@@ -247,8 +266,8 @@ def test_an_interrupted_run_leaves_no_partial_array(
 
     monkeypatch.setattr(module, "read_panorama", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(data(), VIEWS, root / "out", root)
-    assert not list(root.glob("out/*/views.npy*"))
+        prepare(data(), VIEWS, root)
+    assert not list((root / PREPARED).glob("*/views.npy*"))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -265,9 +284,9 @@ def test_a_picture_is_decoded_once_for_all_its_rows(
     # Another path to the same picture.
     add_rows(root, [(f"{root}/data/images/a.jpg", "q", str(i)) for i in range(20)])
     add_rows(root, [("data/images/../images/b.png", "q", "a")])
-    prepare(data(), VIEWS, root / "out", root, threads=threads)
+    prepare(data(), VIEWS, root, threads=threads)
     assert sorted(opened) == ["a.jpg", "b.png", "c.jpg", "test.jpg", "valid.jpg"]
-    assert len(np.load(root / "out" / "train" / "views.npy")) == 3
+    assert len(np.load(root / PREPARED / "train" / "views.npy")) == 3
 
 
 def test_the_number_of_threads_does_not_change_a_byte(root: Path) -> None:
@@ -277,8 +296,8 @@ def test_the_number_of_threads_does_not_change_a_byte(root: Path) -> None:
     add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in reversed(range(30))])
     results = []
     for threads in (1, 2, 5):
-        out = root / f"out{threads}"
-        prepare(data(0.5), VIEWS, out, root, threads=threads)
+        out = root / PREPARED
+        prepare(data(0.5), VIEWS, root, threads=threads)
         results.append({p.relative_to(out): p.read_bytes() for p in sorted(out.glob("*/*"))})
     assert len(results[0]) == 9
     assert results[0] == results[1] == results[2]
@@ -304,27 +323,29 @@ def test_memory_does_not_grow_with_the_number_of_panoramas(
         rows = [(f"images/{index}.jpg", "q", "a") for index in range(count)]
         write_rows(root / "data" / "train.csv", rows)
         tracemalloc.start()
-        prepare(data(), views, root / "out", root)
+        prepare(data(), views, root)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (root / "out" / "train" / "views.npy").stat().st_size > 40e6
+    assert (root / PREPARED / "train" / "views.npy").stat().st_size > 40e6
     assert peaks[1] < peaks[0] + 3e6
 
 
 def test_every_strategy_is_prepared(root: Path) -> None:
     for strategy, count in (("e2p", 9), ("cubemap", 6), ("sliding_window", 8), ("resize", 1)):
         views = config.Views(strategy, 16, 90.0, 0.5, 0.0, strategy == "e2p")  # type: ignore[arg-type]
-        prepare(data(), views, root / "out", root)
-        assert np.load(root / "out" / "train" / "views.npy").shape == (3, count, 16, 16, 3)
+        prepare(data(), views, root)
+        assert np.load(root / PREPARED / "train" / "views.npy").shape == (3, count, 16, 16, 3)
 
 
 def test_a_picture_in_two_splits_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    prepare(data(), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     add_rows(root, [("data/images/a.jpg", "q", "a"), ("images/c.jpg", "q", "a")], split="test")
-    prepare(data(), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root)
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warning.getMessage() == "2 pictures are in both train and test, such as a.jpg"
+    assert warning.getMessage() == (
+        f"2 pictures are in both train and test, such as {root}/data/images/a.jpg"
+    )
 
 
 def test_pictures_that_dvc_does_not_track_are_one_warning(
@@ -337,13 +358,13 @@ def test_pictures_that_dvc_does_not_track_are_one_warning(
     (images / "a.jpg").symlink_to(root / "cached")
     save_picture(images / "more" / "d.jpg", 9)
     add_rows(root, [("data/images/more/../more/d.jpg", "q", "a")])
-    prepare(data(), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for seed, name in enumerate(("data/outside.jpg", "elsewhere/e.jpg"), start=10):
         save_picture(root / name, seed)
     add_rows(root, [("outside.jpg", "q", "a"), ("data/outside.jpg", "q", "a")])
     add_rows(root, [(f"{root}/elsewhere/e.jpg", "q", "a")], split="test")
-    prepare(data(), VIEWS, root / "out", root)
+    prepare(data(), VIEWS, root)
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warning.getMessage().startswith(
         f"2 pictures are not in {images}, such as {root}/data/outside.jpg; DVC tracks only"
@@ -353,7 +374,7 @@ def test_pictures_that_dvc_does_not_track_are_one_warning(
 def test_each_split_is_summarized_in_one_line(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_rows(root, [("images/a.jpg", "q", "")])
     with caplog.at_level(logging.INFO):
-        prepare(data(0.5), VIEWS, root / "out", root)
+        prepare(data(0.5), VIEWS, root)
     assert [record.getMessage() for record in caplog.records] == [
         "train: 5 rows over 3 panoramas, 1 rejected (1 x empty annotation)",
         "valid: 1 rows over 1 panoramas, 0 rejected",
@@ -362,14 +383,14 @@ def test_each_split_is_summarized_in_one_line(root: Path, caplog: pytest.LogCapt
 
 
 def test_a_missing_data_folder_is_an_error(root: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.dir: no folder '.*nowhere'; name one that"):
-        prepare(data(folder="nowhere"), VIEWS, root / "out", root)
+    with pytest.raises(UserError, match=r"nowhere/train\.csv: no such file; data\.dir must"):
+        prepare(data(folder="nowhere"), VIEWS, root)
 
 
 def test_a_missing_split_is_an_error(root: Path) -> None:
     (root / "data" / "test.csv").unlink()
     with pytest.raises(UserError, match=r"test\.csv: no such file"):
-        prepare(data(), VIEWS, root / "out", root)
+        prepare(data(), VIEWS, root)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
@@ -377,12 +398,12 @@ def test_views_of_real_panoramas_match_views_of_the_full_picture(tmp_path: Path)
     """The reference is decoded at full size by Pillow, without shortcuts."""
     folder = SHARED / "quic360_mini"
     views = config.Views("e2p", 224, 90.0, 0.5, 0.0, False)
-    prepare(data(folder=str(folder)), views, tmp_path, tmp_path)
+    prepare(data(folder=str(folder)), views, tmp_path)
     for split, rows, panoramas in (("train", 87, 5), ("valid", 18, 1), ("test", 33, 2)):
-        table = read_csv(tmp_path / split / "rows.csv")
-        array = np.load(tmp_path / split / "views.npy", mmap_mode="r")
+        table = read_csv(tmp_path / PREPARED / split / "rows.csv")
+        array = np.load(tmp_path / PREPARED / split / "views.npy", mmap_mode="r")
         assert (len(table), array.shape) == (rows, (panoramas, 8, 224, 224, 3))
-        assert reasons_of(tmp_path / split) == []
+        assert reasons_of(tmp_path / PREPARED / split) == []
         sampler = Sampler(layout(views), 224)
         for panorama, url in table[["panorama", "url"]].drop_duplicates().values:
             full = np.asarray(Image.open(folder / url).convert("RGB"))
@@ -400,7 +421,7 @@ def reasons_of(folder: Path) -> list[str]:
 def test_published_rows_without_their_pictures_are_all_rejected(tmp_path: Path) -> None:
     folder = SHARED / "quic360_full"
     with pytest.raises(UserError, match=r"train\.csv: 9459 of 9459.*9459 x link not downloaded"):
-        prepare(data(1.0, folder=str(folder)), VIEWS, tmp_path, tmp_path)
-    rejects = read_csv(tmp_path / "train" / "rejects.csv")
+        prepare(data(1.0, folder=str(folder)), VIEWS, tmp_path)
+    rejects = read_csv(tmp_path / PREPARED / "train" / "rejects.csv")
     source = read_csv(folder / "train.csv")
     assert rejects[["url", "query", "annotation"]].equals(source[["url", "query", "annotation"]])

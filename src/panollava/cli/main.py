@@ -157,11 +157,9 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
 
 def _download(options: argparse.Namespace) -> None:
     from panollava.data.download import download
-    from panollava.data.prepare import SPLITS
 
     download(
         options.data_dir,
-        SPLITS,
         Path(),
         connections=options.connections,
         rate=options.rate,

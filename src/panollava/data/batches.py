@@ -112,9 +112,8 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
 def read_prepared_rows(path: Path) -> pd.DataFrame:
     """Columns panorama, row, url, query, annotation; all text unchanged."""
     try:
-        return pd.read_csv(
-            path, dtype={"url": str, "query": str, "annotation": str}, keep_default_na=False
-        )
+        texts = dict.fromkeys(("url", "query", "annotation"), str)
+        return pd.read_csv(path, dtype=texts, keep_default_na=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
 
@@ -208,12 +207,8 @@ class StepLoader(DataLoader):
     """A DataLoader over a dataset of batches, whose workers ignore Ctrl-C and SIGTERM."""
 
     def __init__(self, dataset: Any, workers: int, pin_memory: bool) -> None:
-        super().__init__(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_init_worker,
+        super().__init__(  # no batch size: the items are batches
+            dataset, None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_init_worker
         )
 
     def __iter__(self) -> Any:

@@ -3,23 +3,28 @@ which reject a row, and suspicions, which a person should look at."""
 
 import dataclasses
 import logging
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
-from tqdm import tqdm
 
 from panollava.config import Count, Share, checked
 from panollava.data.images import PictureError, read_panorama
-from panollava.data.prepare import SPLITS, map_in_order
-from panollava.data.rows import NOT_DOWNLOADED, read_rows
+from panollava.data.prepare import map_pictures
+from panollava.data.rows import NOT_DOWNLOADED, SPLITS, read_rows
 from panollava.data.suspicions import find_suspicions
 from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def _zero_counts() -> dict[str, int]:
+    return dict.fromkeys(SPLITS, 0)
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Report:
 
     folder: str
     max_rejected: float
-    rows: dict[str, int] = field(default_factory=dict)
-    pictures: dict[str, int] = field(default_factory=dict)
-    links: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=_zero_counts)
+    pictures: dict[str, int] = field(default_factory=_zero_counts)
+    links: dict[str, int] = field(default_factory=_zero_counts)
     faults: list[Fault] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
 
@@ -73,10 +78,24 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
     checked(Count, workers, "--workers")
     checked(Share, max_rejected, "--max-rejected")
     report = Report(str(folder), max_rejected)
-    good, everything = _check_rows(report, folder, root)
-    _check_pictures(report, good, workers)
-    report.faults.sort(key=lambda fault: (SPLITS.index(fault.split), fault.row or 0))
-    report.suspicions = find_suspicions(everything, folder)
+    splits = {}
+    for split in SPLITS:
+        try:
+            splits[split] = pd.concat(read_rows(folder / f"{split}.csv", root)).sort_values("row")
+        except UserError as error:
+            report.faults.append(Fault(split, None, "", str(error)))
+    broken = _check_pictures(splits.values(), workers)
+    downloaded = (folder / "images").is_dir()
+    for split, rows in splits.items():
+        waiting = rows["kind"].eq(NOT_DOWNLOADED) & (not downloaded)
+        report.rows[split] = len(rows)
+        report.pictures[split] = rows["picture"].nunique()
+        report.links[split] = rows["url"][waiting].nunique()
+        reasons = rows["reason"].astype(object).fillna(rows["picture"].map(broken))
+        bad = rows.assign(reason=reasons)[reasons.notna() & ~waiting]
+        report.faults += [Fault(split, row.row, row.url, row.reason) for row in bad.itertuples()]
+    report.faults.sort(key=lambda fault: SPLITS.index(fault.split))
+    report.suspicions = find_suspicions(splits, folder)
     return report
 
 
@@ -107,38 +126,12 @@ def show(report: Report) -> None:
     if any(report.links.values()):
         log.info("passed; the links are not downloaded yet, and some may be dead")
     else:
-        log.info("passed; `prepare` accepts it with data.max_rejected >= %.4f", _round_up(worst))
+        limit = math.ceil(worst * 10_000) / 10_000
+        log.info("passed; `prepare` accepts it with data.max_rejected >= %.4f", limit)
 
 
-def _round_up(share: float) -> float:
-    """To four decimals, never below the share."""
-    return -(-share * 10_000 // 1) / 10_000
-
-
-def _check_rows(
-    report: Report, folder: Path, root: Path
-) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """Report the rows of each split. Returns, per split, the good rows and all rows."""
-    good, everything = {}, {}
-    downloaded = (folder / "images").is_dir()
-    for split in SPLITS:
-        try:
-            rows, rejects = read_rows(folder / f"{split}.csv", root)
-        except UserError as error:
-            report.rows[split] = report.pictures[split] = report.links[split] = 0
-            report.faults.append(Fault(split, None, "", str(error)))
-            continue
-        waiting = rejects["kind"].eq(NOT_DOWNLOADED) & (not downloaded)
-        good[split], everything[split] = rows, pd.concat([rows, rejects]).sort_values("row")
-        report.rows[split] = len(everything[split])
-        report.pictures[split] = rows["picture"].nunique()
-        report.links[split] = rejects["url"][waiting].nunique()
-        report.faults += _faults(split, rejects[~waiting])
-    return good, everything
-
-
-def _check_pictures(report: Report, good: dict[str, pd.DataFrame], workers: int) -> None:
-    """Decode the pictures of all splits once each, and report the rows of those with a fault."""
+def _check_pictures(splits: Iterable[pd.DataFrame], workers: int) -> dict[Path, str]:
+    """Decode the pictures of all splits once each. Returns the reasons of those with a fault."""
 
     def read(path: Path) -> str | None:
         try:
@@ -147,14 +140,6 @@ def _check_pictures(report: Report, good: dict[str, pd.DataFrame], workers: int)
             return error.reason
         return None
 
-    paths = list(dict.fromkeys(path for rows in good.values() for path in rows["picture"]))
-    results = map_in_order(read, paths, workers)
-    bar = tqdm(results, desc="pictures", total=len(paths), delay=2, disable=None)
-    reasons = {path: reason for path, reason in zip(paths, bar, strict=True) if reason is not None}
-    for split, rows in good.items():
-        bad = rows[rows["picture"].isin(list(reasons))]
-        report.faults += _faults(split, bad.assign(reason=bad["picture"].map(reasons)))
-
-
-def _faults(split: str, rows: pd.DataFrame) -> list[Fault]:
-    return [Fault(split, row.row, row.url, row.reason) for row in rows.itertuples()]
+    paths = list(dict.fromkeys(path for rows in splits for path in rows["picture"].dropna()))
+    results = map_pictures(read, paths, workers, "pictures")
+    return {path: reason for path, reason in results if reason is not None}

@@ -1,5 +1,6 @@
 """Prompts: queries and answers as tokens, formatted with the tokenizer's chat template."""
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -39,19 +40,16 @@ class Dialogue:
         before, between, opening, closing = self._render()
         self.text_prefix = self._tokens(before)
         self._between, self._opening = between, opening
-        stop = self._tokens(closing.strip()) if closing.strip() else []
-        if not stop:
-            if tokenizer.eos_token_id is None:
-                raise UserError(
-                    f"the tokenizer {tokenizer.name_or_path} has neither a chat template with an "
-                    "end of turn nor an end-of-sequence token; use another tokenizer"
-                )
-            stop = [int(tokenizer.eos_token_id)]
-        self.stop: int = stop[0] if stop[0] in ends or not ends else ends[0]
+        end_of_turn = self._tokens(closing.strip()) if closing.strip() else []
+        stop = end_of_turn[0] if end_of_turn else tokenizer.eos_token_id
+        if stop is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has neither a chat template with an "
+                "end of turn nor an end-of-sequence token; use another tokenizer"
+            )
+        self.stop: int = stop if stop in ends or not ends else ends[0]
         self.ends = frozenset((self.stop, *ends))
-        self.pad: int = int(
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop
-        )
+        self.pad: int = self.stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def query(self, text: str) -> list[int]:
         """Tokens between the image and the answer."""
@@ -93,27 +91,21 @@ class Dialogue:
             user = {"role": "user", "content": f"{_IMAGE}\n{_QUERY}"}
             assistant = {"role": "assistant", "content": _ANSWER}
             template = _DATE + self.tokenizer.get_chat_template()
+            render = self.tokenizer.apply_chat_template
             try:
-                rendered = str(
-                    self.tokenizer.apply_chat_template(
-                        [user, assistant], chat_template=template, tokenize=False
-                    )
-                )
+                rendered = str(render([user, assistant], chat_template=template, tokenize=False))
             except TemplateError as error:
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} does not accept a user's "
                     f"text and an answer: {error}; use a tokenizer whose template does"
                 ) from None
-        pieces = [rendered]
-        for placeholder in (_IMAGE, _QUERY, _ANSWER):
-            head, separator, tail = pieces.pop().partition(placeholder)
-            if not separator or placeholder in tail:
-                raise UserError(
-                    f"the chat template of {self.tokenizer.name_or_path} does not render a user's "
-                    "text and an answer once each and in order; use a tokenizer whose template does"
-                )
-            pieces += [head, tail]
-        before, between, opening, closing = pieces
+        pieces = re.split(f"({_IMAGE}|{_QUERY}|{_ANSWER})", rendered)
+        if pieces[1::2] != [_IMAGE, _QUERY, _ANSWER]:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} does not render a user's "
+                "text and an answer once each and in order; use a tokenizer whose template does"
+            )
+        before, between, opening, closing = pieces[::2]
         if not self.tokenizer.chat_template and self.tokenizer.bos_token:
             before = self.tokenizer.bos_token + before
         return before, between, opening, closing

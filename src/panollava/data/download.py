@@ -13,9 +13,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from panollava.config import Count, NotNegative, Positive, checked
-from panollava.data import http_client
+from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
-from panollava.data.rows import NOT_DOWNLOADED, find_picture, is_link, picture_file, read_rows
 from panollava.errors import UserError
 from panollava.files import write_csv
 
@@ -25,15 +24,9 @@ _OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see 
 
 
 def download(
-    folder: Path,
-    splits: tuple[str, ...],
-    root: Path,
-    connections: int,
-    rate: float,
-    pause: float,
-    give_up: bool,
+    folder: Path, root: Path, connections: int, rate: float, pause: float, give_up: bool
 ) -> None:
-    """Download the links of `folder`/<split>.csv into `folder`/images, and write the url and
+    """Download the links of all splits of `folder` into `folder`/images, and write the url and
     reason of each dead link to `folder`/rejects.csv, in the order of the rows.
 
     `rate`: requests per second; `pause`: seconds before the second attempt, doubled before each
@@ -46,7 +39,7 @@ def download(
     checked(Count, connections, "--connections")
     checked(Positive, rate, "--rate")
     checked(NotNegative, pause, "--pause")
-    links, wanted = _links(folder, splits, root)
+    links, wanted = _links(folder, root)
     _clear(folder, wanted)
     todo = [link for link, picture in links.items() if picture is None]
     log.info("%d links, %d already downloaded", len(links), len(links) - len(todo))
@@ -69,20 +62,18 @@ def download(
     )
 
 
-def _links(
-    folder: Path, splits: tuple[str, ...], root: Path
-) -> tuple[dict[str, Path | None], set[Path]]:
+def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]:
     """The links of all rows that are otherwise good, in order, with their pictures if present; and
     the present pictures of all rows, good or bad, links or paths."""
     links: dict[str, Path | None] = {}
     wanted: set[Path] = set()
-    for split in splits:
-        rows, rejects = read_rows(folder / f"{split}.csv", root)
-        pictures = (find_picture(url, folder, root) for url in rejects["url"].unique())
-        wanted |= {*rows["picture"], *filter(None, pictures)}
-        missing = rejects[rejects["kind"] == NOT_DOWNLOADED].assign(picture=None)
-        both = pd.concat([rows, missing]).sort_values("row")
-        links |= {row.url: row.picture for row in both.itertuples() if is_link(row.url)}
+    for split in rows.SPLITS:
+        good, rejects = rows.read_rows(folder / f"{split}.csv", root)
+        pictures = (rows.find_picture(url, folder, root) for url in rejects["url"].unique())
+        wanted |= {*good["picture"], *filter(None, pictures)}
+        missing = rejects[rejects["kind"] == rows.NOT_DOWNLOADED].assign(picture=None)
+        both = pd.concat([good, missing]).sort_values("row")
+        links |= {row.url: row.picture for row in both.itertuples() if rows.is_link(row.url)}
     return links, wanted
 
 
@@ -103,10 +94,11 @@ def _download_all(
     order of `links`."""
     dead: dict[str, str] = {}
     failed: dict[str, str] = {}
+    paths = {link: rows.picture_file(link, folder) for link in links}
     with ThreadPoolExecutor(connections) as pool:
         futures = {
-            pool.submit(client.download, link, picture_file(link, folder), _check_picture): link
-            for link in links
+            pool.submit(client.download, link, path, _check_picture): link
+            for link, path in paths.items()
         }
         bar = tqdm(as_completed(futures), desc="pictures", total=len(links), disable=None)
         try:
@@ -130,7 +122,6 @@ def _check_picture(path: Path, complete: bool) -> None:
     except PictureError as error:
         if error.kind == "not 2:1":  # a picture's size is at the start of its file
             raise http_client.DeadLinkError(error.reason) from None
+        kind = http_client.DeadLinkError if complete else http_client.AttemptFailedError
         # The details depend on how many bytes arrived; the kind does not.
-        if complete:
-            raise http_client.DeadLinkError(error.kind) from None
-        raise http_client.AttemptFailedError(error.kind) from None
+        raise kind(error.kind) from None

@@ -76,6 +76,15 @@ class RateLimiter:
             raise DownloadFailedError("stopped")
 
 
+class _ThreadSession(threading.local):
+    """A session for each thread, because threads may not share one."""
+
+    def __init__(self) -> None:
+        self.session = requests.Session()
+        self.session.headers["User-Agent"] = _USER_AGENT
+        self.session.max_redirects = 5
+
+
 class HttpClient:
     """Downloads files. Threads may share one; each has its own connections."""
 
@@ -84,7 +93,7 @@ class HttpClient:
         each further one."""
         self.received = 0  # bytes, approximately: for the progress bar only
         self._limiter, self._backoff = RateLimiter(rate), backoff
-        self._local = threading.local()
+        self._thread = _ThreadSession()
 
     def stop(self) -> None:
         """End all downloads that are under way."""
@@ -130,48 +139,36 @@ class HttpClient:
         server sent its length."""
         started = time.monotonic()
         try:
-            with self._session().get(link, stream=True, timeout=_TIMEOUT) as response:
+            with self._thread.session.get(link, stream=True, timeout=_TIMEOUT) as response:
                 _check_status(response)
-                size = 0
                 with path.open("wb") as file:
                     # urllib3 raises an error if bytes are missing.
                     for chunk in response.iter_content(_CHUNK):
-                        size += len(chunk)
-                        self.received += len(chunk)
-                        if size > _MAX_BYTES:
+                        self.received += file.write(chunk)
+                        if file.tell() > _MAX_BYTES:
                             raise DeadLinkError(f"more than {_MAX_BYTES >> 20} MB")
                         if time.monotonic() - started > _DEADLINE or self._limiter.stopped.is_set():
                             raise AttemptFailedError("too slow")
-                        file.write(chunk)
                 return bool(response.headers.get("Content-Length"))
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
+        except ValueError:  # from requests, or from below it, for an address of link or redirect
             raise DeadLinkError("not an address") from None
         except requests.exceptions.TooManyRedirects:
             raise DeadLinkError("too many redirects") from None
         except requests.RequestException as error:
             raise AttemptFailedError(f"{type(error).__name__}: {error}") from None
-        except ValueError:  # an address, of the link or of a redirect, that requests does not check
-            raise DeadLinkError("not an address") from None
-
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            session = self._local.session = requests.Session()
-            session.headers["User-Agent"] = _USER_AGENT
-            session.max_redirects = 5
-        return self._local.session
 
 
 def _check_status(response: requests.Response) -> None:
     status = response.status_code
     if status == HTTPStatus.OK:
         return
-    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        retry_after = response.headers.get("Retry-After")
-        if retry_after is not None or status == HTTPStatus.TOO_MANY_REQUESTS:
-            seconds = None
-            with contextlib.suppress(InvalidHeader):  # neither a number of seconds nor a date
-                seconds = Retry().parse_retry_after(retry_after or "")
-            raise _BusyError(status, seconds)
+    retry_after = response.headers.get("Retry-After", "")
+    is_busy = status == HTTPStatus.SERVICE_UNAVAILABLE and retry_after
+    if is_busy or status == HTTPStatus.TOO_MANY_REQUESTS:
+        seconds = None
+        with contextlib.suppress(InvalidHeader):  # neither a number of seconds nor a date
+            seconds = Retry().parse_retry_after(retry_after)
+        raise _BusyError(status, seconds)
     if status >= 500 or status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY):
         raise AttemptFailedError(f"HTTP {status}")
     raise DeadLinkError(f"HTTP {status}")

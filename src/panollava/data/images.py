@@ -84,15 +84,11 @@ def _check(path: Path, picture: Image.Image) -> None:
     if _orientation(picture) >= 5:  # stored on its side
         width, height = height, width
     if abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
-        raise PictureError(
-            path,
-            "not 2:1",
-            f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high",
-        )
+        detail = f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high"
+        raise PictureError(path, "not 2:1", detail)
     if picture.mode.startswith(("I", "F")):  # converting would clip all values above 255
-        raise PictureError(
-            path, "not 8 bits", f"pixels of mode {picture.mode}; save it with 8 bits per channel"
-        )
+        detail = f"pixels of mode {picture.mode}; save it with 8 bits per channel"
+        raise PictureError(path, "not 8 bits", detail)
 
 
 def _orientation(picture: Image.Image) -> int:

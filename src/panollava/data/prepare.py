@@ -2,10 +2,10 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import combinations
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from panollava import config, paths
 from panollava.data.images import PictureError, read_panorama, roll
-from panollava.data.rows import COLUMNS, read_rows
+from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
 from panollava.errors import UserError
 from panollava.files import write_array, write_csv
 from panollava.geometry.views import Sampler, layout
@@ -26,76 +26,49 @@ from panollava.provenance import made_from
 log = logging.getLogger(__name__)
 
 READS = ("data", "views", "evaluate.split", "evaluate.rolls")
-SPLITS = ("train", "valid", "test")
 Views = NDArray[np.uint8]  # (views, size, size, 3)
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prepare_project(settings: config.Settings) -> None:
-    """`prepare` for the project in the current folder."""
-    prepare(
-        settings.data,
-        settings.views,
-        paths.PREPARED,
-        Path(),
-        rolled_split=settings.evaluate.split,
-        rolls=settings.evaluate.rolls,
-        threads=settings.machine.decode_threads,
-    )
-
-
-def prepare(
-    data: config.Data,
-    views: config.Views,
-    out: Path,
-    root: Path,
-    rolled_split: str = "test",
-    rolls: Sequence[float] = (),
-    threads: int = 2,
-) -> None:
-    """Write `out`/<split>/{views.npy,rows.csv,rejects.csv} for each split, and `out`/rolled.npy.
+def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
+    """Write runs/prepared/<split>/{views.npy,rows.csv,rejects.csv} for each split, and
+    runs/prepared/rolled.npy. `root`: the project's folder.
 
     views.npy is uint8 (panoramas, views, size, size, 3), with panoramas in the order of their first
-    rows. rolled.npy has, for each panorama of `rolled_split`, its views after a roll by each of
-    `rolls` (degrees to the right). `root`: the project's folder, to which `data.dir` is relative.
-    `threads`: for decoding.
+    rows. rolled.npy has, for each panorama of `evaluate.split`, its views after a roll by each of
+    `evaluate.rolls` (degrees to the right).
 
     Raises:
         UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows.
             rejects.csv is written in that case too.
     """
-    folder = root / data.dir
-    if not folder.is_dir():
-        raise UserError(
-            f"data.dir: no folder '{folder}'; name one that contains train.csv, valid.csv and "
-            "test.csv"
-        )
-    sampler = Sampler(layout(views), views.size)
+    folder, out = root / settings.data.dir, root / paths.PREPARED
+    allowed, threads = settings.data.max_rejected, settings.machine.decode_threads
+    sampler = Sampler(layout(settings.views), settings.views.size)
     _clear(out)
     # Check all rows before opening pictures, which may take an hour.
     splits = {}
     for split in SPLITS:
         splits[split] = read_rows(folder / f"{split}.csv", root)
-        _check_rejects(folder / f"{split}.csv", *splits[split], out / split, data.max_rejected)
+        _check_rejects(folder / f"{split}.csv", *splits[split], out / split, allowed)
     _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
+    for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
+        log.warning("%s", warning)
     cv2.setNumThreads(1)  # the decoding threads keep all cores busy
     for split, (rows, rejects) in splits.items():
-        rolled = out / "rolled.npy" if split == rolled_split else None
-        pictures = list(dict.fromkeys(rows["picture"]))
-        faults = _write_views(out / split, pictures, sampler, threads, rolled, rolls)
-        rows, rejects = _set_aside(rows, rejects, faults)
-        _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, data.max_rejected)
-        rows["panorama"] = pd.factorize(rows["picture"])[0]
+        rolls = settings.evaluate.rolls if split == settings.evaluate.split else None
+        faults = _write_views(out / split, rows["picture"].unique(), sampler, threads, rolls)
+        rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
+        rows = rows[~rows["picture"].isin(faults["picture"])]
+        _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, allowed)
+        rows = rows.assign(panorama=pd.factorize(rows["picture"])[0])
         write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
-        splits[split] = rows, rejects
         log.info(
             "%s: %d rows over %d panoramas, %d rejected%s",
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
-    made_from.record_prepared(data, views, out)
-    _warn_of_shared({split: set(rows["picture"]) for split, (rows, _) in splits.items()})
+    made_from.record_prepared(settings.data, settings.views, out)
 
 
 def _clear(out: Path) -> None:
@@ -118,79 +91,45 @@ def _warn_of_untracked(pictures: set[Path], folder: Path) -> None:
         )
 
 
-def _warn_of_shared(pictures: dict[str, set[Path]]) -> None:
-    for one, other in combinations(pictures, 2):
-        if shared := pictures[one] & pictures[other]:
-            log.warning(
-                "%d pictures are in both %s and %s, such as %s",
-                *(len(shared), one, other, min(shared).name),
-            )
-
-
 def _write_views(
-    out: Path,
-    pictures: Sequence[Path],
-    sampler: Sampler,
-    threads: int,
-    rolled: Path | None,
-    rolls: Sequence[float],
-) -> dict[Path, PictureError]:
-    """Write views.npy with the good pictures in order, and `rolled` if it is not None. Returns the
-    faults of the others."""
-    rolls = rolls if rolled else ()
+    out: Path, pictures: Sequence[Path], sampler: Sampler, threads: int, rolls: list[float] | None
+) -> pd.DataFrame:
+    """Write views.npy with the good pictures in order, and rolled.npy unless `rolls` is None.
+    Returns picture, kind and reason of the others."""
 
     def sample(path: Path) -> list[Views] | PictureError:
         try:
             panorama = read_panorama(path, sampler.panorama_width, sampler.visible_fraction)
         except PictureError as error:
             return error
-        return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *rolls)]
+        return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *(rolls or ()))]
 
-    rolled_array = write_array(rolled) if rolled else nullcontext()
-    faults: dict[Path, PictureError] = {}
-    with write_array(out / "views.npy") as append, rolled_array as append_rolled:
-        results = map_in_order(sample, pictures, threads)
-        bar = tqdm(results, desc=f"views, {out.name}", total=len(pictures), delay=2, disable=None)
-        for path, result in zip(pictures, bar, strict=True):
+    rolled = nullcontext() if rolls is None else write_array(out.parent / "rolled.npy")
+    faults = []
+    with write_array(out / "views.npy") as append, rolled as append_rolled:
+        for path, result in map_pictures(sample, pictures, threads, f"views, {out.name}"):
             if isinstance(result, PictureError):
-                faults[path] = result
+                faults.append((path, result.kind, result.reason))
                 continue
             append(result[0][None])
             if append_rolled and rolls:
                 append_rolled(np.stack(result[1:]))
-    return faults
+    return pd.DataFrame(faults, columns=["picture", "kind", "reason"])
 
 
-def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
-) -> Iterator[Result]:
-    """Results in the order of the items, computed by threads only a few items ahead, so that memory
-    does not grow with the number of items."""
-    ahead: deque[Future[Result]] = deque()
+def map_pictures(
+    function: Callable[[Path], Result], pictures: Sequence[Path], threads: int, title: str
+) -> Iterator[tuple[Path, Result]]:
+    """Each picture with its result, in order, with a progress bar. Threads compute the results only
+    a few pictures ahead, so that memory does not grow with the number of pictures."""
+    bar = tqdm(pictures, desc=title, delay=2, disable=None)
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-def _set_aside(
-    rows: pd.DataFrame, rejects: pd.DataFrame, faults: dict[Path, PictureError]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Move the rows of pictures with faults to the rejects."""
-    bad = rows["picture"].isin(list(faults))
-    late = rows[bad].assign(
-        kind=[faults[path].kind for path in rows["picture"][bad]],
-        reason=[faults[path].reason for path in rows["picture"][bad]],
-    )
-    rejects = pd.concat([rejects, late.drop(columns="picture")]).sort_values("row")
-    return rows[~bad].copy(), rejects
+        futures = ((picture, pool.submit(function, picture)) for picture in bar)
+        ahead = deque(islice(futures, 2 * threads))
+        while ahead:
+            picture, future = ahead.popleft()
+            yield picture, future.result()
+            ahead.extend(islice(futures, 1))
 
 
 def _check_rejects(

@@ -8,6 +8,7 @@ import hashlib
 import re
 import stat
 from functools import cache
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pandas as pd
 from panollava.data.images import PictureError
 from panollava.errors import UserError
 
+SPLITS = ("train", "valid", "test")
 COLUMNS = ("url", "query", "annotation")
 NOT_DOWNLOADED = "link not downloaded"
 _ALIASES = {"query": "instruction", "annotation": "response"}
@@ -112,6 +114,20 @@ def find_picture(url: str, folder: Path, root: Path) -> Path | None:
                 detail = error.strerror or str(error)
                 raise PictureError(path, "picture cannot be read", detail) from None
     return None
+
+
+def shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
+    """A warning for each two splits with pictures in common. Links are compared by address until
+    they are downloaded."""
+    pictures = {
+        split: set(rows["picture"].where(rows["picture"].notna(), rows["url"]).astype(str))
+        for split, rows in splits.items()
+    }
+    return [
+        f"{len(shared)} pictures are in both {one} and {other}, such as {min(shared)}"
+        for one, other in combinations(pictures, 2)
+        if (shared := pictures[one] & pictures[other])
+    ]
 
 
 def _read(file: Path) -> tuple[list[str], list[list[str]]]:

@@ -4,12 +4,11 @@ two splits, and links that share a file. None of them rejects a row."""
 import difflib
 import re
 from collections import Counter
-from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
-from panollava.data.rows import COLUMNS, is_link, plain_file
+from panollava.data.rows import COLUMNS, is_link, plain_file, shared_pictures
 
 _RARE = 0.05  # relative to how often the likely intended word occurs
 _SIMILARITY = 0.85  # difflib's ratio; 1 is equal
@@ -24,7 +23,7 @@ def find_suspicions(splits: dict[str, pd.DataFrame], folder: Path) -> list[str]:
     return [
         *_misspellings(rows),
         *_repeated_rows(splits),
-        *_shared_pictures(splits),
+        *shared_pictures(splits),
         *_name_collisions(rows, folder),
     ]
 
@@ -65,19 +64,6 @@ def _repeated_rows(splits: dict[str, pd.DataFrame]) -> list[str]:
         f"{split}: row {row} repeats an earlier one"
         for split, rows in splits.items()
         for row in rows["row"][rows.duplicated(list(COLUMNS))]
-    ]
-
-
-def _shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
-    # Links are compared by address until they are downloaded.
-    pictures = {
-        split: set(rows["picture"].where(rows["picture"].notna(), rows["url"]).astype(str))
-        for split, rows in splits.items()
-    }
-    return [
-        f"{len(shared)} pictures are in both {one} and {other}, such as {min(shared)}"
-        for one, other in combinations(pictures, 2)
-        if (shared := pictures[one] & pictures[other])
     ]
 
 
