@@ -256,6 +256,7 @@ def test_the_context_holds_all_objects_of_a_scene(tmp_path: Path) -> None:
         load_demo_settings(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "tower"),
     [("demo-encoder", "encoder"), ("demo-language-model", "language_model")],
