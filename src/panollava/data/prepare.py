@@ -52,8 +52,6 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
         splits[split] = read_rows(folder / f"{split}.csv", root)
         _check_rejects(folder / f"{split}.csv", *splits[split], out / split, allowed)
     _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
-    for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
-        log.warning("%s", warning)
     cv2.setNumThreads(1)  # the decoding threads keep all cores busy
     for split, (rows, rejects) in splits.items():
         rolls = settings.evaluate.rolls if split == settings.evaluate.split else None
@@ -63,12 +61,15 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, allowed)
         rows = rows.assign(panorama=pd.factorize(rows["picture"])[0])
         write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
+        splits[split] = rows, rejects
         log.info(
             "%s: %d rows over %d panoramas, %d rejected%s",
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
     made_from.record_prepared(settings.data, settings.views, out)
+    for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
+        log.warning("%s", warning)
 
 
 def _clear(out: Path) -> None:
