@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,8 +189,8 @@ def test_fields_of_the_syntax_tree_that_only_newer_pythons_have_do_not_matter(
 ) -> None:
     """As `type_params` of functions and classes, which is empty in most of them."""
 
-    def parse_with_more_fields(source: bytes) -> ast.Module:
-        tree = parse(source)
+    def parse_with_more_fields(*arguments: Any, **options: Any) -> ast.Module:
+        tree = parse(*arguments, **options)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 node.newer = []  # type: ignore[union-attr]
