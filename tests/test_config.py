@@ -96,8 +96,8 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         (
             "devices: 1",
             "devices: 2",
-            "trainer.devices: expected 1, because several devices are not supported (where a step "
-            "does not fit one, raise the stage's accumulate), found 2",
+            "trainer.devices: expected 1 (several are not supported; raise the stage's "
+            "accumulate), found 2",
         ),
         ("fov: 90", "fov: true", "views.fov: expected a number, found True"),
         ("fov: 90", "fov: '90'", "views.fov: expected a number, found '90'"),

@@ -257,9 +257,9 @@ def test_an_invalid_start_is_named_with_the_expected_file(project: Path) -> None
     (project / "weights.pt").write_bytes(b"junk")
     expected = "expected a result of stage 'vision': runs/vlm_vision/model_final.safetensors"
     assert f"no.ckpt: no such file; {expected}" in fails("resampler", "--from", "no.ckpt")
-    assert f"runs: Is a directory; {expected}" in fails("resampler", "--from", "runs")
-    message = fails("resampler", "--from", "weights.pt")
-    assert f"weights.pt: neither .safetensors nor .ckpt; {expected}" in message
+    for name in ("weights.pt", "runs"):
+        message = fails("resampler", "--from", name)
+        assert f"{name}: neither .safetensors nor .ckpt; {expected}" in message
     for junk in ("junk.ckpt", "junk.safetensors"):
         message = fails("resampler", "--from", junk)
         assert f"{junk}: not a readable" in message and expected in message

@@ -22,10 +22,7 @@ from panollava.errors import UserError
 
 def _single_device(value: int) -> int:
     if value != 1:
-        raise ValueError(
-            "expected 1, because several devices are not supported (where a step does not fit one, "
-            "raise the stage's accumulate)"
-        )
+        raise ValueError("expected 1 (several are not supported; raise the stage's accumulate)")
     return value
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,7 @@ def start(name: str, folder: Path = Path("logs")) -> Iterator[Path]:
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(_ConsoleFormatter())
     console.addFilter(_for_console)
-    with (
-        _root_handlers(file, console),
-        logging_redirect_tqdm(),
-        _one_line_warnings(),
-        _propagating(_LIBRARIES),
-    ):
+    with _all_messages_to(file, console), logging_redirect_tqdm(), _one_line_warnings():
         log.info("log: %s", path)
         _to_file("command: %s", " ".join(sys.argv))
         try:
@@ -96,19 +91,33 @@ def _to_file(message: str, *arguments: object, exc_info: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _root_handlers(*handlers: logging.Handler) -> Iterator[None]:
+def _all_messages_to(*handlers: logging.Handler) -> Iterator[None]:
     root = logging.getLogger()
+    libraries = [logging.getLogger(name) for name in _LIBRARIES]
     level = root.level
+    before = [(logger, logger.__class__, logger.handlers) for logger in (root, *libraries)]
     root.setLevel(logging.INFO)
-    for handler in handlers:
-        root.addHandler(handler)
+    root.handlers = [*root.handlers, *handlers]
+    for logger in libraries:
+        logger.__class__, logger.handlers = _PropagatingLogger, []
     try:
         yield
     finally:
         root.setLevel(level)
+        for logger, kind, its_handlers in before:
+            logger.__class__, logger.handlers = kind, its_handlers
         for handler in handlers:
-            root.removeHandler(handler)
             handler.close()
+
+
+class _PropagatingLogger(logging.Logger):
+    """A library's logger that always passes its messages to the root's handlers, whatever the
+    library configures when it is imported later."""
+
+    propagate = property(lambda self: True, lambda self, value: None)
+
+    def addHandler(self, hdlr: logging.Handler) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -122,32 +131,3 @@ def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
         yield
-
-
-class _PropagatingLogger(logging.Logger):
-    """A library's logger that always passes its messages to the root's handlers, whatever the
-    library configures when it is imported later."""
-
-    @property
-    def propagate(self) -> bool:
-        return True
-
-    @propagate.setter
-    def propagate(self, value: bool) -> None:
-        pass
-
-    def addHandler(self, hdlr: logging.Handler) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _propagating(names: Sequence[str]) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(logger.__class__, logger.handlers) for logger in loggers]
-    for logger in loggers:
-        logger.__class__, logger.handlers = _PropagatingLogger, []
-    try:
-        yield
-    finally:
-        for logger, (kind, handlers) in zip(loggers, before, strict=True):
-            logger.__class__, logger.handlers = kind, handlers

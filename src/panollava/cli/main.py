@@ -24,6 +24,7 @@ Run = Callable[[argparse.Namespace], None]
 
 # These follow each other in a pipeline: when one starts, the results of the others are recorded.
 _STEPS = ("prepare", "train", "features", "evaluate")
+_FULL_PIPELINE = "full_pipeline"  # the log's name for `train all`
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
             single_instance(name),
         ):
             # `train all` resumes from finished stages too.
-            if options.command in _STEPS and not _is_train_all(options):
+            if options.command in _STEPS and name != _FULL_PIPELINE:
                 resume.remove_finished(except_stage=getattr(options, "stage", None))
             options.run(options)
     except UserError:  # logged by `logs.start`
@@ -48,23 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
 def _log_name(options: argparse.Namespace) -> str:
     if options.command != "train":
         return options.command
-    return "full_pipeline" if _is_train_all(options) else STAGES[options.stage].log_name
-
-
-def _is_train_all(options: argparse.Namespace) -> bool:
-    return options.command == "train" and options.stage == train_command.ALL
+    return STAGES[options.stage].log_name if options.stage in STAGES else _FULL_PIPELINE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="panollava", description="train and evaluate a vision-language model on 360° panoramas"
     )
-    commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="COMMAND",
-        parser_class=train_command.HelpWithParameters,
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Run, help: str, folder: Path = paths.LOGS) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
@@ -120,11 +112,8 @@ def _add_download(command: argparse.ArgumentParser) -> None:
     add("--connections", type=int, default=16, help="parallel downloads (default: 16)")
     add("--rate", type=float, default=10.0, help="requests per second (default: 10)")
     add("--pause", type=float, default=1.0, help="seconds before a retry, doubling (default: 1)")
-    add(
-        "--give-up",
-        action="store_true",
-        help="treat links as dead when no complete response arrives (default: an error)",
-    )
+    help = "treat links as dead when no complete response arrives (default: an error)"
+    add("--give-up", action="store_true", help=help)
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:
@@ -132,26 +121,18 @@ def _add_check(command: argparse.ArgumentParser) -> None:
     add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
     add("--json", type=Path, metavar="FILE", help="also write the report to a file")
     add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
-    add(
-        "--max-rejected",
-        type=float,
-        default=0.15,
-        metavar="SHARE",
-        help="largest share of a split's rows that may be bad; otherwise the exit status is 1 "
-        "(default: 0.15, for QuIC-360; the limit of `prepare` is data.max_rejected)",
+    help = (
+        "largest share of a split's rows that may be bad; otherwise the exit status is 1 (default: "
+        "0.15, for QuIC-360; the limit of `prepare` is data.max_rejected)"
     )
+    add("--max-rejected", type=float, default=0.15, metavar="SHARE", help=help)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("stage", nargs="?", choices=STAGES, help="training stage (default: all of them)")
-    add(
-        "--params",
-        type=Path,
-        default=paths.PARAMS,
-        metavar="FILE",
-        help="settings to plan for, such as presets/quic360.yaml (default: params.yaml)",
-    )
+    help = "settings to plan for, such as presets/quic360.yaml (default: params.yaml)"
+    add("--params", type=Path, default=paths.PARAMS, metavar="FILE", help=help)
     add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 

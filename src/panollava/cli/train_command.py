@@ -2,11 +2,12 @@
 stage, or all of them, without DVC."""
 
 import argparse
+import json
 import logging
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from panollava import paths
 from panollava.cli.single_instance import single_instance
@@ -24,40 +25,54 @@ ALL = "all"
 Changes = Mapping[str, Any]  # of params.yaml for this run, such as {"machine.loader_workers": 2}
 
 
-class Option(NamedTuple):
-    flags: tuple[str, ...]
-    type: type
-    key: str  # of params.yaml; STAGE is replaced by each stage that is trained
-    help: str
+# By the parameter that an option overrides: its flags, type and help. STAGE stands for each stage
+# that is trained.
+OPTIONS = {
+    "stage.STAGE.epochs": ("--epochs", int, "passes over the rows; vision: panoramas"),
+    "stage.STAGE.batch_size": ("--batch-size", int, "rows per step; vision: panoramas"),
+    "stage.STAGE.lr": ("--lr", float, "learning rate"),
+    "stage.STAGE.max_text_length": ("--max-text-length", int, "tokens of a row; vision: unused"),
+    "data.dir": ("--data-dir", str, "folder of the CSV files, which are prepared first"),
+    "machine.loader_workers": ("--workers --num-workers", int, "processes that load batches"),
+    "machine.wandb": ("--project", str, "project on Weights & Biases for the curves"),
+}
 
-    @property
-    def destination(self) -> str:
-        return self.flags[0].removeprefix("--").replace("-", "_")
+
+class _HelpWithParameters(argparse.HelpFormatter):
+    """Shows the parameter that an option overrides, and its value or its values in the stages."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        key = action.dest
+        if key not in OPTIONS:
+            return action.help
+        text = f"{action.help} (default: {key} of params.yaml{_values(key)})"
+        return text.replace("%", "%%")
 
 
-OPTIONS = (
-    Option(("--epochs",), int, "stage.STAGE.epochs", "passes over the rows; vision: panoramas"),
-    Option(("--batch-size",), int, "stage.STAGE.batch_size", "rows per step; vision: panoramas"),
-    Option(("--lr",), float, "stage.STAGE.lr", "learning rate"),
-    Option(("--max-text-length",), int, "stage.STAGE.max_text_length", "tokens of a query and its "
-           "answer; vision: unused"),
-    Option(("--data-dir",), str, "data.dir", "folder of train.csv, valid.csv and test.csv, which "
-           "are prepared first"),
-    Option(("--workers", "--num-workers"), int, "machine.loader_workers", "processes that "
-           "load batches"),
-    Option(("--project",), str, "machine.wandb", "project on Weights & Biases for the curves"),
-)  # fmt: skip
+def _values(key: str) -> str:
+    """The value of a parameter, or its values in the stages, after a separator."""
+    try:
+        settings = _settings({})
+    except UserError:  # the command itself reports it
+        return ""
+    if "STAGE" not in key:
+        return f", {_value(settings, key)}"
+    values = (f"{stage} {_value(settings, key.replace('STAGE', stage))}" for stage in STAGES)
+    return f": {', '.join(values)}"
+
+
+def _value(settings: "Settings", key: str) -> str:
+    return json.dumps(operator.attrgetter(key)(settings), ensure_ascii=False)
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "stage", choices=(*STAGES, ALL), help=f"training stage; {ALL}: prepare, then all stages"
     )
-    for option in OPTIONS:
-        parser.add_argument(*option.flags, type=option.type, help=option.help)
+    for key, (flags, kind, help) in OPTIONS.items():
+        parser.add_argument(*flags.split(), dest=key, type=kind, metavar="VALUE", help=help)
     parser.add_argument(
-        "--name",
-        help="name of the run on Weights & Biases (default: stage<number>_<stage>)",
+        "--name", help="name of the run on Weights & Biases (default: stage<number>_<stage>)"
     )
     parser.add_argument(
         "--from",
@@ -73,62 +88,31 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="fail if there is no unfinished work of the same settings, data and code "
         "(default: resume it if there is any, otherwise start from the beginning)",
     )
-
-
-class HelpWithParameters(argparse.ArgumentParser):
-    """Its help shows the parameter that each option overrides, and the parameter's value."""
-
-    def format_help(self) -> str:
-        options = {option.destination: option for option in OPTIONS}
-        if any(action.dest == "start" for action in self._actions):  # the parser of `train`
-            try:
-                settings = _settings({})
-            except UserError:  # the command itself reports it
-                settings = None
-            for action in self._actions:
-                if option := options.get(action.dest):
-                    text = f"{option.help} (default: {_describe(settings, option.key)})"
-                    action.help = text.replace("%", "%%")
-        return super().format_help()
-
-
-def _describe(settings: "Settings | None", key: str) -> str:
-    """The key, and its value or its values in the stages."""
-    if settings is None:
-        return f"{key} of params.yaml"
-    if "STAGE" not in key:
-        return f"{key} of params.yaml, {_value(settings, key)}"
-    values = (f"{stage} {_value(settings, key.replace('STAGE', stage))}" for stage in STAGES)
-    return f"{key} of params.yaml: {', '.join(values)}"
-
-
-def _value(settings: "Settings", key: str) -> str:
-    value = operator.attrgetter(key)(settings)
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    # Last, because newer versions of Python format the help of each option that is added.
+    parser.formatter_class = _HelpWithParameters
 
 
 def run(options: argparse.Namespace) -> None:
     """Raises UserError for errors that the user can fix."""
-    stages = [STAGES[options.stage]] if options.stage != ALL else list(STAGES.values())
+    stages = STAGES if options.stage == ALL else {options.stage: STAGES[options.stage]}
     changes = {
-        option.key.replace("STAGE", stage.name): value
-        for option in OPTIONS
-        if (value := getattr(options, option.destination)) is not None
+        key.replace("STAGE", stage): value
+        for key in OPTIONS
+        if (value := getattr(options, key)) is not None
         for stage in stages
     }
-    if options.stage == ALL:
-        if options.start is not None:
-            raise UserError(f"{options.start}: --from needs one stage, not '{ALL}'")
-        _run_all(changes, options.resume, options.name)
+    if options.stage != ALL:
+        _run_stage(STAGES[options.stage], changes, options)
+    elif options.start is None:
+        _run_all(changes, options)
     else:
-        _run_stage(stages[0], changes, options.start, options.resume, options.name)
+        raise UserError(f"{options.start}: --from needs one stage, not '{ALL}'")
 
 
-def _run_stage(
-    stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
-) -> None:
+def _run_stage(stage: Stage, changes: Changes, options: argparse.Namespace) -> None:
     """Train one stage. Another `data.dir` is prepared first. Features are computed first if the
-    stage reads them and `data.dir` or `start` is another."""
+    stage reads them and `data.dir` or the start is another."""
+    start = options.start
     if start is not None and stage.starts_from is None:
         raise UserError(
             f"{start}: stage '{stage.name}' starts from the pretrained encoder, not from a file; "
@@ -138,10 +122,10 @@ def _run_stage(
         _prepare(changes)
     if stage.reads_features and (start is not None or "data.dir" in changes):
         _features(changes, start)
-    _train(stage, changes, start, must_resume, run_name)
+    _train(stage, changes, start, options.resume, options.name)
 
 
-def _run_all(changes: Changes, must_resume: bool, run_name: str | None) -> None:
+def _run_all(changes: Changes, options: argparse.Namespace) -> None:
     """Prepare, all training stages, and the features before the stage that reads them. The work of
     finished stages is kept until all are finished, so that a killed run resumes where it was."""
     _prepare(changes)
@@ -149,10 +133,10 @@ def _run_all(changes: Changes, must_resume: bool, run_name: str | None) -> None:
         if stage.reads_features:
             _features(changes, None)
         # Work of the first stage exists in every unfinished run; that of later stages may not.
-        first = stage.starts_from is None
-        name = f"{run_name}_{stage.name}" if run_name else None
+        must_resume = options.resume and stage.starts_from is None
+        name = options.name and f"{options.name}_{stage.name}"
         with single_instance(stage.log_name):  # as the stage's own command does
-            _train(stage, changes, None, must_resume and first, name)
+            _train(stage, changes, None, must_resume, name)
     resume.remove_finished(except_stage=None)
 
 

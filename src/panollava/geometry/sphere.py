@@ -45,7 +45,7 @@ def cell_centers(count: int) -> Array:
 
 def panorama_rays(height: int, width: int) -> Array:
     """Rays of an equirectangular panorama's pixels: (height, width, 3)."""
-    return Window(0, 0, 360, 180).rays(cell_centers(width), cell_centers(height))
+    return PANORAMA.rays(cell_centers(width), cell_centers(height))
 
 
 def panorama_position(rays: Array) -> Array:
@@ -107,6 +107,9 @@ class Window:
         position = np.stack([x, y], axis=-1)
         inside: NDArray[np.bool_] = np.all((position >= 0) & (position <= 1), axis=-1)
         return position, inside
+
+
+PANORAMA = Window(0, 0, 360, 180)
 
 
 def encode_direction(rays: Array, degree: int) -> Array:

@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.geometry.sphere import (
-    Array,
-    Gnomonic,
-    Projection,
-    Window,
-    cell_centers,
-    panorama_position,
-)
+from panollava.geometry import sphere
+from panollava.geometry.sphere import PANORAMA, Array, Gnomonic, Projection, Window
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,9 @@ def _e2p(settings: config.Views) -> Layout:
     if settings.fov >= 180:
         raise UserError(f"views.fov: strategy e2p needs fov < 180, found {settings.fov:g}")
     yaws = _ring(settings)
-    projections: list[Projection] = [Gnomonic(yaw, settings.pitch, settings.fov) for yaw in yaws]
-    if settings.global_view:
-        projections.append(Window(0, 0, 360, 180))
-    return Layout(tuple(projections), _ring_pairs(len(yaws)))
+    ring = [Gnomonic(yaw, settings.pitch, settings.fov) for yaw in yaws]
+    global_view = [PANORAMA] if settings.global_view else []
+    return Layout((*ring, *global_view), _ring_pairs(len(yaws)))
 
 
 def _cubemap(settings: config.Views) -> Layout:
@@ -73,7 +66,7 @@ def _sliding_window(settings: config.Views) -> Layout:
 
 def _resize(settings: config.Views) -> Layout:
     """One view: the whole panorama."""
-    return Layout((Window(0, 0, 360, 180),), ())
+    return Layout((PANORAMA,), ())
 
 
 STRATEGIES = {
@@ -115,9 +108,9 @@ class Sampler:
 
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
-        rays = token_rays(layout, cell_centers(size))
+        rays = token_rays(layout, sphere.cell_centers(size))
         self.panorama_width = _decode_width(rays)
-        self._position = panorama_position(rays)
+        self._position = sphere.panorama_position(rays)
         # The views show nothing of the panorama below this fraction of its height.
         self.visible_fraction = float(self._position[..., 1].max())
         # Photos come in many sizes: without a limit, their maps would fill the memory.
@@ -158,10 +151,8 @@ def _decode_width(rays: Array) -> int:
 def _pad(panorama: NDArray) -> NDArray:
     """Add one pixel on each side, with what the sphere has there: across the seam, and over the
     poles on the opposite meridian."""
-    height, width = panorama.shape[:2]
-    padded = np.empty((height + 2, width + 2, 3), panorama.dtype)
-    padded[1:-1, 1:-1] = panorama
-    padded[0, 1:-1] = np.roll(panorama[0], width // 2, axis=0)
-    padded[-1, 1:-1] = np.roll(panorama[-1], width // 2, axis=0)
-    padded[:, 0], padded[:, -1] = padded[:, -2], padded[:, 1]
+    padded = np.pad(panorama, ((1, 1), (1, 1), (0, 0)), mode="wrap")
+    width = panorama.shape[1]
+    opposite = (np.arange(-1, width + 1) - width // 2) % width + 1
+    padded[0], padded[-1] = padded[1, opposite], padded[-2, opposite]
     return padded

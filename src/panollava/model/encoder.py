@@ -12,12 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from panollava.config import Pretrained
 from panollava.errors import UserError
 from panollava.geometry.sphere import Array
-from panollava.model.pretrained import (
-    describe_config,
-    from_pretrained_arguments,
-    load_from,
-    load_model,
-)
+from panollava.model.pretrained import describe_config, load_from, load_model
 
 
 class Encoder(nn.Module):
@@ -83,8 +78,7 @@ def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -
     Raises:
         UserError: it cannot be loaded, is no vision tower, or needs views of another size.
     """
-    source = from_pretrained_arguments(pretrained)
-    config = load_from(AutoConfig, source)
+    config = load_from(AutoConfig.from_pretrained, pretrained)
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
         raise UserError(
@@ -101,7 +95,7 @@ def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -
     tower = getattr(model, "vision_model", model)
     if getattr(tower, "use_head", False):  # SigLIP's pooling head
         tower.use_head, tower.head = False, None
-    processor, _ = load_from(ImageProcessingMixin.get_image_processor_dict, source)
+    processor, _ = load_from(ImageProcessingMixin.get_image_processor_dict, pretrained)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not (mean and std and len(mean) == len(std) == 3):
         raise UserError(

@@ -1,7 +1,5 @@
 """Greedy decoding, batched: all queries of a panorama share its prefix's key-value cache."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,16 +23,27 @@ def answer(
 
     `features`: (panoramas, views, grid, grid, features); `queries[i]` are those of panorama i.
     The result has the same nesting."""
-    cache = _read_prefix(model, dialogue, features)
-    prefix = cache.get_seq_length()
-    panoramas = [panorama for panorama, texts in enumerate(queries) for _ in texts]
-    cache.batch_select_indices(torch.tensor(panoramas, device=features.device))
+    prefix = _embed_prefix(model, dialogue, features)
     prompts = [dialogue.query(text) for texts in queries for text in texts]
-    longest = prefix + max(map(len, prompts), default=0) + max_new_tokens
+    longest = prefix.shape[1] + max(map(len, prompts), default=0) + max_new_tokens
     check_length(model.language_model, longest, "lower evaluate.max_new_tokens")
-    sequences, last = _read_prompts(model, cache, prompts, dialogue.pad)
+    sequences = _Sequences(model, len(prefix))
+    sequences.read(prefix, torch.full((len(prefix),), prefix.shape[1], device=prefix.device))
+    sequences.select([panorama for panorama, texts in enumerate(queries) for _ in texts])
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=dialogue.pad).to(prefix.device)
+    lengths = torch.tensor(list(map(len, prompts)), device=prefix.device)
+    last = sequences.read(model.embed(tokens), lengths)
     answers = iter(_decode(model, sequences, last, dialogue.ends, max_new_tokens))
     return [[dialogue.decode(next(answers)) for _ in texts] for texts in queries]
+
+
+def _embed_prefix(model: PanoLLaVA, dialogue: Dialogue, features: Tensor) -> Tensor:
+    """[text before the image][vision tokens]: (panoramas, length, hidden)."""
+    vision = model.vision_tokens(features)
+    before = torch.tensor(dialogue.text_prefix, dtype=torch.int64, device=features.device)
+    text = model.embed(before).expand(len(features), -1, -1)
+    return torch.cat([text, vision.to(text.dtype)], dim=1)
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -64,76 +73,39 @@ class _PreallocatedLayer(DynamicLayer):
         return buffer[:, :, :end]
 
 
-def _read_prefix(model: PanoLLaVA, dialogue: Dialogue, features: Tensor) -> DynamicCache:
-    """The cache of [text before the image][vision tokens], one row per panorama."""
-    vision = model.vision_tokens(features)
-    before = torch.tensor(dialogue.text_prefix, dtype=torch.int64, device=features.device)
-    text = model.embed(before).expand(len(features), -1, -1)
-    embedded = torch.cat([text, vision.to(text.dtype)], dim=1)
-    length = embedded.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=features.device).tril()
-    cache = DynamicCache(config=model.language_model.config)
-    cache.layers = [
-        _PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    positions = torch.arange(length, device=features.device)[None]
-    mask = mask.expand(len(features), 1, -1, -1)
-    model.hidden_states(embedded, mask, positions, cache=cache, use_cache=True)
-    return cache
-
-
-@dataclass
 class _Sequences:
-    """The sequences being decoded. Shorter prompts are padded, so a cached token may be masked."""
+    """A batch of sequences that tokens are appended to, and their key-value cache."""
 
-    cache: DynamicCache
-    mask: Tensor  # bool (batch, cached tokens): the sequence attends to the token
-    positions: Tensor  # int64 (batch,): of the next token
+    def __init__(self, model: PanoLLaVA, batch: int) -> None:
+        self.model, device = model, model.language_model.device
+        self.cache = DynamicCache(config=model.language_model.config)
+        self.cache.layers = [
+            _PreallocatedLayer() if type(layer) is DynamicLayer else layer
+            for layer in self.cache.layers
+        ]
+        # (batch, cached tokens): the token is no padding.
+        self.mask = torch.ones(batch, 0, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int64, device=device)  # of the next token
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+    def read(self, embedded: Tensor, lengths: Tensor) -> Tensor:
+        """Append `lengths`, (batch,), tokens, padded on the right: (batch, longest, hidden).
+        Returns the hidden states of the last ones, (batch, hidden)."""
+        cached, longest = self.mask.shape[1], embedded.shape[1]
+        index = torch.arange(longest, device=embedded.device)
+        self.mask = torch.cat([self.mask, index < lengths[:, None]], dim=1)
+        causal = self.mask.new_ones(longest, cached + longest).tril(cached)
+        # Padding attends to earlier tokens, because attention over nothing is not a number.
+        mask = (self.mask[:, None] & causal)[:, None]
+        positions = self.positions[:, None] + index
+        hidden = self.model.hidden_states(embedded, mask, positions, cache=self.cache)
+        self.positions = self.positions + lengths
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
-
-def _read_prompts(
-    model: PanoLLaVA, cache: DynamicCache, prompts: list[list[int]], pad: int
-) -> tuple[_Sequences, Tensor]:
-    """Read the prompts, padded on the right, behind the prefixes in `cache`. Returns the sequences
-    and the hidden states of their last tokens, (batch, hidden)."""
-    prefix, device = cache.get_seq_length(), model.language_model.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=pad).to(device)
-    longest = tokens.shape[1]
-    index = torch.arange(longest, device=device)
-    mask = torch.ones(len(prompts), prefix, dtype=torch.bool, device=device)
-    mask = torch.cat([mask, index < lengths[:, None]], dim=1)
-    causal = torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix)
-    # Padding attends to the prefix, because attention over nothing is not a number.
-    hidden = model.hidden_states(
-        model.embed(tokens),
-        (mask[:, None] & causal)[:, None],
-        (prefix + index)[None],
-        cache=cache,
-        use_cache=True,
-    )
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    return _Sequences(cache, mask, prefix + lengths), last
-
-
-def _read_token(model: PanoLLaVA, sequences: _Sequences, tokens: Tensor) -> Tensor:
-    """Append one token to each sequence: (batch,) -> its hidden state, (batch, hidden)."""
-    sequences.mask = torch.cat([sequences.mask, torch.ones_like(sequences.mask[:, :1])], dim=1)
-    hidden = model.hidden_states(
-        model.embed(tokens[:, None]),
-        sequences.mask[:, None, None],
-        sequences.positions[:, None],
-        cache=sequences.cache,
-        use_cache=True,
-    )
-    sequences.positions = sequences.positions + 1
-    return hidden[:, -1]
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows of the batch, in this order. A row may be repeated."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask, self.positions = self.mask[index], self.positions[index]
 
 
 def _decode(
@@ -161,8 +133,7 @@ def _decode(
             break
         if 2 * len(unfinished) <= len(batch):  # dropping rows copies the cache: not at every step
             batch = [batch[row] for row in unfinished]
-            rows = torch.tensor(unfinished, device=tokens.device)
-            sequences.select(rows)
-            tokens = tokens[rows]
-        last = _read_token(model, sequences, tokens)
+            sequences.select(unfinished)
+            tokens = tokens[unfinished]
+        last = sequences.read(model.embed(tokens[:, None]), torch.ones_like(tokens))
     return answers

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from panollava import config
 from panollava.data.packing import Packed, Row, attention_mask, pack
@@ -46,16 +46,19 @@ class PanoLLaVA(nn.Module):
         """int64 (batch, length) -> (batch, length, hidden)."""
         return self.language_model.get_input_embeddings()(tokens)
 
-    def hidden_states(self, embedded: Tensor, mask: Tensor, positions: Tensor, **cache) -> Tensor:  # type: ignore[no-untyped-def]
-        """Last hidden states of the language model, before its head.
+    def hidden_states(
+        self, embedded: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Last hidden states of the language model, before its head. A `cache` is extended.
 
         `mask`: bool (batch, 1, queries, keys); `positions`: (batch, queries)."""
         decoder = self.language_model.get_decoder()
         if decoder.config._attn_implementation != "sdpa":  # others add the mask to their scores
             lowest = torch.finfo(embedded.dtype).min
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, lowest)
+        caching = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
         output = decoder(
-            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **cache
+            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **caching
         )
         return output.last_hidden_state
 
@@ -72,9 +75,12 @@ class PanoLLaVA(nn.Module):
         text = self.embed(packed.tokens)
         rows = text[:, text_prefix + vision.shape[1] :]
         embedded = torch.cat([text[:, :text_prefix], vision.to(text.dtype), rows], dim=1)
-        hidden = self.hidden_states(
-            embedded, attention_mask(packed.segments), packed.positions, use_cache=False
-        )
+        return self.packed_logits(embedded, packed)
+
+    def packed_logits(self, embedded: Tensor, packed: Packed) -> Tensor:
+        """`answer_logits` of embedded sequences, (batch, length, hidden)."""
+        mask = attention_mask(packed.segments)
+        hidden = self.hidden_states(embedded, mask, packed.positions)
         return self.logits(hidden.flatten(0, 1)[packed.predicts])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,13 +132,7 @@ def _check_packed_rows(model: PanoLLaVA, path: str) -> None:
     name = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
     remedy = "use another, such as Qwen/Qwen2.5-0.5B-Instruct"
     try:
-        hidden = model.hidden_states(
-            model.embed(packed.tokens),
-            attention_mask(packed.segments),
-            packed.positions,
-            use_cache=False,
-        )
-        packed_logits = model.logits(hidden.flatten(0, 1)[packed.predicts])
+        packed_logits = model.packed_logits(model.embed(packed.tokens), packed)
         logits = model.language_model(input_ids=sequences, use_cache=False).logits
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} cannot process packed rows: {error}; {remedy}") from error

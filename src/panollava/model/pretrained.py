@@ -13,37 +13,27 @@ from panollava.config import Pretrained
 from panollava.errors import UserError
 
 
-def from_pretrained_arguments(pretrained: Pretrained) -> dict[str, object]:
-    """The arguments that every `from_pretrained` call of the project passes."""
-    return {
-        "pretrained_model_name_or_path": pretrained.path,
-        "revision": pretrained.revision or "main",
-        "trust_remote_code": pretrained.trust_remote_code,
-    }
-
-
 def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
     """Load a model with an Auto class. Without `weights`, build it from its configuration on the
     meta device, where tensors have shapes but no data."""
-    source = from_pretrained_arguments(pretrained)
     if weights:
-        return load_from(loader, source, **options)
-    config = load_from(AutoConfig, source)
+        return load_from(loader.from_pretrained, pretrained, **options)
+    config = load_from(AutoConfig.from_pretrained, pretrained)
     with torch.device("meta"):
-        code = {"trust_remote_code": pretrained.trust_remote_code}
-        return loader.from_config(config, **code, **options)
+        return loader.from_config(config, trust_remote_code=pretrained.trust_remote_code, **options)
 
 
-def load_from(loader, source, **options):  # type: ignore[no-untyped-def]
-    """Call an Auto class's `from_pretrained`, or a function. A failure raises UserError."""
-    load = getattr(loader, "from_pretrained", loader)
+def load_from(load, pretrained: Pretrained, **options):  # type: ignore[no-untyped-def]
+    """Call `load`, such as an Auto class's `from_pretrained`. A failure raises UserError."""
+    revision = pretrained.revision or "main"
+    source = {"revision": revision, "trust_remote_code": pretrained.trust_remote_code}
     try:
-        return load(**source, **options)
+        return load(pretrained.path, **source, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"cannot load '{source['pretrained_model_name_or_path']}' (revision "
-            f"{source['revision']}); use a reachable hub id, or a folder written by "
-            f"save_pretrained (for the demo's, run: dvc repro data/demo/dvc.yaml). {error}"
+            f"cannot load '{pretrained.path}' (revision {revision}); use a reachable hub id, or a "
+            "folder written by save_pretrained (for the demo's, run: dvc repro "
+            f"data/demo/dvc.yaml). {error}"
         ) from error
 
 

@@ -27,7 +27,8 @@ def save_weights(
     path: Path, model: nn.Module, parts: Iterable[str], header: dict[str, Any]
 ) -> None:
     """Write these parts of `model`. `header`: JSON values, `stage` among them."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _state_of(model, parts).items()}
+    state = _only(parts, model.state_dict())
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     # One key of metadata: safetensors writes several in no fixed order.
     data = save(tensors, metadata={"panollava": json.dumps(header, sort_keys=True)})
     with atomic_write(path) as temporary:
@@ -41,25 +42,16 @@ def load_start(path: Path, model: nn.Module, parts: tuple[str, ...], stage: Stag
     Raises:
         UserError: the file is missing, unreadable, not of `stage` or does not match the model.
     """
-    expected = (
-        f"expected a result of stage '{stage.name}': {paths.weights_file(stage.name)}, or a file "
-        f"of {paths.run_folder(stage.name)}/checkpoints"
-    )
+    loaders = {".safetensors": load_weights, ".ckpt": _load_checkpoint}
     try:
-        path.open("rb").close()
-        if path.suffix == ".safetensors":
-            load_weights(path, model, parts, stage)
-        elif path.suffix == ".ckpt":
-            _load_checkpoint(path, model, parts, stage)
-        else:
+        if path.suffix not in loaders:
             raise UserError(f"{path}: neither .safetensors nor .ckpt")
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
-        raise UserError(
-            f"{path}: {reason}; {expected}; run the stage that writes it: dvc repro"
-        ) from None
+        loaders[path.suffix](path, model, parts, stage)
     except UserError as error:
-        raise UserError(f"{error}; {expected}") from None
+        raise UserError(
+            f"{error}; expected a result of stage '{stage.name}': {paths.weights_file(stage.name)}"
+            f", or a file of {paths.run_folder(stage.name)}/checkpoints"
+        ) from None
 
 
 def load_weights(
@@ -79,7 +71,7 @@ def load_weights(
     skipped = tuple(f"{part}." for part in stage.saves if part not in parts)
     with safe_open(path, framework="pt") as file:
         saved = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(skipped)}  # noqa: SIM118
-    copy_strictly(saved, _state_of(model, parts), path)
+    copy_strictly(saved, _only(parts, model.state_dict()), path)
     return header
 
 
@@ -117,16 +109,9 @@ def _load_checkpoint(path: Path, model: nn.Module, parts: tuple[str, ...], stage
             f"{path}: holds {', '.join(sorted(trained)) or 'no parts of the model'}, as a "
             f"checkpoint of {f'stage {writers[0]!r}' if writers else 'no stage'} does"
         )
-    if missing := [part for part in parts if part not in trained]:
-        raise UserError(f"{path}: a checkpoint of '{stage.name}' has no {missing[0]}")
     # Not the state: a checkpoint has no buffers, because they are not trained.
-    expected = {
-        f"{part}.{name}": parameter
-        for part in parts
-        for name, parameter in getattr(model, part).named_parameters()
-    }
-    saved = {key: tensor for key, tensor in saved.items() if key.split(".")[0] in parts}
-    copy_strictly(saved, expected, path)
+    expected = _only(parts, dict(model.named_parameters()))
+    copy_strictly(_only(parts, saved), expected, path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -168,10 +153,6 @@ def copy_strictly(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         tensor.detach().copy_(saved[key])
 
 
-def _state_of(model: nn.Module, parts: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of these parts."""
-    return {
-        f"{part}.{name}": tensor
-        for part in parts
-        for name, tensor in getattr(model, part).state_dict().items()
-    }
+def _only(parts: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors that are in these parts of the model."""
+    return {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in parts}

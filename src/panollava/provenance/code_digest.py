@@ -13,17 +13,15 @@ from typing import NamedTuple
 
 from panollava.errors import UserError
 from panollava.files import write_text
+from panollava.stages import STAGES
 
 Entries = Mapping[str, tuple[str, ...]]  # modules by pipeline stage
 
 PACKAGE = Path(__file__).parents[1]
-_TRAIN = "panollava.training.train"
 ENTRY_MODULES: Entries = {
     "prepare": ("panollava.data.prepare",),
-    "vision": (_TRAIN, "panollava.training.vicreg_objective"),
-    "resampler": (_TRAIN, "panollava.training.answer_objective"),
+    **{name: ("panollava.training.train", stage.objective) for name, stage in STAGES.items()},
     "features": ("panollava.training.features",),
-    "finetune": (_TRAIN, "panollava.training.answer_objective"),
     "evaluate": ("panollava.evaluation.evaluate", "panollava.demo.facts"),
     "demo-scenes": ("panollava.demo.dataset",),
     "demo-encoder": ("panollava.demo.encoder",),
@@ -31,24 +29,19 @@ ENTRY_MODULES: Entries = {
 }
 
 
+def write_digests(out: Path, package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> None:
+    """Write the text of each stage to `out`/<stage>.txt."""
+    for stage, text in digests(package, entries).items():
+        write_text(out / f"{stage}.txt", text)
+
+
 def digests(package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> dict[str, str]:
-    """SHA-256 of each stage's code. `package`: the folder of the package.
+    """For each stage, a text: the SHA-256 of its code, then one line per module with the module's
+    hash, so that a diff names the modules that changed. `package`: the folder of the package.
 
     Raises:
         UserError: a module is not valid Python, or an entry module does not exist.
     """
-    return {stage: text.split()[0] for stage, text in _describe(package, entries).items()}
-
-
-def write_digests(out: Path, package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> None:
-    """Write `out`/<stage>.txt: the stage's digest, then one line per module with the module's hash,
-    so that a diff of two such files names the modules that changed."""
-    for stage, text in _describe(package, entries).items():
-        write_text(out / f"{stage}.txt", text)
-
-
-def _describe(package: Path, entries: Entries) -> dict[str, str]:
-    """The text of each stage's file."""
     modules = {}
     for file in package.rglob("*.py"):
         *parents, name = file.relative_to(package.parent).with_suffix("").parts
@@ -81,7 +74,10 @@ def _read_module(file: Path, package: str) -> _Module:
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             # An imported name may be a submodule.
             imports |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
-    return _Module(_sha256(_canonical(tree)), imports)
+        for name, value in list(ast.iter_fields(node)):
+            if value == []:  # newer versions of Python have more empty fields, or print them
+                delattr(node, name)
+    return _Module(_sha256(ast.dump(tree)), imports)
 
 
 def _imported_by(entries: tuple[str, ...], modules: Mapping[str, _Module]) -> set[str]:
@@ -110,21 +106,6 @@ class _RemoveUnexecuted(ast.NodeTransformer):
         self.generic_visit(node)
         type_checking = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         return node.orelse if type_checking else node
-
-
-def _canonical(node: object) -> str:
-    """The syntax tree as text. Empty fields are left out, because newer versions of Python have
-    more of them; `ast.dump` prints them in some versions."""
-    if isinstance(node, ast.AST):
-        fields = (
-            f"{name}={_canonical(value)}"
-            for name, value in ast.iter_fields(node)
-            if value is not None and value != []
-        )
-        return f"{type(node).__name__}({', '.join(fields)})"
-    if isinstance(node, list):
-        return f"[{', '.join(map(_canonical, node))}]"
-    return repr(node)
 
 
 def _sha256(text: str) -> str:

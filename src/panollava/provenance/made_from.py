@@ -28,14 +28,13 @@ def invalidate(folder: Path) -> None:
 def record_prepared(data: config.Data, views: config.Views, out: Path) -> None:
     """Write `out`/provenance.json, after `prepare` has written the other files."""
     files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
-    write_json(out / _NAME, {**_data_parameters(data), **_view_parameters(views), "files": files})
+    write_json(out / _NAME, {**_parameters(views, data), "files": files})
 
 
 def check_prepared(views: config.Views, data: config.Data | None = None) -> None:
     """Raises UserError if `runs/prepared` was made with other view parameters, or from another
     `data.dir`."""
-    expected = {**_view_parameters(views), **(_data_parameters(data) if data else {})}
-    _check(paths.PREPARED, expected, "prepare")
+    _check(paths.PREPARED, _parameters(views, data), "prepare")
 
 
 def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
@@ -58,12 +57,9 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
     }
 
 
-def _data_parameters(data: config.Data) -> dict[str, Any]:
-    return {"data.dir": os.path.normpath(data.dir)}
-
-
-def _view_parameters(views: config.Views) -> dict[str, Any]:
-    return {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
+def _parameters(views: config.Views, data: config.Data | None) -> dict[str, Any]:
+    parameters = {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
+    return parameters | ({"data.dir": os.path.normpath(data.dir)} if data else {})
 
 
 def _check(folder: Path, expected: dict[str, Any], command: str) -> None:
