@@ -89,8 +89,8 @@ def test_rows_of_other_data_that_was_prepared_are_not_used(
 
     def planned(folder: str) -> tuple[int | None, str | None, int | None]:
         result = plan("resampler", "--params", f"{folder}.yaml")
-        train = result["rows"].get("train"), result["files"].get("train")
-        return *train, result["stages"]["resampler"]["steps"]
+        train = result["splits"].get("train", {"rows": None, "file": None})
+        return train["rows"], train["file"], result["stages"]["resampler"]["steps"]
 
     before = planned("data")
     assert before[:2] == (14, "data/train.csv") and planned("other")[0] == 1

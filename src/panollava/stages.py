@@ -23,6 +23,9 @@ class Stage:
         return f"stage{self.number}_{self.name}"
 
 
+# Parameters of every command that runs a trained model.
+INFERENCE = ("trainer.accelerator", "trainer.threads", "trainer.precision")
+
 # All of stage.vision except max_text_length, which changes nothing.
 _VISION = tuple(
     f"stage.vision.{key}"

@@ -5,7 +5,6 @@ rolled by several angles, where answers should stay the same except for directio
 
 import json
 import logging
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +18,9 @@ from panollava.config import Evaluate, Settings
 from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
+from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
-from panollava.evaluation.metrics import PREDICTION, SWAPPED, compute_details, headline, rolled_name
+from panollava.evaluation.metrics import PREDICTION, SWAPPED, Answers, References, rolled_name
 from panollava.files import open_array, write_csv, write_json
 from panollava.model.device import autocast, cast_frozen_linears, choose_device, configure_cpu
 from panollava.model.generate import answer
@@ -28,18 +28,18 @@ from panollava.model.language_model import end_tokens
 from panollava.model.panollava import PanoLLaVA, build_model
 from panollava.model.weights import load_weights
 from panollava.provenance.made_from import check_features, check_prepared
-from panollava.stages import STAGES
+from panollava.stages import INFERENCE, STAGES
 
 log = logging.getLogger(__name__)
 
-_TRAINER = ("trainer.accelerator", "trainer.threads", "trainer.precision")
-READS = ("views", "model", "evaluate", *_TRAINER)
+READS = ("views", "model", "evaluate", *INFERENCE)
 _EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
     """What the model sees: for panorama p, `features[indices[p]]`."""
 
+    name: str
     features: NDArray
     indices: NDArray
 
@@ -54,18 +54,17 @@ def evaluate(settings: Settings) -> None:
     for row in rows.itertuples():
         references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
     answers = {
-        name: _answer_all(model, dialogue, inputs, [*references], settings, name)
-        for name, inputs in _find_inputs(settings.evaluate).items()
+        inputs.name: _answer_all(model, dialogue, inputs, [*references], settings)
+        for inputs in _find_inputs(settings.evaluate)
     }
-    urls = dict(zip(rows["panorama"], rows["url"], strict=True))
-    _write_predictions(answers, references, urls)
+    _write_predictions(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
     facts = settings.evaluate.facts
     reader = None if facts is None else find_reader(facts)
-    details = compute_details(answers, references, settings.evaluate.rolls, reader)
-    metrics = headline(details)
-    log.info("%s", tabulate(pd.json_normalize(metrics).T, tablefmt="plain", floatfmt=".3f"))
+    details = metrics.compute_details(answers, references, settings.evaluate.rolls, reader)
+    headline = metrics.headline(details)
+    log.info("%s", tabulate(pd.json_normalize(headline).T, tablefmt="plain", floatfmt=".3f"))
     write_json(paths.EVALUATION_DETAILS, details)
-    write_json(paths.EVALUATION, metrics)
+    write_json(paths.EVALUATION, headline)
 
 
 def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
@@ -81,14 +80,14 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
     return model, Dialogue(tokenizer, ends=end_tokens(model.language_model))
 
 
-def _find_inputs(evaluation: Evaluate) -> dict[str, Inputs]:
-    """By name: each panorama itself, another one in its place, and each roll. Raises UserError if
+def _find_inputs(evaluation: Evaluate) -> list[Inputs]:
+    """Each panorama itself, another one in its place, and each roll. Raises UserError if
     runs/features/rolled.npy was written for other rolls."""
     features = open_array(paths.FEATURES / f"{evaluation.split}.npy")
     indices = np.arange(len(features))
-    inputs = {PREDICTION: Inputs(features, indices)}
+    inputs = [Inputs(PREDICTION, features, indices)]
     if len(features) > 1:
-        inputs[SWAPPED] = Inputs(features, np.roll(indices, len(features) // 2))
+        inputs.append(Inputs(SWAPPED, features, np.roll(indices, len(features) // 2)))
     else:
         log.warning("only one panorama: skipping the grounding gap")
     rolled = open_array(file := paths.FEATURES / "rolled.npy")
@@ -100,17 +99,12 @@ def _find_inputs(evaluation: Evaluate) -> dict[str, Inputs]:
             "run: dvc repro features"
         )
     for number, degrees in enumerate(rolls):
-        inputs[rolled_name(degrees)] = Inputs(rolled, indices * len(rolls) + number)
+        inputs.append(Inputs(rolled_name(degrees), rolled, indices * len(rolls) + number))
     return inputs
 
 
 def _answer_all(
-    model: PanoLLaVA,
-    dialogue: Dialogue,
-    inputs: Inputs,
-    keys: list[Key],
-    settings: Settings,
-    name: str,
+    model: PanoLLaVA, dialogue: Dialogue, inputs: Inputs, keys: list[Key], settings: Settings
 ) -> dict[Key, str]:
     """The model's answers to all (panorama, query) in `keys`, in batches of panoramas."""
     device = next(model.parameters()).device
@@ -121,7 +115,7 @@ def _answer_all(
     size = settings.evaluate.batch_size
     answers: dict[Key, str] = {}
     with autocast(device, settings.trainer.precision):
-        for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {name}"):
+        for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
             batch = panoramas[start : start + size]
             features = gather(inputs.features, [int(inputs.indices[p]) for p in batch]).to(device)
             queries = [queries_of[panorama] for panorama in batch]
@@ -132,11 +126,7 @@ def _answer_all(
     return answers
 
 
-def _write_predictions(
-    answers: Mapping[str, Mapping[Key, str]],
-    references: Mapping[Key, list[str]],
-    urls: Mapping[int, str],
-) -> None:
+def _write_predictions(answers: Answers, references: References, urls: dict[int, str]) -> None:
     table = pd.DataFrame(
         {
             "panorama": panorama,

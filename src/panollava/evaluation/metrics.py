@@ -14,7 +14,8 @@ from panollava.evaluation.facts import FactReader, Key, compare, rotation, seam
 PREDICTION = "prediction"  # the panorama itself
 SWAPPED = "swapped"  # another panorama
 
-Answers = Mapping[str, Mapping[Key, str]]
+Answers = Mapping[str, Mapping[Key, str]]  # by name
+References = Mapping[Key, list[str]]
 
 
 def rolled_name(degrees: float) -> str:
@@ -23,17 +24,14 @@ def rolled_name(degrees: float) -> str:
 
 
 def compute_details(
-    answers: Answers,
-    references: Mapping[Key, list[str]],
-    rolls: Sequence[float],
-    reader: FactReader | None,
+    answers: Answers, references: References, rolls: Sequence[float], reader: FactReader | None
 ) -> dict[str, Any]:
     """Caption scores; the grounding gap, the difference to the scores with another panorama;
     agreement with the answers for rolled panoramas; and, if there is a `reader`, F1 of the stated
-    facts. `interval` holds 95% intervals of the scores that are means."""
+    facts, their consistency under rotation and the seam's accuracy. `interval` holds 95% intervals
+    of the scores that are means. The first reference of each query holds the correct facts."""
     scores = score(answers[PREDICTION], references)
     details: dict[str, Any] = {
-        "captions": len(references),
         "panoramas": len({panorama for panorama, _ in references}),
         "references": sum(map(len, references.values())),
         **_with_intervals(scores),
@@ -49,14 +47,23 @@ def compute_details(
             for angle, texts in rolled.items()
         }
     if reader is not None:
-        _add_facts(details, answers, references, rolls, reader)
+        predicted = {name: reader.read_all(texts) for name, texts in answers.items()}
+        reference = reader.read_all({key: texts[0] for key, texts in references.items()})
+        original = predicted[PREDICTION]
+        details["facts"] = compare(original, reference)
+        if SWAPPED in predicted:
+            details["swapped"]["facts"] = compare(predicted[SWAPPED], reference)
+        by_roll = {degrees: predicted[rolled_name(degrees)] for degrees in rolls}
+        for degrees, facts in by_roll.items():
+            details["rotation"][f"{degrees:g}"] |= rotation(reader, original, facts, degrees)
+        details["seam"] = seam(reader, reference, {0.0: original, **by_roll})
     return details
 
 
 def headline(details: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of `details` that people compare: 14 for the demo. `rotation` is the mean over
     angles. Numbers that could not be computed are left out."""
-    gap, seam_f1 = details.get("grounding_gap", {}), details.get("seam") or {"gap": {}}
+    gap, seam_f1 = details.get("grounding_gap", {}), details.get("seam", {"gap": {}})
     rolls = details.get("rotation", {}).values()
     if "facts" in details:
         rotations = {k: [r[k]["f1"] for r in rolls if k in r] for k in ("stays", "turns")}
@@ -92,27 +99,6 @@ def _grounding_gap(scores: Scores, swapped: Scores) -> dict[str, Any]:
 def _with_intervals(scores: Scores) -> dict[str, Any]:
     intervals = {name: interval_of_mean(values) for name, values in scores.each.items()}
     return {**scores.values, "interval": intervals}
-
-
-def _add_facts(
-    details: dict[str, Any],
-    answers: Answers,
-    references: Mapping[Key, list[str]],
-    rolls: Sequence[float],
-    reader: FactReader,
-) -> None:
-    """Add F1 of facts for each input, their consistency under rotation, and the seam's accuracy.
-    The first reference of each query holds the correct facts."""
-    predicted = {name: reader.read_all(texts, references) for name, texts in answers.items()}
-    first = {key: texts[0] for key, texts in references.items()}
-    reference = reader.read_all(first, references)
-    details["facts"] = compare(predicted[PREDICTION], reference)
-    if SWAPPED in predicted:
-        details["swapped"]["facts"] = compare(predicted[SWAPPED], reference)
-    rolled = {degrees: predicted[rolled_name(degrees)] for degrees in rolls}
-    for degrees, consistency in rotation(reader, predicted[PREDICTION], rolled).items():
-        details["rotation"][degrees].update(consistency)
-    details["seam"] = seam(reader, reference, {0.0: predicted[PREDICTION], **rolled})
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -2,7 +2,7 @@
 towers' configurations and, if there are any, the rows. No weights are loaded."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,41 +45,52 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class SplitPlan:
+    rows: int
+    panoramas: int
+    rows_per_panorama: float
+    file: str  # that the rows come from
+
+
+@dataclass(frozen=True)
 class Plan:
     stages: dict[str, StagePlan]
     device: str
     precision: str
     program: int  # bytes of memory besides tensors; 0 on a GPU, which has its own memory
-    files: dict[str, str]  # of rows, by split; splits without rows are left out
-    rows: dict[str, int]
-    panoramas: dict[str, int]
+    splits: dict[str, SplitPlan]  # those that have rows
     views: int  # bytes on disk of all splits and rolled panoramas
     features: int  # the same
 
 
 def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     """Raises UserError for settings, towers or rows that a training would refuse as well."""
-    splits = {split: read_split(settings, split) for split in SPLITS}
-    rows = {split: table for split, (table, _) in splits.items() if table is not None}
-    panoramas = {split: int(table["panorama"].nunique()) for split, table in rows.items()}
+    tables = {split: read_split(settings, split) for split in SPLITS}
+    splits = {
+        split: _plan_split(rows, file) for split, (rows, file) in tables.items() if rows is not None
+    }
     size, views = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
     feature = encoder.width * np.dtype(settings.model.features).itemsize
-    rolled = panoramas.get(settings.evaluate.split, 0) * len(settings.evaluate.rolls)
-    images = (sum(panoramas.values()) + rolled) * views
+    evaluated = splits.get(settings.evaluate.split)
+    rolled = len(settings.evaluate.rolls) * evaluated.panoramas if evaluated else 0
+    images = (sum(split.panoramas for split in splits.values()) + rolled) * views
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
-        stages={stage.name: _plan_stage(settings, stage, rows.get("train")) for stage in stages},
+        stages={stage.name: _plan_stage(settings, stage, tables["train"][0]) for stage in stages},
         device=device,
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device == "cpu" else 0,
-        files={split: str(splits[split][1]) for split in rows},
-        rows={split: len(table) for split, table in rows.items()},
-        panoramas=panoramas,
+        splits=splits,
         views=images * size * size * 3,
         features=images * grid * grid * feature,
     )
+
+
+def _plan_split(rows: pd.DataFrame, file: Path) -> SplitPlan:
+    panoramas = int(rows["panorama"].nunique())
+    return SplitPlan(len(rows), panoramas, len(rows) / panoramas, str(file))
 
 
 def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) -> StagePlan:
@@ -164,16 +175,17 @@ def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
 def show(plan: Plan, checkpointing: bool) -> None:
     """Log the plan as tables. `checkpointing`: the value of trainer.gradient_checkpointing."""
     state = f"{plan.device}, {plan.precision}, checkpointing {'on' if checkpointing else 'off'}"
+    steps = "trained steps panoramas_at_once vision_tokens longest_sequence"
     for title, table in (
         ("", _parts_table(plan)),
-        ("", _rows_table(plan)),
-        ("", _steps_table(plan)),
+        ("", _columns("split", plan.splits, "rows panoramas rows_per_panorama file")),
+        ("", _columns("stage", plan.stages, steps)),
         (f"peak memory of a step in MB ({state}):\n", _memory_table(plan, checkpointing)),
         ("", _disk_table(plan)),
     ):
         text = tabulate(table, "keys", "plain", intfmt=",", floatfmt=",.1f", missingval="-")
         log.info("%s%s\n", title, text)
-    if "train" not in plan.rows:
+    if "train" not in plan.splits:
         log.info("no rows found: assuming one full-length row per panorama (an upper bound)")
 
 
@@ -186,24 +198,10 @@ def _parts_table(plan: Plan) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _rows_table(plan: Plan) -> list[dict[str, Any]]:
+def _columns(label: str, plans: Mapping[str, Any], fields: str) -> list[dict[str, Any]]:
     return [
-        {
-            "split": split,
-            "rows": count,
-            "panoramas": plan.panoramas[split],
-            "rows per panorama": count / plan.panoramas[split],
-            "file": plan.files[split],
-        }
-        for split, count in plan.rows.items()
-    ]
-
-
-def _steps_table(plan: Plan) -> list[dict[str, Any]]:
-    columns = ("trained", "steps", "panoramas_at_once", "vision_tokens", "longest_sequence")
-    return [
-        {"stage": name, **{key.replace("_", " "): getattr(stage, key) for key in columns}}
-        for name, stage in plan.stages.items()
+        {label: name, **{key.replace("_", " "): getattr(plan, key) for key in fields.split()}}
+        for name, plan in plans.items()
     ]
 
 

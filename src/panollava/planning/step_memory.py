@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from panollava.config import Settings
-from panollava.data.batches import Step, divide, labeled_rows, plan_epoch
+from panollava.data.batches import divide, labeled_rows, plan_epoch
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.device import autocast
@@ -54,12 +54,12 @@ def find_workload(
     Raises UserError for a row whose query leaves no room for the answer."""
     stage_settings = getattr(settings.stage, stage.name)
     dialogue = getattr(objective, "dialogue", None)  # None: the stage reads no text
-    rows = _rows_by_panorama(dialogue, stage_settings, train)
-    indices = {panorama: list(range(len(answered))) for panorama, answered in rows.items()}
-    steps = [
-        _divide(step, rows, accumulate)
+    # `plan_epoch` and `divide` take lists of any kind: they only count what is in them.
+    by_panorama: dict[int, Any] = _rows_by_panorama(dialogue, stage_settings, train)
+    steps: list[Any] = [
+        [[rows for _, rows in part] for part in divide(step, accumulate)]
         for epoch in range(stage_settings.epochs)
-        for step in plan_epoch(indices, stage_settings.batch_size, settings.seed, epoch)
+        for step in plan_epoch(by_panorama, stage_settings.batch_size, settings.seed, epoch)
     ]
     prefix = len(dialogue.text_prefix) + objective.vision_tokens if dialogue else 0
     return Workload(None if train is None else len(steps), _heaviest(steps, prefix), prefix)
@@ -79,13 +79,6 @@ def _rows_by_panorama(
         tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
         result.setdefault(int(row.panorama), []).append(tokens)
     return result
-
-
-def _divide(step: Step, rows: dict[int, list[Row]], accumulate: int) -> list[Part]:
-    return [
-        [[rows[panorama][index] for index in indices] for panorama, indices in part]
-        for part in divide(step, accumulate)
-    ]
 
 
 def _heaviest(steps: list[list[Part]], prefix: int) -> list[list[Part]]:

@@ -34,35 +34,28 @@ class Objective(nn.Module):
         super().__init__()
         self.stage_settings: Any = getattr(settings.stage, stage.name)
         self.seed = settings.seed
-        self.model, tokenizer = build_model(
-            settings.model, settings.views, settings.seed, weights=weights
-        )
+        self.model, tokenizer = build_model(settings.model, settings.views, settings.seed, weights)
         ends = end_tokens(self.model.language_model)
         self.dialogue = Dialogue(tokenizer, self.stage_settings.max_text_length, ends)
         self.text_prefix = len(self.dialogue.text_prefix)  # tokens before the image
         self.reads_features = stage.reads_features  # instead of views
-        self.size = settings.views.size
         encoder: Any = self.model.encoder
-        grid = encoder_grid(encoder, self.size, settings.model.resampler.pool)
-        views = len(layout(settings.views).projections)
-        self.feature_shape = (views, grid, grid, encoder.width)  # of a panorama
+        size, views = settings.views.size, len(layout(settings.views).projections)
+        grid = encoder_grid(encoder, size, settings.model.resampler.pool)
         self.vision_tokens = views * grid * grid
+        features, pixels = (grid, grid, encoder.width), (size, size, 3)
+        self.vision_shape = (views, *(features if self.reads_features else pixels))
 
     def open_readers(self) -> None:
         """Raises UserError for a missing file, and for a row without an answer token."""
         settings, self.readers = self.stage_settings, {}
-        for split in ("train", "valid"):
-            views, features = paths.PREPARED / split / "views.npy", paths.FEATURES / f"{split}.npy"
-            reader = TextReader(
-                features if self.reads_features else views,
-                paths.PREPARED / split / "rows.csv",
-                self.dialogue,
-                self.vision_tokens,
-                settings.batch_size,
-                self.seed,
-                settings.labeled if split == "train" else 1.0,
+        batch_size = settings.batch_size
+        for split, labeled in (("train", settings.labeled), ("valid", 1.0)):
+            views, rows = (paths.PREPARED / split / name for name in ("views.npy", "rows.csv"))
+            vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
+            self.readers[split] = reader = TextReader(
+                vision, rows, self.dialogue, self.vision_tokens, batch_size, self.seed, labeled
             )
-            self.readers[split] = reader
             if reader.truncated:
                 log.warning(
                     "%s: %d of %d answers are cut to max_text_length %d",
@@ -90,12 +83,8 @@ class Objective(nn.Module):
 
     def blank(self, panoramas: list[list[Row]]) -> TextBatch:
         """A part with the rows of `panoramas` and uninitialized views or features."""
-        count = len(panoramas)
-        if self.reads_features:
-            vision = torch.empty((count, *self.feature_shape))
-        else:
-            shape = (count, self.feature_shape[0], self.size, self.size, 3)
-            vision = torch.empty(shape, dtype=torch.uint8)
+        dtype = torch.float32 if self.reads_features else torch.uint8
+        vision = torch.empty((len(panoramas), *self.vision_shape), dtype=dtype)
         packed = pack(self.dialogue.text_prefix, self.vision_tokens, panoramas, self.dialogue.pad)
         return TextBatch(vision, packed, sum(map(len, panoramas)))
 

@@ -81,15 +81,12 @@ class Checkpoints(pl.Callback):
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: self.keep]
         module.epoch, module.epoch_step = module.epoch + 1, 0
-        files = self.files(module.best)
-        if entry in module.best:  # one file serves as the epoch's checkpoint and as progress
-            trainer.save_checkpoint(files[module.best.index(entry)])
+        best, [file] = self.files(module.best), self.files([entry])
+        trainer.save_checkpoint(file if file in best else self.progress)
+        if file in best:  # it serves as the epoch's checkpoint and as progress
             self.progress.unlink(missing_ok=True)
-        else:
-            trainer.save_checkpoint(self.progress)
-        for file in self.folder.glob("epoch=*.ckpt"):
-            if file not in files:
-                file.unlink()
+        for other in {*self.folder.glob("epoch=*.ckpt")}.difference(best):
+            other.unlink()
         self._raise_if_stopping(module)
 
     def _raise_if_stopping(self, module: LitStage) -> None:

@@ -16,20 +16,26 @@ from panollava.training.lightning_module import LitStage
 Track = Callable[[int, Mapping[str, float]], None]
 
 
-class Curves(pl.Callback):
-    """Writes the curves of training and validation to `folder`/plots, every `every` steps.
-
-    DVCLive's summary, the last value of each curve, is not written: metrics.json holds the best
-    epoch's metrics."""
+class _Writer(pl.Callback):
+    """Writes values to `folder`/plots with DVCLive, and to `track`."""
 
     def __init__(self, folder: Path, every: int, track: Track) -> None:
         self.every, self.track = every, track
-        self.live = open_live(folder)
+        self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
         Path(self.live.plots_dir).mkdir(exist_ok=True)  # an output of the stage, even if empty
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        _write(self.live, step, values)
+        self.live.step = step
+        for name, value in values.items():
+            self.live.log_metric(name, value)
         self.track(step, values)
+
+
+class Curves(_Writer):
+    """Writes the curves of training and validation every `every` steps.
+
+    DVCLive's summary, the last value of each curve, is not written: metrics.json holds the best
+    epoch's metrics."""
 
     def _record(self, module: LitStage, values: dict[str, float]) -> None:
         module.history.append((module.step, values))
@@ -45,12 +51,8 @@ class Curves(pl.Callback):
         self._record(module, {name.replace("_", "/", 1): float(values[name]) for name in names})
 
 
-class Speed(pl.Callback):
+class Speed(_Writer):
     """Writes rows per second and peak memory to a folder apart from the other curves."""
-
-    def __init__(self, folder: Path, every: int, track: Track) -> None:
-        self.every, self.live, self.track = every, open_live(folder), track
-        self.rows, self.since = 0, time.perf_counter()
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.rows, self.since = 0, time.perf_counter()
@@ -65,20 +67,9 @@ class Speed(pl.Callback):
                 "rows_per_second": self.rows / (now - self.since),
                 "peak_memory_gb": peak_memory(module.device) / 1e9,
             }
-            _write(self.live, module.step, values)
+            self.write(module.step, values)
             self.live.make_summary()
-            self.track(module.step, values)
             self.rows, self.since = 0, now
-
-
-def open_live(folder: Path) -> Live:
-    return Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
-
-
-def _write(live: Live, step: int, values: Mapping[str, float]) -> None:
-    live.step = step
-    for name, value in values.items():
-        live.log_metric(name, value)
 
 
 def open_tracker(project: str | None, name: str, parameters: dict[str, Any]) -> Track:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from panollava import paths
@@ -14,22 +14,14 @@ from panollava.data.batches import gather
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
 from panollava.model.device import autocast, choose_device, configure_cpu
-from panollava.model.encoder import EncoderOnly, load_encoder, pool_tokens
+from panollava.model.encoder import Encoder, EncoderOnly, load_encoder, pool_tokens
 from panollava.model.weights import load_start
 from panollava.provenance import made_from
-from panollava.stages import STAGES
+from panollava.stages import INFERENCE, STAGES
 
 log = logging.getLogger(__name__)
 
-READS = (
-    "views",
-    "model.encoder",
-    "model.resampler.pool",
-    "model.features",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.precision",
-)
+READS = ("views", "model.encoder", "model.resampler.pool", "model.features", *INFERENCE)
 _BATCH = 8  # panoramas
 _TRAINED_BY = STAGES["resampler"]  # the last stage that trains the encoder
 
@@ -44,23 +36,21 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
     made_from.invalidate(paths.FEATURES)
     configure_cpu(settings.trainer.threads)
     model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
-    start = start or paths.weights_file(_TRAINED_BY.name)
-    load_start(start, model, ("encoder",), _TRAINED_BY)
+    load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
     model.eval().requires_grad_(False).to(device)
     inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
     for name, file in {**inputs, "rolled": paths.ROLLED}.items():
         views = open_array(file)
         out = paths.FEATURES / f"{name}.npy"
-        _write(model.encoder, views, out, device, settings)
+        _write(model.encoder, views, out, settings)
         log.info("features of %d panoramas: %s", len(views), out)
     made_from.record_features(settings, model.encoder)
 
 
 @torch.inference_mode()
-def _write(
-    encoder: nn.Module, views: np.ndarray, out: Path, device: torch.device, settings: Settings
-) -> None:
+def _write(encoder: Encoder, views: NDArray, out: Path, settings: Settings) -> None:
     pool, dtype = settings.model.resampler.pool, settings.model.features
+    device = encoder.mean.device
     with write_array(out) as append:
         for first in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
             index = list(range(first, min(first + _BATCH, len(views))))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from panollava.config import Machine, Trainer
+from panollava.config import Settings
 from panollava.data.batches import StepDataset, StepLoader
 from panollava.errors import UserError
 from panollava.model.weights import copy_strictly
+from panollava.stages import Stage
 from panollava.training.objective import StageObjective
 
 log = logging.getLogger(__name__)
@@ -30,24 +31,15 @@ class LitStage(pl.LightningModule):
     Counts epochs and steps and restores checkpoints itself instead of leaving that to Lightning, so
     that an interrupted run gives the same bytes as an uninterrupted one."""
 
-    def __init__(
-        self,
-        objective: StageObjective,
-        trainer: Trainer,
-        machine: Machine,
-        epochs: int,
-        accumulate: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, objective: StageObjective, settings: Settings, stage: Stage) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.objective = objective
-        self.settings = trainer
-        self.loader_workers = machine.loader_workers
-        self.accumulate = accumulate
-        self.seed = seed
+        self.objective, self.settings = objective, settings.trainer
+        self.loader_workers, self.seed = settings.machine.loader_workers, settings.seed
+        stage_settings = getattr(settings.stage, stage.name)
+        self.accumulate = stage_settings.accumulate
         train = objective.readers["train"]
-        self.epoch_steps = [len(train.plan(epoch)) for epoch in range(epochs)]
+        self.epoch_steps = [len(train.plan(epoch)) for epoch in range(stage_settings.epochs)]
         self.total_steps = sum(self.epoch_steps)
         self.epoch = 0  # the current one
         self.epoch_step = 0  # completed steps of this epoch
@@ -141,12 +133,11 @@ class LitStage(pl.LightningModule):
         """Keep the trained parts, the optimizer and the progress; drop what differs between equal
         runs, such as paths, times and the number of restarts."""
         trained = self._trained()
-        weights = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         kept = {
             "epoch": self.epoch,
             "global_step": self.step,
             "pytorch-lightning_version": pl.__version__,
-            "state_dict": weights,
+            "state_dict": {k: v for k, v in checkpoint["state_dict"].items() if k in trained},
             "optimizer_states": checkpoint["optimizer_states"],
             "lr_schedulers": checkpoint["lr_schedulers"],
             "epoch_step": self.epoch_step,

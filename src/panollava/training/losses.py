@@ -14,17 +14,11 @@ def vicreg(
 
     Statistics are over all samples, and in fp32 also under autocast."""
     x, y = x.float(), y.float()
-    terms = {
-        "invariance": functional.mse_loss(x, y),
-        "variance": (_variance(x) + _variance(y)) / 2,
-        "covariance": _covariance(x) + _covariance(y),
-    }
-    loss = (
-        invariance * terms["invariance"]
-        + variance * terms["variance"]
-        + covariance * terms["covariance"]
-    )
-    return {"loss": loss, **terms}
+    error = functional.mse_loss(x, y)
+    hinge = (_variance(x) + _variance(y)) / 2
+    squares = _covariance(x) + _covariance(y)
+    loss = invariance * error + variance * hinge + covariance * squares
+    return {"loss": loss, "invariance": error, "variance": hinge, "covariance": squares}
 
 
 def infonce(x: Tensor, y: Tensor, temperature: float) -> dict[str, Tensor]:

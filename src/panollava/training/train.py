@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic_core import to_jsonable_python
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from panollava import paths
@@ -19,10 +20,8 @@ from panollava.files import write_json
 from panollava.model.device import choose_device, configure_cpu
 from panollava.model.pretrained import hub_commit
 from panollava.model.weights import load_start, read_checkpoint, save_weights
-from panollava.provenance.code_digest import digests
+from panollava.provenance import code_digest, made_from, resume
 from panollava.provenance.fingerprint import fingerprint
-from panollava.provenance.made_from import check_features
-from panollava.provenance.resume import check_unfinished, mark_finished, work_folder
 from panollava.stages import STAGES, Stage
 from panollava.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from panollava.training.curves import Curves, Speed, Track, open_tracker
@@ -59,8 +58,8 @@ def train(
     module = make_module(stage, settings, objective)
     work = _open_work(stage, settings, module, must_resume)
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.machine.save_every)
-    name = run_name or f"stage{stage.number}_{stage.name}"
-    track = open_tracker(settings.machine.wandb, name, _parameters(stage, settings))
+    parameters = _parameters(stage, settings)
+    track = open_tracker(settings.machine.wandb, run_name or stage.log_name, parameters)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every, track)
     if checkpoints.restore(module):
         for step, values in module.history:
@@ -71,7 +70,7 @@ def train(
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
         _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
-    mark_finished(work)
+    resume.mark_finished(work)
 
 
 def check_deterministic(trainer: Trainer, device: torch.device) -> None:
@@ -96,25 +95,17 @@ def _load_start(
     start = start or paths.weights_file(before.name)
     load_start(start, model, before.saves, before)
     if stage.reads_features:
-        check_features(settings, model.encoder)  # type: ignore[arg-type]
+        made_from.check_features(settings, model.encoder)  # type: ignore[arg-type]
     log.info("stage %d, %s: starts from %s", stage.number, stage.name, start)
 
 
 def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> LitStage:
     """The Lightning module of an objective whose readers are open and whose weights are loaded."""
-    stage_settings, model = getattr(settings.stage, stage.name), objective.model
     checkpointing = settings.trainer.gradient_checkpointing
-    log.info("%s", prepare_parts(model, stage, settings.trainer.precision, checkpointing))
+    log.info("%s", prepare_parts(objective.model, stage, settings.trainer.precision, checkpointing))
     if settings.trainer.compile:
-        compile_layers(model)
-    return LitStage(
-        objective,
-        settings.trainer,
-        settings.machine,
-        stage_settings.epochs,
-        stage_settings.accumulate,
-        settings.seed,
-    )
+        compile_layers(objective.model)
+    return LitStage(objective, settings, stage)
 
 
 def _open_work(stage: Stage, settings: Settings, module: LitStage, must_resume: bool) -> Path:
@@ -122,24 +113,20 @@ def _open_work(stage: Stage, settings: Settings, module: LitStage, must_resume: 
     described = {
         "stage": repr(stage),
         "parameters": _parameters(stage, settings),
-        "code": digests()[stage.name],
+        "code": code_digest.digests()[stage.name],
         "towers": module.objective.describe(),
         "torch": torch.__version__,
     }
     files = [file for reader in module.objective.readers.values() for file in reader.files]
     key = fingerprint(described, files, module.state_dict())
     if must_resume:
-        check_unfinished(stage.name, key)
-    return work_folder(stage.name, key)
+        resume.check_unfinished(stage.name, key)
+    return resume.work_folder(stage.name, key)
 
 
 def _parameters(stage: Stage, settings: Settings) -> dict[str, Any]:
     """The parameters that the stage reads, by their keys."""
-    values = {key: operator.attrgetter(key)(settings) for key in stage.reads}
-    return {
-        key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-        for key, value in values.items()
-    }
+    return {key: to_jsonable_python(operator.attrgetter(key)(settings)) for key in stage.reads}
 
 
 def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:

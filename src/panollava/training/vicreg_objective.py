@@ -50,8 +50,7 @@ class Objective(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What a step depends on besides parameters, files and weights."""
-        encoder: Any = self.model.encoder
-        return {"encoder": encoder.describe()}
+        return {"encoder": self.model.encoder.describe()}
 
     def blank(self, panoramas: list[list[Row]]) -> Tensor:
         """A part with uninitialized views of as many panoramas."""
@@ -75,19 +74,16 @@ class Objective(nn.Module):
             result = self._losses(x, y)
             backward(result["loss"])
             return {name: value.detach() for name, value in result.items()}
-        states, matched = [], []
-        with torch.no_grad():
-            for part in parts:
-                states.append(_random_state(part.device))
-                matched.append(self._matched(part))
-        x = torch.cat([x for x, _ in matched]).requires_grad_()
-        y = torch.cat([y for _, y in matched]).requires_grad_()
+        device = parts[0].device
+        gpus = [device] if device.type == "cuda" else []
+        # Both passes must use the same dropout masks.
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            matched = [self._matched(part) for part in parts]
+        x, y = (torch.cat(side).requires_grad_() for side in zip(*matched, strict=True))
         result = self._losses(x, y)
         gradients = torch.autograd.grad(result["loss"], (x, y))
         sizes = [len(x) for x, _ in matched]
-        split = [g.split(sizes) for g in gradients]
-        for part, state, *gradient in zip(parts, states, *split, strict=True):
-            _set_random_state(state, part.device)  # both passes must use the same dropout masks
+        for part, *gradient in zip(parts, *(g.split(sizes) for g in gradients), strict=True):
             recomputed = self._matched(part)
             backward(sum((z * g).sum() for z, g in zip(recomputed, gradient, strict=True)))
         return {name: value.detach() for name, value in result.items()}
@@ -118,17 +114,6 @@ class Objective(nn.Module):
 
     def _by_panorama(self, x: Tensor) -> Tensor:
         return x.view(-1, len(self.pairs.matches), x.shape[-1])
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    gpu_state = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *gpu_state]
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def _expander(features: int, width: int) -> nn.Module:
