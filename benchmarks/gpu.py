@@ -27,8 +27,8 @@ from measure import ROOT, Line, options_parser, report, time_alternately
 from panollava import config, paths
 from panollava.files import write_array, write_csv
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.model.device import autocast, cast_frozen_linears
 from panollava.model.encoder import token_centers
+from panollava.model.precision import autocast, cast_frozen_linears
 from panollava.stages import STAGES
 from panollava.training import losses
 from panollava.training.tower_layers import compile_layers

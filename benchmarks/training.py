@@ -18,7 +18,8 @@ from torch.utils.flop_counter import (
 import real_size
 from measure import Line, options_parser, report, time_alternately
 from panollava.geometry.views import Layout
-from panollava.model.device import autocast, keep_freed_memory
+from panollava.model.device import keep_freed_memory
+from panollava.model.precision import autocast
 from real_size import Example
 
 THREADS = 2

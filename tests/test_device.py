@@ -13,8 +13,9 @@ from torch import Tensor
 from helpers import ROWS, packed_loss, random_views, settings_for
 from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
-from panollava.model.device import autocast, cast_frozen_linears, choose_device
+from panollava.model.device import choose_device
 from panollava.model.panollava import build_model
+from panollava.model.precision import autocast, cast_frozen_linears
 
 TRAINS = ("encoder", "resampler", "projector")
 _PROGRAM = """

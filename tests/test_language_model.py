@@ -21,10 +21,9 @@ from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
-from panollava.model.device import autocast, cast_frozen_linears
 from panollava.model.generate import answer
-from panollava.model.language_model import check_length
 from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.precision import autocast, cast_frozen_linears
 
 SMALL = {
     "hidden_size": 32,
@@ -160,4 +159,4 @@ def test_a_sequence_that_is_too_long_is_an_error(
     rows = [[dialogue.row("what", "left")]]
     packed = pack(dialogue.text_prefix, 4 * 8, rows, dialogue.pad)
     with pytest.raises(UserError, match="attends to 40 tokens"):
-        check_length(model.language_model, packed.tokens.shape[1], "")
+        model.check_length(packed.tokens.shape[1], "")

@@ -13,7 +13,8 @@ from panollava.errors import UserError
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.geometry.sphere import cell_centers, panorama_rays
 from panollava.geometry.views import Sampler, layout, token_rays
-from panollava.model.encoder import pool_tokens, token_centers
+from panollava.model.encoder import token_centers
+from panollava.model.resampler import pool_tokens
 
 
 def settings(**values: Any) -> config.Views:

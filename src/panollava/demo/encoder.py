@@ -24,7 +24,7 @@ from panollava.demo.scenes import COLORS, EYE, KINDS, SHAPES, Scene, make_scene
 from panollava.demo.settings import VIEWS, DemoSettings
 from panollava.files import write_json
 from panollava.geometry import sphere, views
-from panollava.model.encoder import pool_tokens
+from panollava.model.resampler import pool_tokens
 
 log = logging.getLogger(__name__)
 

@@ -20,12 +20,14 @@ from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
+from panollava.evaluation.grounding import swapped_panoramas
 from panollava.evaluation.metrics import PREDICTION, SWAPPED, Answers, References, rolled_name
 from panollava.files import open_array, write_csv, write_json
-from panollava.model.device import autocast, cast_frozen_linears, choose_device, configure_cpu
+from panollava.model.device import choose_device, configure_cpu
 from panollava.model.generate import answer
 from panollava.model.language_model import end_tokens
 from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.precision import autocast, cast_frozen_linears
 from panollava.model.weights import load_weights
 from panollava.provenance.made_from import check_features, check_prepared
 from panollava.stages import INFERENCE, STAGES
@@ -87,7 +89,7 @@ def _find_inputs(evaluation: Evaluate) -> list[Inputs]:
     indices = np.arange(len(features))
     inputs = [Inputs(PREDICTION, features, indices)]
     if len(features) > 1:
-        inputs.append(Inputs(SWAPPED, features, np.roll(indices, len(features) // 2)))
+        inputs.append(Inputs(SWAPPED, features, swapped_panoramas(len(features))))
     else:
         log.warning("only one panorama: skipping the grounding gap")
     rolled = open_array(file := paths.FEATURES / "rolled.npy")

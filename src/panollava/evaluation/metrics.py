@@ -9,6 +9,7 @@ import numpy as np
 from panollava.evaluation.captions import Scores, agreement, score
 from panollava.evaluation.confidence import interval_of_mean
 from panollava.evaluation.facts import FactReader, Key, compare, rotation, seam
+from panollava.evaluation.grounding import grounding_gap, reported_score
 
 # Names of answers, by what the model saw; also the columns of predictions.csv.
 PREDICTION = "prediction"  # the panorama itself
@@ -39,7 +40,8 @@ def compute_details(
     if SWAPPED in answers:
         swapped = score(answers[SWAPPED], references)
         details["swapped"] = {k: v for k, v in swapped.values.items() if isinstance(v, float)}
-        details["grounding_gap"] = _grounding_gap(scores, swapped)
+        gap = grounding_gap(scores, swapped)
+        details["grounding_gap"] = {**_with_intervals(gap), "headline": reported_score(gap)}
     if rolls:
         rolled = {f"{degrees:g}": answers[rolled_name(degrees)] for degrees in rolls}
         details["rotation"] = {
@@ -78,22 +80,6 @@ def headline(details: Mapping[str, Any]) -> dict[str, Any]:
             "facts": {kind: result["f1"] for kind, result in details.get("facts", {}).items()},
         }
     )
-
-
-def _grounding_gap(scores: Scores, swapped: Scores) -> dict[str, Any]:
-    """Differences of all scores; `headline` names the one that is reported."""
-    gaps = {
-        name: scores.values[name] - value
-        for name, value in swapped.values.items()
-        if isinstance(value, float) and name in scores.values
-    }
-    each = {
-        name: {key: value - swapped.each[name][key] for key, value in values.items()}
-        for name, values in scores.each.items()
-        if name in swapped.each
-    }
-    reported = next((name for name in ("cider_d", "rouge_l") if name in gaps), None)
-    return {**_with_intervals(Scores(gaps, each)), "headline": reported}
 
 
 def _with_intervals(scores: Scores) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The compute device: choosing it, mixed precision on it, and its memory."""
+"""The compute device: choosing it, and its memory and threads."""
 
 import ctypes
 import os
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from panollava.errors import UserError
 
@@ -28,27 +27,6 @@ def choose_device(accelerator: str) -> torch.device:
             "set it to cpu or auto"
         )
     return torch.device("cuda" if has_gpu and accelerator != "cpu" else "cpu")
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for `trainer.precision`, as Lightning applies it in training."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
-
-
-def cast_frozen_linears(model: nn.Module, precision: str, keep: tuple[str, ...] = ()) -> None:
-    """Cast the linear layers of `model` to bf16 if `precision` is bf16, except in the parts that
-    `keep` names: those that are trained or saved.
-
-    Autocast computes these layers in bf16 anyway. The results are the same, with half the memory
-    and without a cast in each pass. Embeddings, and a head that shares their weights, stay in
-    float32, because autocast does not round them."""
-    if not precision.startswith("bf16"):
-        return
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, part in model.named_children():
-        for layer in () if name in keep else part.modules():
-            if type(layer) is nn.Linear and id(layer.weight) not in embeddings:
-                layer.to(torch.bfloat16)
 
 
 def configure_cpu(threads: int) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -59,16 +58,6 @@ class EncoderOnly(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-
-
-def pool_tokens(grids: Tensor, side: int) -> Tensor:
-    """Average pooling over side x side squares: (..., grid, grid, features) ->
-    (..., ceil(grid / side), ceil(grid / side), features). Squares at the right and lower edges may
-    be incomplete."""
-    leading, (grid, _, width) = grids.shape[:-3], grids.shape[-3:]
-    flat = grids.reshape(-1, grid, grid, width).permute(0, 3, 1, 2)
-    pooled = functional.avg_pool2d(flat, side, ceil_mode=True)
-    return pooled.permute(0, 2, 3, 1).reshape(*leading, *pooled.shape[2:], width)
 
 
 def load_encoder(pretrained: Pretrained, view_size: int, weights: bool = True) -> Encoder:

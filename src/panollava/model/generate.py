@@ -7,7 +7,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from panollava.data.dialogue import Dialogue
-from panollava.model.language_model import check_length
 from panollava.model.panollava import PanoLLaVA
 
 
@@ -26,7 +25,7 @@ def answer(
     prefix = _embed_prefix(model, dialogue, features)
     prompts = [dialogue.query(text) for texts in queries for text in texts]
     longest = prefix.shape[1] + max(map(len, prompts), default=0) + max_new_tokens
-    check_length(model.language_model, longest, "lower evaluate.max_new_tokens")
+    model.check_length(longest, "lower evaluate.max_new_tokens")
     sequences = _Sequences(model, len(prefix))
     sequences.read(prefix, torch.full((len(prefix),), prefix.shape[1], device=prefix.device))
     sequences.select([panorama for panorama, texts in enumerate(queries) for _ in texts])

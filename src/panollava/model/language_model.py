@@ -1,4 +1,4 @@
-"""The language model: loading it, its end-of-sequence tokens and its longest sequence."""
+"""The language model: loading it, and its end-of-sequence tokens."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import torch
 import transformers
 
 from panollava import config
-from panollava.errors import UserError
 from panollava.model.pretrained import load_from, load_model
 
 
@@ -24,17 +23,3 @@ def end_tokens(language_model: transformers.PreTrainedModel) -> tuple[int, ...]:
     """End-of-sequence token ids from generation_config.json."""
     ends = language_model.generation_config.eos_token_id
     return (ends,) if isinstance(ends, int) else tuple(ends or ())
-
-
-def check_length(language_model: transformers.PreTrainedModel, tokens: int, remedy: str) -> None:
-    """Raises UserError if a sequence of `tokens` is longer than what the language model attends to.
-    A sliding window counts as a limit, because packed sequences do not support one."""
-    config = language_model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    longest = min((limit for limit in limits if limit), default=tokens)
-    if tokens > longest:
-        raise UserError(
-            f"model.language_model.path: a '{config.model_type}' model attends to {longest} "
-            f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer views, raise "
-            "model.resampler.pool, or use another language model"
-        )

@@ -9,9 +9,9 @@ from panollava import config
 from panollava.data.packing import Packed, Row, attention_mask, pack
 from panollava.errors import UserError
 from panollava.geometry import sphere, views
-from panollava.model.encoder import load_encoder, pool_tokens, token_centers
+from panollava.model.encoder import load_encoder, token_centers
 from panollava.model.language_model import load_language_model
-from panollava.model.resampler import RESAMPLERS
+from panollava.model.resampler import RESAMPLERS, pool_tokens
 
 
 class PanoLLaVA(nn.Module):
@@ -61,6 +61,21 @@ class PanoLLaVA(nn.Module):
             inputs_embeds=embedded, attention_mask=mask, position_ids=positions, **caching
         )
         return output.last_hidden_state
+
+    def check_length(self, tokens: int, remedy: str) -> None:
+        """Raises UserError if a sequence of `tokens` is longer than what the language model attends
+        to. A sliding window counts as a limit, because packed sequences do not support one."""
+        config = self.language_model.config.get_text_config()
+        limits = [
+            getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")
+        ]
+        longest = min((limit for limit in limits if limit), default=tokens)
+        if tokens > longest:
+            raise UserError(
+                f"model.language_model.path: a '{config.model_type}' model attends to {longest} "
+                f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer views, "
+                "raise model.resampler.pool, or use another language model"
+            )
 
     def loss_sum(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
         """Cross-entropy, summed over the answer tokens."""

@@ -1,7 +1,9 @@
-"""The resampler: maps pooled patch tokens and their directions to features for the projector."""
+"""The resampler: pools patch tokens, and maps them and their directions to features for the
+projector."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class MLPResampler(nn.Module):
@@ -36,3 +38,13 @@ class MLPResampler(nn.Module):
 
 
 RESAMPLERS = {"mlp": MLPResampler}
+
+
+def pool_tokens(grids: Tensor, side: int) -> Tensor:
+    """Average pooling over side x side squares: (..., grid, grid, features) ->
+    (..., ceil(grid / side), ceil(grid / side), features). Squares at the right and lower edges may
+    be incomplete."""
+    leading, (grid, _, width) = grids.shape[:-3], grids.shape[-3:]
+    flat = grids.reshape(-1, grid, grid, width).permute(0, 3, 1, 2)
+    pooled = functional.avg_pool2d(flat, side, ceil_mode=True)
+    return pooled.permute(0, 2, 3, 1).reshape(*leading, *pooled.shape[2:], width)

@@ -19,7 +19,7 @@ from panollava.config import Settings
 from panollava.data.batches import divide, labeled_rows, plan_epoch
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
-from panollava.model.device import autocast
+from panollava.model.precision import autocast
 from panollava.stages import Stage
 
 Part = list[list[Row]]  # the rows of each of its panoramas

@@ -15,7 +15,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
 from panollava.geometry.views import layout
 from panollava.model.encoder import encoder_grid
-from panollava.model.language_model import check_length, end_tokens
+from panollava.model.language_model import end_tokens
 from panollava.model.panollava import build_model
 from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
@@ -62,8 +62,7 @@ class Objective(nn.Module):
                     *(split, reader.truncated, len(reader.rows), settings.max_text_length),
                 )
             longest = max(map(len, reader.rows), default=0)
-            check_length(
-                self.model.language_model,
+            self.model.check_length(
                 self.text_prefix + self.vision_tokens + longest,
                 f"lower the stage's max_text_length ({settings.max_text_length})",
             )

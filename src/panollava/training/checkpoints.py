@@ -2,7 +2,6 @@
 latest."""
 
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from panollava.errors import UserError
 from panollava.files import atomic_write
 from panollava.model.weights import read_checkpoint
+from panollava.training.interrupt import Interrupt
 from panollava.training.lightning_module import LitStage
 
 log = logging.getLogger(__name__)
@@ -22,15 +22,13 @@ class Checkpoints(pl.Callback):
     """Saves every `every` steps and after each epoch, and keeps the `keep` best epochs by
     validation loss.
 
-    Must come after `Curves`, so that a checkpoint holds the curves up to its step. During training,
-    the first Ctrl-C (or SIGTERM) waits for the current step or validation, saves, and raises
-    KeyboardInterrupt; the second one raises it at once."""
+    Must come after `Curves`, so that a checkpoint holds the curves up to its step. After an
+    `Interrupt` it saves the current step or validation, and raises KeyboardInterrupt."""
 
     def __init__(self, folder: Path, keep: int, every: int) -> None:
         self.folder, self.keep, self.every = folder, keep, every
         self.progress = folder / "progress.ckpt"
-        self.stopping = False
-        self._handlers: dict[int, Any] = {}
+        self.interrupt = Interrupt()
 
     def files(self, best: list[tuple[float, int]]) -> list[Path]:
         """The checkpoints of the best epochs, given as (validation loss, epoch)."""
@@ -55,27 +53,19 @@ class Checkpoints(pl.Callback):
         return False
 
     def on_train_start(self, *_: Any) -> None:
-        # Lightning's own handlers stop in the middle of a step, or before its validation.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._stop)
+        self.interrupt.listen()
 
-    def _stop(self, *_: Any) -> None:
-        if self.stopping:
-            self._restore_handlers()
-            raise KeyboardInterrupt
-        self.stopping = True
-        log.info("stopping after this step; press Ctrl-C again to stop now")
+    def on_train_end(self, *_: Any) -> None:
+        self.interrupt.restore()
 
-    def _restore_handlers(self, *_: Any) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
-    on_train_end = on_exception = _restore_handlers  # type: ignore[assignment]
+    def on_exception(self, *_: Any) -> None:
+        self.interrupt.restore()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
-        if (module.step % self.every == 0 or self.stopping) and not trainer.is_last_batch:
+        due = module.step % self.every == 0 or self.interrupt.requested
+        if due and not trainer.is_last_batch:
             trainer.save_checkpoint(self.progress)  # the last step is saved after validation
-            self._raise_if_stopping(module)
+            self._raise_if_interrupted(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
@@ -87,10 +77,10 @@ class Checkpoints(pl.Callback):
             self.progress.unlink(missing_ok=True)
         for other in {*self.folder.glob("epoch=*.ckpt")}.difference(best):
             other.unlink()
-        self._raise_if_stopping(module)
+        self._raise_if_interrupted(module)
 
-    def _raise_if_stopping(self, module: LitStage) -> None:
-        if self.stopping:
+    def _raise_if_interrupted(self, module: LitStage) -> None:
+        if self.interrupt.requested:
             log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
             raise KeyboardInterrupt
 

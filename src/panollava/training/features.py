@@ -13,8 +13,10 @@ from panollava.config import Settings
 from panollava.data.batches import gather
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
-from panollava.model.device import autocast, choose_device, configure_cpu
-from panollava.model.encoder import Encoder, EncoderOnly, load_encoder, pool_tokens
+from panollava.model.device import choose_device, configure_cpu
+from panollava.model.encoder import Encoder, EncoderOnly, load_encoder
+from panollava.model.precision import autocast
+from panollava.model.resampler import pool_tokens
 from panollava.model.weights import load_start
 from panollava.provenance import made_from
 from panollava.stages import INFERENCE, STAGES

@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM during training: the first one requests a stop after the current step, the
+second one stops at once."""
+
+import logging
+import signal
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Interrupt:
+    """Handles the signals between `listen` and `restore`. Lightning's handlers would stop in the
+    middle of a step, or before its validation."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Restore the previous handlers."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _handle(self, *_: Any) -> None:
+        if self.requested:
+            self.restore()
+            raise KeyboardInterrupt
+        self.requested = True
+        log.info("stopping after this step; press Ctrl-C again to stop now")
