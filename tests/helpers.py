@@ -274,7 +274,7 @@ CODE_EDITS = {
         "model/resampler.py",
         "nn.GELU()",
         "nn.SiLU()",
-        {"resampler", "finetune", "evaluate"},
+        {"resampler", "features", "finetune", "evaluate"},
         {"resampler", "features", "finetune", "evaluate"},
     ),
     "a line of evaluate.py": CodeEdit(

@@ -1,0 +1,28 @@
+"""The first signal requests a stop, the second one stops at once."""
+
+import signal
+
+import pytest
+
+from panollava.training.interrupt import Interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    interrupt = Interrupt()
+    interrupt.listen()
+    signal.raise_signal(number)
+    assert interrupt.requested
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_the_previous_handlers_are_restored() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupt = Interrupt()
+    interrupt.listen()
+    interrupt.restore()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not interrupt.requested
