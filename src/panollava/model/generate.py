@@ -33,7 +33,7 @@ def answer(
     tokens = pad_sequence(rows, batch_first=True, padding_value=dialogue.pad).to(prefix.device)
     lengths = torch.tensor(list(map(len, prompts)), device=prefix.device)
     last = sequences.read(model.embed(tokens), lengths)
-    answers = iter(_decode(model, sequences, last, dialogue.ends, max_new_tokens))
+    answers = iter(_decode(sequences, last, dialogue.ends, max_new_tokens))
     return [[dialogue.decode(next(answers)) for _ in texts] for texts in queries]
 
 
@@ -82,7 +82,7 @@ class _Sequences:
             _PreallocatedLayer() if type(layer) is DynamicLayer else layer
             for layer in self.cache.layers
         ]
-        # (batch, cached tokens): the token is no padding.
+        # (batch, cached tokens): whether a token is read, not padding.
         self.mask = torch.ones(batch, 0, dtype=torch.bool, device=device)
         self.positions = torch.zeros(batch, dtype=torch.int64, device=device)  # of the next token
 
@@ -108,14 +108,11 @@ class _Sequences:
 
 
 def _decode(
-    model: PanoLLaVA,
-    sequences: _Sequences,
-    last: Tensor,
-    ends: frozenset[int],
-    max_new_tokens: int,
+    sequences: _Sequences, last: Tensor, ends: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
     """Tokens of each answer, without the one that ends it. `last`: hidden states of the prompts'
     last tokens."""
+    model = sequences.model
     head = model.language_model.get_output_embeddings()
     answers: list[list[int]] = [[] for _ in range(len(last))]
     finished: set[int] = set()
