@@ -25,7 +25,7 @@ from panollava import config
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
 from panollava.geometry import views
-from panollava.geometry.sphere import panorama_position
+from panollava.geometry.projections import panorama_position
 from photos import save_photos
 
 SIZE, FOV = 224, 90.0

@@ -11,7 +11,8 @@ from torch import Tensor
 from panollava import config
 from panollava.errors import UserError
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.geometry.sphere import cell_centers, panorama_rays
+from panollava.geometry.projections import panorama_rays
+from panollava.geometry.sphere import cell_centers
 from panollava.geometry.views import Sampler, layout, token_rays
 from panollava.model.encoder import token_centers
 from panollava.model.resampler import pool_tokens

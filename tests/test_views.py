@@ -8,7 +8,8 @@ import pytest
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.geometry.sphere import Array, angles_from_rays, cell_centers, panorama_rays
+from panollava.geometry.projections import panorama_rays
+from panollava.geometry.sphere import Array, angles_from_rays, cell_centers
 from panollava.geometry.views import Sampler, layout, token_rays
 
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from panollava.demo.render import render
 from panollava.demo.scenes import COLORS, EYE, KINDS, SHAPES, Scene, make_scene
 from panollava.demo.settings import VIEWS, DemoSettings
 from panollava.files import write_json
-from panollava.geometry import sphere, views
+from panollava.geometry import projections, sphere, views
 from panollava.model.resampler import pool_tokens
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _make_examples(
     return np.concatenate(pixels), captions, regions
 
 
-def _describe_view(scene: Scene, projection: sphere.Projection) -> tuple[Caption, Regions]:
+def _describe_view(scene: Scene, projection: projections.Projection) -> tuple[Caption, Regions]:
     """Caption and regions of the objects whose centers are in the view, from left to right."""
     visible = []
     for item in scene.objects:

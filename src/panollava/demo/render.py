@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panollava.demo.scenes import COLORS, EYE, KINDS, Object, Scene
-from panollava.geometry.sphere import Array, cell_centers, panorama_rays, rays_from_angles
+from panollava.geometry.projections import panorama_rays
+from panollava.geometry.sphere import Array, cell_centers, rays_from_angles
 
 
 def render(scene: Scene, height: int) -> NDArray[np.uint8]:

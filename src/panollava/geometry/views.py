@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.geometry import sphere
-from panollava.geometry.sphere import PANORAMA, Array, Gnomonic, Projection, Window
+from panollava.geometry.projections import (
+    PANORAMA,
+    Gnomonic,
+    Projection,
+    Window,
+    panorama_position,
+)
+from panollava.geometry.sphere import Array, cell_centers
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,9 @@ class Sampler:
 
     def __init__(self, layout: Layout, size: int) -> None:
         self.layout, self.size = layout, size
-        rays = token_rays(layout, sphere.cell_centers(size))
+        rays = token_rays(layout, cell_centers(size))
         self.panorama_width = _decode_width(rays)
-        self._position = sphere.panorama_position(rays)
+        self._position = panorama_position(rays)
         # The views show nothing of the panorama below this fraction of its height.
         self.visible_fraction = float(self._position[..., 1].max())
         # Photos come in many sizes: without a limit, their maps would fill the memory.
