@@ -1,5 +1,5 @@
-"""Failures of the machine and of files: what the user is told, what is left, and that the same
-command works once the cause is gone."""
+"""Failures of the machine and of files: the error message, what is kept, and that the same command
+works afterwards."""
 
 import json
 import re
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def project(finished: Project) -> Iterator[Project]:
-    """The finished copy; its results are the same afterwards."""
+    """The finished project. Its results must be the same after the test."""
     expected = finished.results()
     yield finished
     finished.repro()
@@ -33,7 +33,7 @@ def project(finished: Project) -> Iterator[Project]:
 
 
 def fails(project: Project, *command: str, limit: str = "") -> str:
-    """The last line of what a command says that fails. `limit`: what bash sets first."""
+    """The last line of output of a command that must fail. `limit`: a bash command to run first."""
     line = " ".join(("exec", "python", "src/run.py", *command))
     output = project.run("bash", "-c", f"{limit}\n{line}\n", check=False)
     assert "Traceback" not in output, output
@@ -60,20 +60,20 @@ def test_a_file_that_gets_too_large_is_named(project: Project, command: str) -> 
     assert not list(project.folder.rglob("*.part"))
 
 
-def test_what_other_code_has_done_is_not_gone_on_from(project: Project) -> None:
+def test_unfinished_work_of_other_code_is_not_resumed(project: Project) -> None:
     command = ("python", "src/run.py", "train", "vision")
-    own, other = (
+    training, evaluation = (
         ("src/panollava/training/vicreg_objective.py", "len(batch)"),
         ("src/panollava/evaluation/evaluate.py", "len("),
     )
     project.run(*command)
-    for file, old in (other, own):
+    for file, old in (evaluation, training):
         project.replace(file, old, f"+{old}")
         output = project.run(*command)
         project.replace(file, f"+{old}", old)
-        gone_on = file == other[0]
-        assert ("resuming from step" in output) == gone_on, file
-        assert ("the work of another run" in output) != gone_on, file
+        resumed = file == evaluation[0]
+        assert ("resuming from step" in output) == resumed, file
+        assert ("the work of another run" in output) != resumed, file
 
 
 def mounted(folder: Path, *options: str) -> bool:
@@ -82,7 +82,7 @@ def mounted(folder: Path, *options: str) -> bool:
 
 
 def test_a_full_disk_is_named_and_the_last_good_state_stays(project: Project) -> None:
-    """The disk has room for one checkpoint, not for a second beside it."""
+    """The disk has room for one checkpoint, but not for two."""
     work, results = project.folder / ".resume", project.folder / "runs/vlm_resampler"
     (checkpoint,) = (results / "checkpoints").iterdir()
     size = checkpoint.stat().st_size * 3 // 2
@@ -193,20 +193,20 @@ def test_a_result_of_another_architecture_is_named(project: Project) -> None:
     file.unlink()
 
 
-def test_a_cache_file_changed_by_hand_is_found_and_made_again(project: Project) -> None:
-    """Read-only, DVC believes it."""
+def test_a_corrupted_cache_file_is_deleted_and_recreated(project: Project) -> None:
+    """DVC trusts a read-only cache file."""
     lock = (project.folder / "dvc.lock").read_text()
     found = re.search(r"vlm_vision/model_final\.safetensors\n.*\n\s+md5: (\w\w)(\w+)", lock)
     assert found
-    own = project.folder / ".dvc/cache/files/md5" / found[1] / found[2]
-    own.chmod(0o644)
-    own.write_bytes(own.read_bytes()[:5000])
-    own.chmod(0o444)
+    cached = project.folder / ".dvc/cache/files/md5" / found[1] / found[2]
+    cached.chmod(0o644)
+    cached.write_bytes(cached.read_bytes()[:5000])
+    cached.chmod(0o444)
     result = project.folder / paths.weights_file("vision")
     result.unlink()
-    assert "Running stage" not in project.run("dvc", "repro")  # DVC's own fault
+    assert "Running stage" not in project.run("dvc", "repro")  # a limitation of DVC
     assert result.stat().st_size == 5000
     output = project.run("python", "src/run.py", "verify")
-    assert f"{own}: corrupted; deleted" in output
+    assert f"{cached}: corrupted; deleted" in output
     result.unlink()
     assert project.repro() == {"vision"}

@@ -13,7 +13,9 @@ from torture import TRAININGS, Repro, torture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path, towers: Path) -> None:
+def test_a_pipeline_killed_at_random_moments_ends_in_the_same_bytes(
+    tmp_path: Path, towers: Path
+) -> None:
     report = torture(tmp_path, towers, kills=7, seed=3)
     assert report.good == report.kills.total() == 7, report.text()
     assert set(report.kills) & set(TRAININGS), report.text()
@@ -21,7 +23,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path, towe
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_the_step_that_it_reached(
+def test_an_interrupt_saves_the_current_step(
     tmp_path: Path, towers: Path, small_data: Path, number: signal.Signals, workers: int
 ) -> None:
     project = copy_project(tmp_path / "project", towers, small_data)
@@ -39,17 +41,17 @@ def test_ctrl_c_saves_the_step_that_it_reached(
     assert f"resuming from step {saved[1]} of 40" in output
 
 
-def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
+def test_a_command_that_outlives_dvc_blocks_the_next_one(
     tmp_path: Path, towers: Path, small_data: Path
 ) -> None:
-    """Where DVC alone is killed, the training that it started writes on."""
+    """If only DVC is killed, the training that it started continues."""
     project = copy_project(tmp_path / "project", towers, small_data)
     project.set("params.yaml", epochs=60, save_every=1)
     run = Repro(project)
     assert run.wait_until(lambda: any(project.folder.glob(".resume/vision-*/progress.ckpt")))
     commands = psutil.Process(run.process.pid).children(recursive=True)
     for command in commands:
-        command.suspend()  # so that it isn't done before the test is
+        command.suspend()  # so that it does not end before the test
     run.process.kill()
     run.process.wait()
     output = project.run("dvc", "repro", "vision", check=False)
@@ -63,7 +65,7 @@ def test_the_command_of_a_killed_dvc_keeps_the_next_one_out(
 def test_a_lock_that_a_reused_process_id_holds_can_be_removed(
     tmp_path: Path, towers: Path, small_data: Path
 ) -> None:
-    """DVC removes the lock of a process that is gone by itself, unless its id is in use again."""
+    """DVC removes the lock of a process that has ended, unless its id is in use again."""
     project = copy_project(tmp_path / "project", towers, small_data)
     run = Repro(project)
     assert run.wait_until(lambda: run.stage == "prepare")

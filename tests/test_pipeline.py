@@ -3,6 +3,7 @@ data and towers."""
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ AFTER_VISION = set(PIPELINE[2:])
 
 @pytest.fixture
 def project(finished: Project) -> Iterator[Project]:
-    """The finished copy, put back as it was afterwards."""
+    """The finished project, restored after the test."""
     yield finished
     finished.run("git", "reset", "-q", "--hard")
     finished.run("git", "clean", "-fdq")
@@ -128,8 +129,8 @@ def test_an_experiment_reruns_what_its_parameter_touches(project: Project) -> No
 
 
 @pytest.mark.parametrize("how", ["--temp", "--queue"])
-def test_an_experiment_elsewhere_runs_its_copy_s_own_code(project: Project, how: str) -> None:
-    """The change is committed to the copy alone; another copy is on the path as installed."""
+def test_an_experiment_in_a_copy_runs_the_code_of_the_copy(project: Project, how: str) -> None:
+    """The change is committed only in the copy; another copy is installed on the path."""
     project.replace(
         "src/panollava/evaluation/metrics.py",
         '"grounding_gap": gap',
@@ -144,7 +145,7 @@ def test_an_experiment_elsewhere_runs_its_copy_s_own_code(project: Project, how:
     for _ in range(60):
         if name in project.run("dvc", "exp", "list", "--name-only"):
             break
-        __import__("time").sleep(1)
+        time.sleep(1)
     project.run("dvc", "exp", "apply", name)
     metrics = json.loads((project.folder / "metrics/evaluate/metrics.json").read_text())
     assert metrics["own_code"] == 1
@@ -160,7 +161,7 @@ def test_two_clones_have_the_same_lock_file(
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_user_s_mistake_is_told_in_his_words(project: Project) -> None:
+def test_an_invalid_parameter_is_reported_without_a_traceback(project: Project) -> None:
     project.replace("params.yaml", "strategy: e2p", "strategy: e3p")
     output = project.run("dvc", "repro", check=False)
     assert re.search(r"views\.strategy: expected e2p, .* found 'e3p'", output), output

@@ -1,4 +1,4 @@
-"""Results pushed to a remote and pulled into a fresh clone, which then has nothing to run."""
+"""Results are pushed to a remote and pulled into a new clone, which then has nothing to run."""
 
 import socket
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    """The address of an S3 server on this machine alone."""
+    """The address of an S3 server on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,7 +38,7 @@ def s3_server() -> Iterator[str]:
 def push_and_pull(
     project: Project, folder: Path, environment: Mapping[str, str] | None = None
 ) -> None:
-    """`folder` becomes a clone. The remote is the committed one."""
+    """Push, and pull into a clone at `folder`."""
     project.commit("remote")
     project.run("dvc", "push", environment=environment)
     project.run("git", "clone", "-q", str(project.folder), str(folder))
@@ -52,12 +52,12 @@ def push_and_pull(
         assert (folder / name).read_bytes() == (project.folder / name).read_bytes()
 
 
-def test_a_folder_as_remote(finished: Project, tmp_path: Path) -> None:
+def test_results_travel_through_a_folder(finished: Project, tmp_path: Path) -> None:
     finished.run("dvc", "remote", "add", "-f", "-d", "storage", str(tmp_path / "remote"))
     push_and_pull(finished, tmp_path / "elsewhere/clone")
 
 
-def test_an_s3_remote(
+def test_results_travel_through_s3(
     finished: Project, tmp_path: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import boto3
