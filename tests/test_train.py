@@ -124,7 +124,7 @@ def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog
     (work,) = paths.RESUME.iterdir()
     with caplog.at_level(logging.INFO):
         run_stage("vision", change(settings, stage__vision__lr=1e-3))
-    assert "resuming" not in caplog.text and f"removing {work}" in caplog.text
+    assert "resuming" not in caplog.text and f"deleting {work}" in caplog.text
     assert len(list(paths.RESUME.iterdir())) == 1
 
 
@@ -174,14 +174,13 @@ def test_finished_work_is_kept_until_another_stage_starts(settings: Settings) ->
     assert not list(paths.RESUME.glob("vision-*"))
 
 
-def test_a_failed_compilation_names_the_parameter(
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_failed_compilation_names_the_parameter(settings: Settings) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(UserError, match="trainer.compile: .* set it to false"):
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with (
+        torch._inductor.config.patch(broken),
+        pytest.raises(UserError, match="trainer.compile: .* set it to false"),
+    ):
         run_stage("vision", change(settings, trainer__compile=True))
     torch._dynamo.reset()
 
