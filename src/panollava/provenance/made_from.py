@@ -58,8 +58,8 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
 
 
 def _parameters(views: config.Views, data: config.Data | None) -> dict[str, Any]:
-    parameters = {f"views.{name}": value for name, value in dataclasses.asdict(views).items()}
-    return parameters | ({"data.dir": os.path.normpath(data.dir)} if data else {})
+    data_dir = {"data.dir": os.path.normpath(data.dir)} if data else {}
+    return data_dir | {f"views.{name}": v for name, v in dataclasses.asdict(views).items()}
 
 
 def _check(folder: Path, expected: dict[str, Any], command: str) -> None:
