@@ -3,7 +3,6 @@
 Uses Lightning's manual optimization: a step's loss is one mean over all its parts, whereas
 Lightning's gradient accumulation averages the means of parts of unequal size."""
 
-import logging
 import math
 import sys
 from collections.abc import Callable
@@ -21,8 +20,6 @@ from panollava.errors import UserError
 from panollava.model.weights import copy_strictly
 from panollava.stages import Stage
 from panollava.training.objective import StageObjective
-
-log = logging.getLogger(__name__)
 
 
 class LitStage(pl.LightningModule):
