@@ -83,6 +83,18 @@ def test_positions_view_and_none(towers: Path, position: str) -> None:
     assert learned == (["directions"] if position == "view" else [])
 
 
+def test_vision_tokens_start_at_the_scale_of_the_text_embeddings(built) -> None:
+    model, _ = built
+    with torch.no_grad():
+        embeddings = model.language_model.get_input_embeddings().weight
+        # Of any scale, because the features are normalized.
+        for scale in (0.01, 1.0, 100.0):
+            features = scale * torch.randn(4, 8, 2, 2, model.encoder.width)
+            tokens = model.vision_tokens(features)
+            assert float(tokens.std() / embeddings.std()) == pytest.approx(1, abs=0.25)
+            assert float(tokens.mean() / embeddings.std()) == pytest.approx(0, abs=0.25)
+
+
 def test_initial_weights_depend_on_the_seed_only(towers: Path) -> None:
     settings = settings_for(towers)
 

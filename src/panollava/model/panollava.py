@@ -131,10 +131,23 @@ def build_model(
             encoder.width, settings.resampler.width, directions, settings.resampler.position
         )
         projector = nn.Linear(settings.resampler.width, hidden)
+        if weights:
+            _scale_to_text(projector, language_model)
     model = PanoLLaVA(encoder, resampler, projector, language_model, settings.resampler.pool)
     if weights:
         _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _scale_to_text(projector: nn.Linear, language_model: PreTrainedModel) -> None:
+    """Initialize `projector` so that features of variance 1 become vision tokens with the standard
+    deviation of the text embeddings, which is about 0.02 in many language models."""
+    embeddings = language_model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    text = embeddings(torch.arange(0, vocabulary, max(1, vocabulary // 4096)))  # some may be scaled
+    nn.init.normal_(projector.weight, std=text.std().item() / projector.in_features**0.5)
+    nn.init.zeros_(projector.bias)
 
 
 @torch.no_grad()

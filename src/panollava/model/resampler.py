@@ -7,10 +7,12 @@ from torch.nn import functional
 
 
 class MLPResampler(nn.Module):
-    """Linear, layer norm, GELU, linear, for each token.
+    """The first layer of an MLP, whose second one is the projector: linear, layer norm, GELU and
+    layer norm, for each token.
 
-    A position is appended to a token's features. ray: the encoding of its direction, which depends
-    on neither the order nor the number of views. view: a learned vector for its view."""
+    A position is added to the normalized features, so that its weight does not depend on their
+    number and scale. ray: the encoding of a token's direction, which depends on neither the order
+    nor the number of views. view: a learned vector for its view."""
 
     directions: Tensor
 
@@ -21,20 +23,20 @@ class MLPResampler(nn.Module):
             learned = torch.randn(len(directions), 1, 1, directions.shape[-1])
             self.directions = nn.Parameter(learned)
         else:
-            known = directions if position == "ray" else directions[..., :0]
-            self.register_buffer("directions", known.float(), persistent=False)
-        self.layers = nn.Sequential(
-            nn.Linear(features + self.directions.shape[-1], width),
-            nn.LayerNorm(width),
-            nn.GELU(),
-            nn.Linear(width, width),
-        )
+            self.register_buffer("directions", directions.float(), persistent=False)
+        self.content = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
+        self.position = None
+        if position != "none":
+            self.position = nn.Linear(directions.shape[-1], width, bias=False)
+        self.output = nn.Sequential(nn.GELU(), nn.LayerNorm(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, views, grid, grid, features) -> (batch, views * grid * grid, width)."""
-        directions = self.directions.expand(*features.shape[:-1], -1)
-        tokens = torch.cat([features, directions.to(features.dtype)], dim=-1)
-        return self.layers(tokens).flatten(1, 3)
+        """(batch, views, grid, grid, features) -> (batch, views * grid * grid, width). Before
+        training, each token has mean 0 and variance 1."""
+        hidden = self.content(features)
+        if self.position is not None:
+            hidden = hidden + self.position(self.directions)
+        return self.output(hidden).flatten(1, 3)
 
 
 RESAMPLERS = {"mlp": MLPResampler}
