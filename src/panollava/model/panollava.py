@@ -1,5 +1,7 @@
 """PanoLLaVA: encoder, resampler and projector in front of a frozen language model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -143,9 +145,9 @@ def build_model(
 def _scale_to_text(projector: nn.Linear, language_model: PreTrainedModel) -> None:
     """Initialize `projector` so that features of variance 1 become vision tokens with the standard
     deviation of the text embeddings, which is about 0.02 in many language models."""
-    embeddings = language_model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
-    text = embeddings(torch.arange(0, vocabulary, max(1, vocabulary // 4096)))  # some may be scaled
+    embeddings: Any = language_model.get_input_embeddings()  # some scale their weights
+    vocabulary = len(embeddings.weight)
+    text = embeddings(torch.arange(0, vocabulary, max(1, vocabulary // 4096)))
     nn.init.normal_(projector.weight, std=text.std().item() / projector.in_features**0.5)
     nn.init.zeros_(projector.bias)
 
