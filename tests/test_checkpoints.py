@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ def test_a_resumed_stage_does_not_validate_its_start_again(
         run_stage("vision", settings)
     assert "resuming from step 0 of 2" in caplog.text
     assert validated == [0, 2]
+
+
+def test_an_interrupt_during_the_validation_of_the_start_saves_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(
+            curves.Speed,
+            "on_sanity_check_start",
+            lambda *_: signal.raise_signal(signal.SIGINT),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("vision", settings)
+        assert "step 0 of 2 is saved" in caplog.text
+    run_stage("vision", settings)
+    assert "resuming from step 0 of 2" in caplog.text
 
 
 def test_epochs_are_restored_in_the_order_of_their_numbers(tmp_path: Path) -> None:
