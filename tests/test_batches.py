@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from helpers import ROOT
-from panollava.data.batches import divide, plan_epoch
+from panollava.data.batches import divide, plan_epoch, plan_size
 
 
 def random_rows(seed: int) -> dict[int, list[int]]:
@@ -45,6 +45,19 @@ def test_steps_are_nearly_full() -> None:
     rows = random_rows(2)
     steps = plan_epoch(rows, 16, seed=0, epoch=0)
     assert len(steps) <= 1.05 * sum(map(len, rows.values())) / 16
+
+
+@pytest.mark.parametrize(("batch_size", "panoramas"), [(16, 5), (8, 2), (3, 1)])
+def test_with_3_rows_per_panorama_steps_hold_whole_panoramas(
+    batch_size: int, panoramas: int
+) -> None:
+    """`batch_size` is an upper bound: 16 gives 15 rows, 8 gives 6."""
+    rows = {panorama: list(range(3 * panorama, 3 * panorama + 3)) for panorama in range(40)}
+    steps = plan_epoch(rows, batch_size, seed=0, epoch=0)
+    assert all(len(step) == panoramas for step in steps)
+    size = plan_size(steps)
+    assert size == (40 // panoramas, 120, 40)
+    assert (size.rows_per_step, size.panoramas_per_step) == (3 * panoramas, panoramas)
 
 
 def test_an_epoch_s_plan_is_a_function_of_seed_and_epoch() -> None:

@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from helpers import Killed, change, curve, outputs, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.training import curves
+from panollava.training.checkpoints import Checkpoints
 from panollava.training.lightning_module import LitStage
 
 
@@ -18,7 +21,7 @@ def test_checkpoints_hold_no_path_and_no_frozen_part(settings: Settings, tmp_pat
     run_stage("vision", settings)
     run_stage("resampler", settings)
     (file,) = (paths.run_folder("resampler") / "checkpoints").iterdir()
-    best = min(curve("resampler", "val/loss"))
+    best = min(curve("resampler", "val/loss")[1:])
     assert file.name.endswith(f"-val_loss={best:.3f}.ckpt") and file.name.startswith("epoch=0")
     assert str(tmp_path).encode() not in file.read_bytes()
     saved = torch.load(file, weights_only=True)
@@ -30,23 +33,35 @@ def test_the_best_epochs_are_kept(settings: Settings) -> None:
     run_stage("vision", settings)
     run_stage("resampler", change(settings, trainer__keep_checkpoints=2))
     kept = sorted(p.name for p in (paths.run_folder("resampler") / "checkpoints").iterdir())
-    losses = curve("resampler", "val/loss")
+    losses = curve("resampler", "val/loss")[1:]  # without the start
     order = sorted(range(len(losses)), key=losses.__getitem__)[:2]
     assert kept == sorted(f"epoch={e:02d}-val_loss={losses[e]:.3f}.ckpt" for e in order)
 
 
+STEPS = ("on_train_batch_end", "on_validation_start", "on_validation_end")
+START = ("on_sanity_check_start", "on_sanity_check_end")  # its validation
+
+
 @pytest.mark.parametrize(
-    "moment", ["on_train_batch_end", "on_validation_start", "on_validation_end"]
+    ("stage", "moment", "rate"),
+    [
+        *((stage, moment, 2e-5) for stage in ("vision", "resampler") for moment in STEPS),
+        *(("vision", moment, 0.0) for moment in (*START, STEPS[0])),  # the start is the result
+    ],
 )
-@pytest.mark.parametrize("stage", ["vision", "resampler"])
 def test_a_killed_stage_resumes_to_the_same_bytes(
-    settings: Settings, stage: str, moment: str, monkeypatch: pytest.MonkeyPatch, caplog
+    settings: Settings,
+    stage: str,
+    moment: str,
+    rate: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
 ) -> None:
-    settings = change(settings, stage__vision__epochs=2)
+    settings = change(settings, stage__vision__epochs=2, stage__vision__lr=rate)
     run_stage("vision", settings)
     run_stage(stage, settings)
     expected = outputs(stage)
-    for attempt in range(4):
+    for attempt in range(1 if moment in START else 4):
         shutil.rmtree(paths.RESUME)
         moments_left = attempt
 
@@ -65,10 +80,69 @@ def test_a_killed_stage_resumes_to_the_same_bytes(
         with caplog.at_level(logging.INFO):
             run_stage(stage, settings)
         assert outputs(stage) == expected
-    assert "resuming from step" in caplog.text
+    assert ("resuming from step" in caplog.text) == (moment != START[0])
+    assert ("no epoch improves on the start" in caplog.text) == (rate == 0)
 
 
-@pytest.mark.parametrize("damaged", ["progress.ckpt", "epoch=*.ckpt", "*.ckpt"])
+def test_a_resumed_stage_does_not_validate_its_start_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    validated = []
+    validate = LitStage.validation_step
+
+    def count(self: LitStage, *arguments: Any) -> None:
+        validated.append(self.step)
+        validate(self, *arguments)
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(LitStage, "validation_step", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.Speed, "on_train_batch_end", die)
+        with pytest.raises(Killed):
+            run_stage("vision", change(settings, machine__save_every=1000))
+    with caplog.at_level(logging.INFO):
+        run_stage("vision", settings)
+    assert "resuming from step 0 of 2" in caplog.text
+    assert validated == [0, 2]
+
+
+def test_an_interrupt_during_the_validation_of_the_start_saves_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(
+            curves.Speed,
+            "on_sanity_check_start",
+            lambda *_: signal.raise_signal(signal.SIGINT),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("vision", settings)
+        assert "step 0 of 2 is saved" in caplog.text
+    run_stage("vision", settings)
+    assert "resuming from step 0 of 2" in caplog.text
+
+
+def test_epochs_are_restored_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """By name, 99 comes after 100."""
+    checkpoints = Checkpoints(tmp_path, keep=2, every=1)
+    best = [(0.5, 99), (0.25, 100)]
+    files = checkpoints.files(best)
+    for file, (_, epoch) in zip([*files, checkpoints.start], [*best, (0, -1)], strict=True):
+        saved = {"state_dict": {}, "epoch_step": 0, "epoch": epoch, "best": best}
+        torch.save(saved, file)
+    restored = []
+
+    class Module:
+        def resume_from(self, checkpoint: dict, path: Path) -> None:
+            restored.append((checkpoint["epoch"], path))
+
+    assert checkpoints.restore(Module())  # type: ignore[arg-type]
+    assert restored == [(100, files[1])]
+
+
+@pytest.mark.parametrize("damaged", ["progress.ckpt", "epoch=*.ckpt", "start.ckpt", "*.ckpt"])
 def test_a_damaged_checkpoint_is_named_and_skipped(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog, damaged: str
 ) -> None:

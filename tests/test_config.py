@@ -84,6 +84,11 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
             "stage.resampler.encoder_lr: expected at least 0, found -1",
         ),
         (
+            "encoder_lr: 2.0e-4",
+            "encoder_lr: null",
+            "stage.resampler.encoder_lr: expected a number, found null",
+        ),
+        (
             "labeled: 1.0",
             "labeled: 0",
             "stage.resampler.labeled: expected greater than 0, found 0",
@@ -145,7 +150,6 @@ def test_an_invalid_value_is_named_with_the_valid_ones(
         ("epochs: 1", "epochs: 0"),  # the stage copies its input weights
         ("overlap: 0.5", "overlap: 0"),
         ("warmup: 0.1", "warmup: 1"),
-        ("encoder_lr: 2.0e-4", "encoder_lr: null"),
         ("facts: demo", "facts: null"),
         ("[20, 45, 180]", "[]"),
     ],
@@ -189,7 +193,7 @@ def test_a_missing_file_and_invalid_yaml_are_clear_errors(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not valid YAML"):
         load_settings(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("")
-    with pytest.raises(UserError, match="the file: expected a mapping, found None"):
+    with pytest.raises(UserError, match="the file: expected a mapping, found null"):
         load_settings(tmp_path / "params.yaml")
     with pytest.raises(UserError, match="missing parameter 'stage.vision.lr', which an option"):
         load_settings(tmp_path / "params.yaml", changes={"stage.vision.lr": 1.0})

@@ -23,8 +23,8 @@ def test_a_curve_has_the_first_step_every_nth_and_the_last_of_each_epoch(
     settings = change(settings, stage__vision__batch_size=2, stage__vision__epochs=3)
     run_stage("vision", change(settings, trainer__log_every=4))
     assert steps("train/loss") == [1, 3, 4, 6, 8, 9]
-    assert steps("val/loss") == steps("val/accuracy") == [3, 6, 9]
-    assert len(curve("vision", "train/learning_rate")) == 6
+    assert steps("val/loss") == steps("val/accuracy") == [0, 3, 6, 9]
+    assert len(curve("vision", "train/learning_rate/encoder")) == 6
 
 
 def test_no_metrics_are_shown_while_a_stage_trains(
@@ -42,7 +42,7 @@ def test_no_metrics_are_shown_while_a_stage_trains(
     monkeypatch.setattr(curves.Speed, "on_validation_end", look)
     run_stage("vision", settings)
     assert shown and not any(shown)
-    assert json.loads(file.read_text()).keys() == {"best_epoch", "val_loss", "val_accuracy"}
+    assert json.loads(file.read_text()).keys() == {"best", "val_loss", "val_accuracy"}
 
 
 def test_speed_is_apart_from_the_curves(settings: Settings) -> None:

@@ -62,6 +62,8 @@ def test_long_answers_are_truncated_and_a_row_without_room_is_an_error(tokenizer
     query = len(Dialogue(tokenizer, 64).query("what"))
     row = Dialogue(tokenizer, query + 2).row("what", "the red box")
     assert len(row) == query + 2 and row.answer[-1] != Dialogue(tokenizer).stop
+    whole = Dialogue(tokenizer, query + 2).row("what", "the red box", truncate=False)
+    assert whole == Dialogue(tokenizer, 64).row("what", "the red box")
     with pytest.raises(UserError, match=r"train.csv, row 7.*max_text_length"):
         Dialogue(tokenizer, query).row("what", "the red box", place="train.csv, row 7")
 

@@ -23,6 +23,7 @@ def test_the_previous_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupt = Interrupt()
     interrupt.listen()
+    interrupt.listen()  # in the validation of the start, and again when steps begin
     interrupt.restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert not interrupt.requested

@@ -44,7 +44,7 @@ def test_results_have_the_names_that_users_know(project: Project) -> None:
         "stage3_finetune_TIME.log",
     } <= logs
     shown = project.run("dvc", "metrics", "show")
-    for name in ("best_epoch", "val_loss", "val_accuracy"):
+    for name in ("best.step", "val_loss", "val_accuracy"):
         assert name in shown, shown
 
 

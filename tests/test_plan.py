@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import write_rows
+from helpers import save_panorama, write_rows
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.stages import STAGES
@@ -53,6 +53,36 @@ def test_a_training_needs_what_the_plan_states(
         assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 4
 
 
+@pytest.mark.parametrize(("batch_size", "panoramas"), [(16, 5), (8, 2)])
+def test_the_mean_size_of_a_step_is_planned_and_logged(
+    project: Path, small_data: Path, capsys, batch_size: int, panoramas: int
+) -> None:
+    """`batch_size` is an upper bound, because a panorama's rows stay together."""
+    text = paths.PARAMS.read_text().replace(str(small_data), "data")
+    paths.PARAMS.write_text(re.sub(r"batch_size: \d+", f"batch_size: {batch_size}", text))
+    shutil.copytree(small_data, "data")
+    names = [f"images/{number}.jpg" for number in range(10)]
+    for number, name in enumerate(names):
+        save_panorama(Path("data", name), number)
+    rows = [(name, query, "a box") for name in names for query in ("what", "where", "what is")]
+    write_rows(Path("data/train.csv"), rows)
+    stages = plan()["stages"]
+    rows_per_step = {name: stages[name]["rows_per_step"] for name in stages}
+    assert rows_per_step == {"vision": None, "resampler": 3 * panoramas, "finetune": 3 * panoramas}
+    assert stages["resampler"]["panoramas_per_step"] == panoramas
+    assert stages["vision"]["panoramas_per_step"] == (10 if batch_size == 16 else 5)
+    assert re.search(rf"resampler .* {3 * panoramas}\.0 +{panoramas}\.0 ", capsys.readouterr().err)
+    cli.main(["prepare"])
+    for stage in ("vision", "resampler"):
+        cli.main(["train", stage])
+    log = capsys.readouterr().err
+    steps = stages["resampler"]["steps"]
+    mean = f"{3 * panoramas}.0 rows and {panoramas}.0 panoramas on average"
+    assert f"1 epochs, {steps} steps of {mean}" in log
+    assert f"steps of {stages['vision']['panoramas_per_step']:.1f} panoramas on average" in log
+    assert "learning rates: connector 0.002, encoder 0.0002" in log
+
+
 def test_no_weights_are_read(project: Path, towers: Path) -> None:
     shutil.copytree(towers, "towers", ignore=shutil.ignore_patterns("*.safetensors"))
     text = paths.PARAMS.read_text().replace(str(towers), "towers")
@@ -70,6 +100,7 @@ def test_without_rows_the_plan_is_an_upper_bound(
     assert "no rows found: assuming one full-length row per panorama" in capsys.readouterr().err
     for name in STAGES:
         assert unknown[name]["steps"] is None and known[name]["steps"] > 0
+        assert unknown[name]["panoramas_per_step"] is None
         assert unknown[name]["memory"]["activations"] >= known[name]["memory"]["activations"]
 
 

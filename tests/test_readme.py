@@ -77,7 +77,7 @@ def run(project: Project, command: str) -> str:
 @pytest.mark.timeout(1800)
 def test_the_readme_s_commands_run_in_their_order(readers_project: Project) -> None:
     output = {c: run(readers_project, c) for c in commands() if c not in NOT_RUN}
-    for number in ("best_epoch", "val_loss", "val_accuracy"):
+    for number in ("best.step", "val_loss", "val_accuracy"):
         assert number in output["dvc metrics show"], number
     assert run(readers_project, "dvc exp list --name-only").strip(), "no experiment was saved"
     for line in re.findall(r"^\| `((?:runs|metrics|logs)/[^`]*)`", read(ENGLISH), re.M):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.encoder import load_encoder
+from panollava.model.panollava import build_model
 from panollava.provenance.resume import remove_finished
 from panollava.training.features import write_features
 from panollava.training.train import check_deterministic
@@ -46,7 +48,7 @@ def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Setting
         resampler["encoder.tower.post_layernorm.weight"],
     )
     assert len(pd.read_csv(paths.PREDICTIONS)) == 6 and paths.EVALUATION.is_file()
-    for name in ("loss", "learning_rate", "gradient_norm"):
+    for name in ("loss", "learning_rate/connector", "learning_rate/encoder", "gradient_norm"):
         assert curve("resampler", f"train/{name}")
     for name in ("invariance", "variance", "covariance"):
         assert curve("vision", f"train/{name}")
@@ -71,23 +73,79 @@ def metrics(stage: str) -> dict[str, float]:
 def test_metrics_and_weights_are_those_of_the_best_epoch(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate, factors = Objective.validate, iter((3, 1, 3))
+    validate, factors = Objective.validate, iter((4, 3, 1, 3))
 
+    # One batch per epoch, before it that of the start.
     def validate_best_in_epoch_1(self: Objective, parts: list) -> tuple[dict[str, Tensor], int]:
-        sums, count = validate(self, parts)  # one batch per epoch
+        sums, count = validate(self, parts)
         return {**sums, "loss": sums["loss"] * next(factors)}, count
 
     monkeypatch.setattr(Objective, "validate", validate_best_in_epoch_1)
     run_stage("vision", change(settings, stage__vision__epochs=3))
     losses, accuracies = curve("vision", "val/loss"), curve("vision", "val/accuracy")
-    assert len(losses) == 3 and losses[1] == min(losses)
-    expected = {"best_epoch": 1, "val_loss": losses[1], "val_accuracy": accuracies[1]}
+    assert len(losses) == 4 and losses[2] == min(losses)
+    # An epoch has two steps.
+    expected = {"best": {"step": 4}, "val_loss": losses[2], "val_accuracy": accuracies[2]}
     assert metrics("vision") == expected
     (file,) = (paths.run_folder("vision") / "checkpoints").iterdir()
     saved = torch.load(file, weights_only=True)["state_dict"]
     assert file.name.startswith("epoch=01-")
     for name, value in weights("vision").items():
         assert torch.equal(saved[f"objective.model.{name}"], value), name
+
+
+START_WINS = r"no epoch improves on the start \(validation loss {:.3f} at step 0\)"
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_the_start_is_the_result_if_no_epoch_has_a_lower_validation_loss(
+    settings: Settings, caplog, worse: bool
+) -> None:
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    rate = 0.3 if worse else 0.0  # 0: every epoch is as good as the start
+    with caplog.at_level(logging.INFO):
+        run_stage("finetune", change(settings, stage__finetune__lr=rate))
+    losses, accuracies = curve("finetune", "val/loss"), curve("finetune", "val/accuracy")
+    assert len(losses) == 3 and (min(losses[1:]) > losses[0]) == worse
+    expected = {"best": {"step": 0}, "val_loss": losses[0], "val_accuracy": accuracies[0]}
+    assert metrics("finetune") == expected
+    assert re.search(START_WINS.format(losses[0]), caplog.text)
+    start, published = weights("resampler"), weights("finetune")
+    assert start.keys() == published.keys()
+    assert all(torch.equal(start[name], value) for name, value in published.items())
+    (file,) = (paths.run_folder("finetune") / "checkpoints").iterdir()
+    epoch = losses.index(min(losses[1:]), 1) - 1
+    assert file.name == f"epoch={epoch:02d}-val_loss={losses[epoch + 1]:.3f}.ckpt"
+    trained = torch.load(file, weights_only=True)["state_dict"]
+    same = [torch.equal(start[k.removeprefix("objective.model.")], v) for k, v in trained.items()]
+    assert same and not any(same) if worse else all(same)
+
+
+def test_the_start_includes_parts_that_are_new(settings: Settings) -> None:
+    """`vision` starts from the pretrained encoder, `resampler` adds parts made from the seed."""
+    settings = change(settings, stage__vision__lr=0.0, stage__resampler__lr=0.0)
+    settings = change(settings, stage__resampler__encoder_lr=0.0, stage__resampler__epochs=1)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    model, _ = build_model(settings.model, settings.views, settings.seed)
+    state = model.state_dict()
+    for stage in ("vision", "resampler"):
+        assert metrics(stage)["best"] == {"step": 0}
+        assert all(torch.equal(state[name], value) for name, value in weights(stage).items())
+    assert any(name.startswith("projector") for name in weights("resampler"))
+
+
+def test_the_loss_at_step_0_is_the_last_one_of_the_stage_before(settings: Settings) -> None:
+    """Validation rows are never cut, so that stages with other limits can be compared."""
+    settings = change(settings, stage__resampler__epochs=1, stage__resampler__max_text_length=9)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    before, start = curve("resampler", "val/loss")[-1], curve("finetune", "val/loss")[0]
+    assert start == pytest.approx(before, rel=1e-5)
 
 
 def test_0_epochs_copy_the_input_weights_and_give_no_metrics(settings: Settings) -> None:

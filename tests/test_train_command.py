@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import ROOT
+from helpers import ROOT, curve
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
@@ -133,12 +133,21 @@ def test_each_option_overrides_its_parameter_for_this_run(
     assert torch.load(checkpoint("vision"), weights_only=True)["epoch"] <= 3
     here = ("--data-dir", str(small_data))
     train("resampler", *here, "--lr", "0.5e-3", "--epochs", "1", "--num-workers", "1")
-    rates = (paths.curves_folder("resampler") / "plots/metrics/train/learning_rate.tsv").read_text()
-    assert float(rates.split()[-1]) <= 0.5e-3 and "0.0005" in rates
+    assert max(curve("resampler", "train/learning_rate/connector")) == 0.5e-3
+    assert max(curve("resampler", "train/learning_rate/encoder")) == 2e-4
     assert "max_text_length" in fails("resampler", *here, "--max-text-length", "1")
     message = fails("vision", "--batch-size", "-1")
     assert message.endswith("command line: stage.vision.batch_size: expected at least 1, found -1")
     assert paths.PARAMS.read_text() == before
+
+
+def test_the_encoder_s_learning_rate_is_an_option_of_the_stage_that_has_it(project: Path) -> None:
+    train("all", "--encoder-lr", "0.25e-3")
+    assert max(curve("resampler", "train/learning_rate/encoder")) == 0.25e-3
+    assert max(curve("resampler", "train/learning_rate/connector")) == 2e-3
+    for stage in ("vision", "finetune"):
+        message = f"--encoder-lr: stage '{stage}' has no encoder_lr; leave the option out"
+        assert message in fails(stage, "--encoder-lr", "1e-4")
 
 
 def test_the_help_shows_where_each_default_comes_from(
@@ -152,7 +161,10 @@ def test_the_help_shows_where_each_default_comes_from(
             train("--help")
         text = " ".join(capsys.readouterr().out.split())
         assert f"default: stage.STAGE.batch_size of params.yaml: {value}, resampler 4" in text
-    for option in "epochs lr max-text-length data-dir workers project name from resume".split():
+        assert "default: stage.STAGE.encoder_lr of params.yaml: resampler 0.0002)" in text
+    for (
+        option
+    ) in "epochs lr encoder-lr max-text-length data-dir workers project name from resume".split():
         assert re.search(rf"--{option}\b[^(]*\(default: ", text), option
     paths.PARAMS.unlink()
     with pytest.raises(SystemExit):
@@ -345,8 +357,9 @@ def test_weights_and_biases_gets_every_curve(
     wandb.finish()
     assert {run for run, _, _ in logged} == {f"panoramas/first_{stage}" for stage in STAGES}
     assert set().union(*(names for run, _, names in logged if run.endswith("resampler"))) == {
-        *("train/loss", "train/learning_rate", "train/gradient_norm"),
+        *("train/loss", "train/gradient_norm"),
+        *("train/learning_rate/connector", "train/learning_rate/encoder"),
         *("val/loss", "val/accuracy"),
-        *("best_epoch", "val_loss", "val_accuracy", "rows_per_second", "peak_memory_gb"),
+        *("best", "val_loss", "val_accuracy", "rows_per_second", "peak_memory_gb"),
     }
     assert len(list(Path("wandb").glob("offline-run-*"))) == 3

@@ -90,7 +90,7 @@ class Model(Section):
 @dataclass(frozen=True)
 class VisionStage(Section):
     epochs: CountOrZero
-    batch_size: Count  # panoramas per step
+    batch_size: Count  # panoramas per step, at most
     accumulate: Count  # parts of a step, computed one after the other
     lr: NotNegative
     max_text_length: Count  # kept for older scripts; this stage reads no text
@@ -106,16 +106,16 @@ class VisionStage(Section):
 @dataclass(frozen=True)
 class TextStage(Section):
     epochs: CountOrZero
-    batch_size: Count  # rows per step
+    batch_size: Count  # rows per step, at most: a panorama's rows stay together
     accumulate: Count
     lr: NotNegative
-    max_text_length: Count  # tokens of a query and its answer
+    max_text_length: Count  # tokens of a query and its answer in train
     labeled: ShareAbove0  # share of train's panoramas whose rows are used
 
 
 @dataclass(frozen=True)
 class ResamplerStage(TextStage):
-    encoder_lr: NotNegative | None  # learning rate of the encoder; null: lr
+    encoder_lr: NotNegative  # learning rate of the encoder
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,8 @@ def _expectation(error: Any) -> str:
         (" or None", " or null"),
     ):
         message = message.replace(old, new)
-    return f"{message}, found {error['input']!r}"
+    found = "null" if error["input"] is None else repr(error["input"])
+    return f"{message}, found {found}"
 
 
 class _Restricted:

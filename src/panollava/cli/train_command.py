@@ -5,9 +5,9 @@ import argparse
 import json
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from panollava import paths
 from panollava.cli.single_instance import single_instance
@@ -26,11 +26,12 @@ Changes = Mapping[str, Any]  # of params.yaml for this run, such as {"machine.lo
 
 
 # By the parameter that an option overrides: its flags, type and help. STAGE stands for each stage
-# that is trained.
+# that is trained and has the parameter.
 OPTIONS = {
     "stage.STAGE.epochs": ("--epochs", int, "passes over the rows; vision: panoramas"),
     "stage.STAGE.batch_size": ("--batch-size", int, "rows per step; vision: panoramas"),
     "stage.STAGE.lr": ("--lr", float, "learning rate"),
+    "stage.STAGE.encoder_lr": ("--encoder-lr", float, "learning rate of the encoder"),
     "stage.STAGE.max_text_length": ("--max-text-length", int, "tokens of a row; vision: unused"),
     "data.dir": ("--data-dir", str, "folder of the CSV files, which are prepared first"),
     "machine.loader_workers": ("--workers --num-workers", int, "processes that load batches"),
@@ -57,8 +58,20 @@ def _values(key: str) -> str:
         return ""
     if "STAGE" not in key:
         return f", {_value(settings, key)}"
-    values = (f"{stage} {_value(settings, key.replace('STAGE', stage))}" for stage in STAGES)
+    values = (f"{stage} {_value(settings, name)}" for stage, name in _by_stage(key, STAGES).items())
     return f": {', '.join(values)}"
+
+
+def _by_stage(key: str, stages: Iterable[str]) -> dict[str, str]:
+    """The parameter of each of the stages that has it."""
+    from panollava.config import Stages
+
+    name, kinds = key.split(".")[-1], get_type_hints(Stages)
+    return {
+        stage: key.replace("STAGE", stage)
+        for stage in stages
+        if name in get_type_hints(kinds[stage])
+    }
 
 
 def _value(settings: "Settings", key: str) -> str:
@@ -95,12 +108,16 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Raises UserError for errors that the user can fix."""
     stages = STAGES if options.stage == ALL else {options.stage: STAGES[options.stage]}
-    changes = {
-        key.replace("STAGE", stage): value
-        for key in OPTIONS
-        if (value := getattr(options, key)) is not None
-        for stage in stages
-    }
+    changes: dict[str, Any] = {}
+    for key, (flags, *_) in OPTIONS.items():
+        if (value := getattr(options, key)) is not None:
+            names = list(_by_stage(key, stages).values()) if "STAGE" in key else [key]
+            if not names:
+                name = key.removeprefix("stage.STAGE.")
+                raise UserError(
+                    f"{flags}: stage '{options.stage}' has no {name}; leave the option out"
+                )
+            changes |= dict.fromkeys(names, value)
     if options.stage != ALL:
         _run_stage(STAGES[options.stage], changes, options)
     elif options.start is None:

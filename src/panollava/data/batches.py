@@ -44,7 +44,8 @@ def plan_epoch(
 ) -> list[Step]:
     """Divide all rows into steps of at most `batch_size` rows.
 
-    A panorama's rows stay in one step unless there are more than `batch_size` of them. `rows` maps
+    A panorama's rows stay in one step unless there are more than `batch_size` of them, so that
+    steps may hold fewer: with 3 rows per panorama and a `batch_size` of 16, 15. `rows` maps
     each panorama to its rows; `epoch` None keeps their order (validation).
     """
     order = list(rows)
@@ -68,6 +69,27 @@ def plan_epoch(
                 at += 1
         steps.append(step)
     return steps
+
+
+class PlanSize(NamedTuple):
+    steps: int
+    rows: int
+    panoramas: int  # each once per step
+
+    @property
+    def rows_per_step(self) -> float:
+        """The mean; 0 without steps."""
+        return self.rows / max(1, self.steps)
+
+    @property
+    def panoramas_per_step(self) -> float:
+        """The mean; 0 without steps."""
+        return self.panoramas / max(1, self.steps)
+
+
+def plan_size(steps: list[Step]) -> PlanSize:
+    rows = sum(len(indices) for step in steps for _, indices in step)
+    return PlanSize(len(steps), rows, sum(map(len, steps)))
 
 
 def divide(step: Step, parts: int) -> list[Step]:
@@ -161,16 +183,17 @@ class TextReader:
         batch_size: int,
         seed: int,
         labeled: float,
+        truncate: bool,
     ) -> None:
         """Tokenizes the rows of a share `labeled` of the panoramas. Raises UserError for a row
-        without room for its answer."""
+        without an answer token, or to `truncate` without room for one."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
         self.batch_size, self.seed = batch_size, seed
         table = labeled_rows(read_prepared_rows(rows), labeled)
         self.rows: list[Row] = [
-            dialogue.row(row.query, row.annotation, place=f"{rows}, row {row.row} ({row.url})")
+            dialogue.row(row.query, row.annotation, f"{rows}, row {row.row} ({row.url})", truncate)
             for row in table.itertuples()
         ]
         self.truncated = sum(row.answer[-1] != dialogue.stop for row in self.rows)

@@ -55,8 +55,8 @@ class Dialogue:
         """Tokens between the image and the answer."""
         return self._tokens(self._between + text + self._opening)
 
-    def row(self, query: str, answer: str, place: str = "") -> Row:
-        """Tokens of a row, with the answer truncated to `max_text_length` tokens in total.
+    def row(self, query: str, answer: str, place: str = "", truncate: bool = True) -> Row:
+        """Tokens of a row. `truncate` the answer to `max_text_length` tokens in total.
 
         Raises:
             UserError: no token of the answer is left; `place` names the row in the message.
@@ -64,6 +64,8 @@ class Dialogue:
         query_tokens, answer_tokens = self.query(query), self._tokens(answer)
         if not answer_tokens:
             raise UserError(f"{place}: the answer {answer!r} has no tokens; remove the row")
+        if not truncate:
+            return Row(query_tokens, [*answer_tokens, self.stop])
         room = self.max_text_length - len(query_tokens)
         if room < 1:
             raise UserError(

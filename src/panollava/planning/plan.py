@@ -35,6 +35,8 @@ class StagePlan:
     parameters: dict[str, int]  # of each part of the model
     trained: int  # number of parameters
     steps: int | None  # None: unknown without rows
+    rows_per_step: float | None  # the mean; None: unknown, or the stage reads no rows
+    panoramas_per_step: float | None
     panoramas_at_once: int  # maximum per part of a step
     vision_tokens: int  # per panorama in a sequence; 0: the stage has no sequences
     longest_sequence: int
@@ -99,10 +101,13 @@ def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) ->
     work = find_workload(objective, settings, stage, accumulate, train)
     parts = {name: _count(part.parameters()) for name, part in objective.model.named_children()}
     trained = _count(p for p in objective.parameters() if p.requires_grad)
+    size = work.size
     return StagePlan(
         parameters=parts,
         trained=trained,
-        steps=work.steps,
+        steps=size.steps if size else None,
+        rows_per_step=size.rows_per_step if size and work.reads_rows else None,
+        panoramas_per_step=size.panoramas_per_step if size else None,
         panoramas_at_once=work.panoramas_at_once,
         vision_tokens=getattr(objective, "vision_tokens", 0),
         longest_sequence=work.longest_sequence,
@@ -175,7 +180,8 @@ def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
 def show(plan: Plan, checkpointing: bool) -> None:
     """Log the plan as tables. `checkpointing`: the value of trainer.gradient_checkpointing."""
     state = f"{plan.device}, {plan.precision}, checkpointing {'on' if checkpointing else 'off'}"
-    steps = "trained steps panoramas_at_once vision_tokens longest_sequence"
+    steps = "trained steps rows_per_step panoramas_per_step panoramas_at_once vision_tokens "
+    steps += "longest_sequence"
     for title, table in (
         ("", _parts_table(plan)),
         ("", _columns("split", plan.splits, "rows panoramas rows_per_panorama file")),

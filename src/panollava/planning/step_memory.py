@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from panollava.config import Settings
-from panollava.data.batches import divide, labeled_rows, plan_epoch
+from panollava.data.batches import PlanSize, divide, labeled_rows, plan_epoch, plan_size
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.precision import autocast
@@ -29,7 +29,8 @@ Part = list[list[Row]]  # the rows of each of its panoramas
 class Workload:
     """What a stage trains on."""
 
-    steps: int | None  # None: unknown without rows
+    size: PlanSize | None  # of all epochs; None: unknown without rows
+    reads_rows: bool  # otherwise panoramas alone
     heaviest: list[list[Part]]  # candidate steps; which one needs most memory depends on the model
     prefix: int  # tokens before the rows of a sequence; 0: the stage has no sequences
 
@@ -56,13 +57,17 @@ def find_workload(
     dialogue = getattr(objective, "dialogue", None)  # None: the stage reads no text
     # `plan_epoch` and `divide` take lists of any kind: they only count what is in them.
     by_panorama: dict[int, Any] = _rows_by_panorama(dialogue, stage_settings, train)
-    steps: list[Any] = [
-        [[rows for _, rows in part] for part in divide(step, accumulate)]
+    planned = [
+        step
         for epoch in range(stage_settings.epochs)
         for step in plan_epoch(by_panorama, stage_settings.batch_size, settings.seed, epoch)
     ]
+    steps: list[Any] = [
+        [[rows for _, rows in part] for part in divide(step, accumulate)] for step in planned
+    ]
+    size = None if train is None else plan_size(planned)
     prefix = len(dialogue.text_prefix) + objective.vision_tokens if dialogue else 0
-    return Workload(None if train is None else len(steps), _heaviest(steps, prefix), prefix)
+    return Workload(size, dialogue is not None, _heaviest(steps, prefix), prefix)
 
 
 def _rows_by_panorama(

@@ -50,11 +50,17 @@ class Objective(nn.Module):
         """Raises UserError for a missing file, and for a row without an answer token."""
         settings, self.readers = self.stage_settings, {}
         batch_size = settings.batch_size
-        for split, labeled in (("train", settings.labeled), ("valid", 1.0)):
+        limit = f"lower the stage's max_text_length ({settings.max_text_length})"
+        # Validation rows are not truncated: stages with other limits have comparable losses.
+        for split, labeled, truncate, remedy in (
+            ("train", settings.labeled, True, limit),
+            ("valid", 1.0, False, "shorten the longest row of valid.csv"),
+        ):
             views, rows = (paths.PREPARED / split / name for name in ("views.npy", "rows.csv"))
             vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
             self.readers[split] = reader = TextReader(
-                vision, rows, self.dialogue, self.vision_tokens, batch_size, self.seed, labeled
+                *(vision, rows, self.dialogue, self.vision_tokens),
+                *(batch_size, self.seed, labeled, truncate),
             )
             if reader.truncated:
                 log.warning(
@@ -62,10 +68,7 @@ class Objective(nn.Module):
                     *(split, reader.truncated, len(reader.rows), settings.max_text_length),
                 )
             longest = max(map(len, reader.rows), default=0)
-            self.model.check_length(
-                self.text_prefix + self.vision_tokens + longest,
-                f"lower the stage's max_text_length ({settings.max_text_length})",
-            )
+            self.model.check_length(self.text_prefix + self.vision_tokens + longest, remedy)
 
     def describe(self) -> dict[str, Any]:
         """What a step depends on besides parameters, files and weights."""
@@ -90,10 +93,10 @@ class Objective(nn.Module):
     def parameter_groups(self) -> list[dict]:
         settings, model = self.stage_settings, self.model
         connector = [*model.resampler.parameters(), *model.projector.parameters()]
-        groups: list[dict] = [{"params": connector, "lr": settings.lr}]
+        groups: list[dict] = [{"name": "connector", "params": connector, "lr": settings.lr}]
         if not self.reads_features:
-            rate = settings.lr if settings.encoder_lr is None else settings.encoder_lr
-            groups.append({"params": list(model.encoder.parameters()), "lr": rate})
+            encoder = list(model.encoder.parameters())
+            groups.append({"name": "encoder", "params": encoder, "lr": settings.encoder_lr})
         return groups
 
     def count(self, batch: TextBatch) -> int:

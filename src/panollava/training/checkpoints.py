@@ -2,6 +2,7 @@
 latest."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every` steps and after each epoch, and keeps the `keep` best epochs by
-    validation loss.
+    """Saves the start with its validation, every `every` steps and after each epoch. Keeps the
+    start and the `keep` best epochs by validation loss.
 
     Must come after `Curves`, so that a checkpoint holds the curves up to its step. After an
     `Interrupt` it saves the current step or validation, and raises KeyboardInterrupt."""
@@ -28,29 +29,40 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: Path, keep: int, every: int) -> None:
         self.folder, self.keep, self.every = folder, keep, every
         self.progress = folder / "progress.ckpt"
+        self.start = folder / "start.ckpt"
         self.interrupt = Interrupt()
 
     def files(self, best: list[tuple[float, int]]) -> list[Path]:
         """The checkpoints of the best epochs, given as (validation loss, epoch)."""
         return [self.folder / f"epoch={epoch:02d}-val_loss={loss:.3f}.ckpt" for loss, epoch in best]
 
+    def result(self, module: LitStage) -> Path:
+        """The checkpoint with the lowest validation loss: the start, unless an epoch has a lower
+        one than it."""
+        _, start = module.history[0]
+        best = module.best[0][0] < start["val/loss"]
+        return self.files(module.best)[0] if best else self.start
+
     def restore(self, module: LitStage) -> bool:
         """Restore the latest intact checkpoint. Returns whether there was one.
 
-        A checkpoint also counts as damaged if that of one of its best epochs is. Damaged files are
-        reported in a warning."""
-        epochs = sorted(self.folder.glob("epoch=*.ckpt"), reverse=True)
-        for file in filter(Path.is_file, [self.progress, *epochs]):
+        A checkpoint also counts as damaged if the start or one of its best epochs is. Damaged files
+        are reported in a warning."""
+        epochs = sorted(self.folder.glob("epoch=*.ckpt"), key=_epoch, reverse=True)
+        for file in filter(Path.is_file, [self.progress, *epochs, self.start]):
             try:
                 checkpoint = read_checkpoint(file)
-                for best in self.files(checkpoint["best"]):
-                    read_checkpoint(best)
+                for needed in (self.start, *self.files(checkpoint["best"])):
+                    read_checkpoint(needed)
             except UserError as error:
                 log.warning("%s; resuming skips it", error)
                 continue
             module.resume_from(checkpoint, file)
             return True
         return False
+
+    def on_sanity_check_start(self, *_: Any) -> None:
+        self.interrupt.listen()
 
     def on_train_start(self, *_: Any) -> None:
         self.interrupt.listen()
@@ -68,6 +80,9 @@ class Checkpoints(pl.Callback):
             self._raise_if_interrupted(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
+        if trainer.sanity_checking:  # before the first step
+            trainer.save_checkpoint(self.start)
+            return self._raise_if_interrupted(module)
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: self.keep]
         module.epoch, module.epoch_step = module.epoch + 1, 0
@@ -83,6 +98,10 @@ class Checkpoints(pl.Callback):
         if self.interrupt.requested:
             log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
             raise KeyboardInterrupt
+
+
+def _epoch(file: Path) -> int:
+    return int(re.findall(r"\d+", file.name)[0])
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

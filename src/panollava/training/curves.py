@@ -13,7 +13,7 @@ from panollava.errors import UserError
 from panollava.model.device import peak_memory
 from panollava.training.lightning_module import LitStage
 
-Track = Callable[[int, Mapping[str, float]], None]
+Track = Callable[[int, Mapping[str, Any]], None]
 
 
 class _Writer(pl.Callback):
@@ -32,10 +32,11 @@ class _Writer(pl.Callback):
 
 
 class Curves(_Writer):
-    """Writes the curves of training and validation every `every` steps.
+    """Writes the curves of training every `every` steps, and of validation before the first step
+    and after each epoch.
 
-    DVCLive's summary, the last value of each curve, is not written: metrics.json holds the best
-    epoch's metrics."""
+    DVCLive's summary, the last value of each curve, is not written: metrics.json holds the metrics
+    of the step with the lowest validation loss."""
 
     def _record(self, module: LitStage, values: dict[str, float]) -> None:
         module.history.append((module.step, values))

@@ -17,6 +17,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
+        self.restore()  # if it listens already
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
 

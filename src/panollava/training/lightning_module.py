@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panollava.config import Settings
-from panollava.data.batches import StepDataset, StepLoader
+from panollava.data.batches import PlanSize, StepDataset, StepLoader, plan_size
 from panollava.errors import UserError
 from panollava.model.weights import copy_strictly
 from panollava.stages import Stage
-from panollava.training.objective import StageObjective
+from panollava.training.objective import StageObjective, checked_groups
 
 
 class LitStage(pl.LightningModule):
@@ -36,14 +36,17 @@ class LitStage(pl.LightningModule):
         stage_settings = getattr(settings.stage, stage.name)
         self.accumulate = stage_settings.accumulate
         train = objective.readers["train"]
-        self.epoch_steps = [len(train.plan(epoch)) for epoch in range(stage_settings.epochs)]
-        self.total_steps = sum(self.epoch_steps)
+        self.groups = checked_groups(objective)
+        sizes = [plan_size(train.plan(epoch)) for epoch in range(stage_settings.epochs)]
+        self.epoch_steps = [size.steps for size in sizes]
+        self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
+        self.total_steps = self.size.steps
         self.epoch = 0  # the current one
         self.epoch_step = 0  # completed steps of this epoch
         self.step = 0  # completed steps
         self.values: dict[str, Tensor | float] = {}  # the curves' values at the last step
         self.history: list[tuple[int, dict[str, float]]] = []  # (step, the curves' values)
-        self.best: list[tuple[float, int]] = []  # (validation loss, epoch), best first
+        self.best: list[tuple[float, int]] = []  # (validation loss, epoch) of the best epochs
         self._validation: list[tuple[dict[str, Tensor], int]] = []
         self._restored: tuple[dict, dict] | None = None  # states of optimizer and scheduler
 
@@ -59,8 +62,8 @@ class LitStage(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = [
-            {"params": chosen, "lr": group["lr"], "weight_decay": decay}
-            for group in self.objective.parameter_groups()
+            {**group, "params": chosen, "weight_decay": decay}
+            for group in self.groups
             for chosen, decay in _by_decay(group["params"], self.settings.weight_decay)
             if chosen
         ]
@@ -99,12 +102,12 @@ class LitStage(pl.LightningModule):
                 f"{norm.item()}); this run is discarded. Lower the stage's learning rate, or set "
                 "trainer.precision to 32-true"
             )
-        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr]
         self.values = {
             **{f"train/{name}": value for name, value in result.items()},
-            "train/learning_rate": rate,
+            **{f"train/learning_rate/{name}": rate for name, rate in rates.items()},
             "train/gradient_norm": norm,
         }
         self.step += 1
@@ -123,7 +126,8 @@ class LitStage(pl.LightningModule):
             if not torch.isfinite(mean):
                 raise UserError(
                     f"after step {self.step}: validation {name} is {mean.item()}; this run is "
-                    "discarded. Lower the stage's learning rate"
+                    "discarded. Lower the stage's learning rate, or at step 0 check the weights "
+                    "that the stage starts from"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

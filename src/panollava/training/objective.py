@@ -25,7 +25,7 @@ class StageObjective(Protocol):
     def open_readers(self) -> None: ...
     def describe(self) -> dict[str, Any]: ...
     def blank(self, panoramas: list) -> Any: ...
-    def parameter_groups(self) -> list[dict]: ...
+    def parameter_groups(self) -> list[dict]: ...  # name, params, lr
     def count(self, batch: Any) -> int: ...
     def step(self, parts: list, backward: Callable[[Tensor], None]) -> dict[str, Tensor]: ...
     def validate(self, parts: list) -> tuple[dict[str, Tensor], int]: ...
@@ -34,6 +34,30 @@ class StageObjective(Protocol):
 def load_objective(stage: Stage, settings: Settings, weights: bool = True) -> Any:
     """`weights` False: build the towers from their configurations, without weights."""
     return importlib.import_module(stage.objective).Objective(stage, settings, weights)
+
+
+def checked_groups(objective: Any) -> list[dict]:
+    """The objective's parameter groups.
+
+    Raises:
+        UserError: a trained parameter is in no group or in several, or a group trains nothing.
+    """
+    groups = objective.parameter_groups()
+    found: dict[int, list[str]] = {}  # names of groups, by parameter
+    for group in groups:
+        trained = [p for p in group["params"] if p.requires_grad]
+        if not trained:
+            raise UserError(f"parameter group '{group['name']}': the stage trains nothing in it")
+        for parameter in trained:
+            found.setdefault(id(parameter), []).append(group["name"])
+    for name, parameter in objective.named_parameters():
+        names = found.get(id(parameter), [])
+        if parameter.requires_grad and len(names) != 1:
+            raise UserError(
+                f"the stage trains '{name}', which must be in one parameter group of the optimizer"
+                f" but is in {' and '.join(names) or 'none'}; see {objective.__module__}"
+            )
+    return groups
 
 
 def prepare_parts(model: nn.Module, stage: Stage, precision: str, checkpointing: bool) -> str:

@@ -66,7 +66,7 @@ def train(
             curves.write(step, values)
         log.info("resuming from step %d of %d (%s)", module.step, module.total_steps, work)
     if remaining := len(module.epoch_steps) - module.epoch:
-        log.info("%d epochs, %d steps", len(module.epoch_steps), module.total_steps)
+        log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
         _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
@@ -105,7 +105,18 @@ def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> 
     log.info("%s", prepare_parts(objective.model, stage, settings.trainer.precision, checkpointing))
     if settings.trainer.compile:
         compile_layers(objective.model)
-    return LitStage(objective, settings, stage)
+    module = LitStage(objective, settings, stage)
+    rates = (f"{group['name']} {group['lr']:g}" for group in module.groups)
+    log.info("learning rates: %s", ", ".join(rates))
+    return module
+
+
+def _steps(module: LitStage) -> str:
+    """The number of steps and their mean size."""
+    size = module.size
+    rows = f"{size.rows_per_step:.1f} rows and " if hasattr(module.objective, "dialogue") else ""
+    mean = f"{rows}{size.panoramas_per_step:.1f} panoramas"
+    return f"{size.steps} steps of {mean} on average"
 
 
 def _open_work(stage: Stage, settings: Settings, module: LitStage, must_resume: bool) -> Path:
@@ -146,7 +157,8 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             logger=False,
             enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
-            num_sanity_val_steps=0,
+            # Lightning's sanity check serves as the validation of the start, on all batches.
+            num_sanity_val_steps=0 if module.history else -1,
             enable_model_summary=False,
             use_distributed_sampler=False,
             deterministic=settings.deterministic,
@@ -177,7 +189,7 @@ def _publish(
     stage: Stage, module: LitStage, checkpoints: Checkpoints, track: Track, header: dict[str, Any]
 ) -> None:
     """Write the stage's outputs: the best epochs' checkpoints, and the metrics and weights of the
-    best one."""
+    best one, or of the start if no epoch improves on it."""
     folder = paths.run_folder(stage.name) / "checkpoints"
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -191,18 +203,26 @@ def _publish(
     log.info("wrote %s", final)
 
 
-def _load_best(module: LitStage, checkpoints: Checkpoints) -> dict[str, float]:
-    """Load the weights of the best epoch, and return its headline metrics; none after 0 epochs."""
+def _load_best(module: LitStage, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Load the weights with the lowest validation loss, and return their headline metrics; none
+    after 0 epochs."""
     if not module.best:
         log.info("0 epochs: copying the input weights unchanged")
         return {}
-    file = checkpoints.files(module.best)[0]
-    log.info("best epoch: %s", file.name)
+    file = checkpoints.result(module)
     checkpoint = read_checkpoint(file)
     module.load_trained(checkpoint["state_dict"], file)
-    _, validation = checkpoint["history"][-1]  # an epoch is saved right after its validation
+    step, validation = checkpoint["history"][-1]  # it is saved right after its validation
+    if step:
+        log.info("best epoch: %s, step %d", file.name, step)
+    else:
+        log.info(
+            "no epoch improves on the start (validation loss %.3f at step 0); model_final holds "
+            "the weights that the stage started from",
+            validation["val/loss"],
+        )
     values = {name.replace("/", "_"): value for name, value in validation.items()}
-    return {"best_epoch": module.best[0][1], **values}
+    return {"best": {"step": step}, **values}
 
 
 def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:

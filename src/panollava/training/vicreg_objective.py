@@ -57,7 +57,8 @@ class Objective(nn.Module):
         return torch.empty((len(panoramas), *self.view_shape), dtype=torch.uint8)
 
     def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.parameters()), "lr": self.stage_settings.lr}]
+        parameters = list(self.parameters())  # the expander's, too
+        return [{"name": "encoder", "params": parameters, "lr": self.stage_settings.lr}]
 
     def count(self, batch: Tensor) -> int:
         """Panoramas of a part."""
