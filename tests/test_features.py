@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, change, run_stage
 from panollava import paths
 from panollava.config import Settings
+from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.panollava import build_model
@@ -39,10 +40,16 @@ def test_features_of_other_panoramas_or_rolls_are_an_error(settings: Settings) -
         run_stage(stage, settings)
     write_features(settings)
     run_stage("finetune", settings)
-    rolls = len(settings.evaluate.rolls) + 1
-    more = change(settings, evaluate__rolls=[10.0] * rolls)
-    with pytest.raises(UserError, match=rf"rolled.npy: holds .* by the {rolls} angles.*dvc repro"):
-        evaluate(more)
+    others = (("rolls", [30.0, 45.0, 90.0, 180.0, 270.0]), ("split", "valid"))
+    for name, value in others:  # of the same number of panoramas
+        with pytest.raises(UserError, match=rf"made with evaluate\.{name} .*, now .*repro prepare"):
+            evaluate(change(settings, **{f"evaluate__{name}": value}))
+    other = change(settings, evaluate__rolls=others[0][1])
+    prepare_project(other)
+    with pytest.raises(UserError, match="runs/features: made with other prepared views"):
+        evaluate(other)
+    prepare_project(settings)
+    run_stage("finetune", other)  # a training does not read the rolled panoramas
     train = paths.FEATURES / "train.npy"
     np.save(train, np.load(train)[:1])
     shutil.rmtree(paths.RESUME)
