@@ -110,8 +110,8 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
     settings = change(settings, **{f"views__{name}": value for name, value in views.items()})
     settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
     prepare_project(settings)
-    for stage in ("vision", "resampler"):
-        run_stage(stage, settings)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
     write_features(settings)
     run_stage("finetune", settings)
     monkeypatch.setattr("panollava.evaluation.evaluate.answer", describe)

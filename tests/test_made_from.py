@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import change
 from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.prepare import prepare_project
@@ -73,7 +74,7 @@ def test_prepared_data_for_another_evaluation_is_an_error(
         "run: dvc repro prepare (without DVC: panollava prepare)"
     )
     with pytest.raises(UserError, match=re.escape(message) + "$"):
-        check_prepared(settings.views, evaluate=replace(settings.evaluate, **{name: value}))
+        check_prepared(settings.views, evaluate=change(settings.evaluate, **{name: value}))
     check_prepared(settings.views, settings.data)  # what a training reads
 
 

@@ -45,7 +45,7 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
     folder, out = root / settings.data.dir, root / paths.PREPARED
     allowed, threads = settings.data.max_rejected, settings.machine.decode_threads
     sampler = Sampler(layout(settings.views), settings.views.size)
-    rolls_of = {settings.evaluate.split: _rolls(settings)}
+    rolls = _rolls(settings)
     _clear(out)
     # Check all rows before opening pictures, which may take an hour.
     splits = {}
@@ -55,8 +55,9 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
     _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
     cv2.setNumThreads(1)  # the decoding threads keep all cores busy
     for split, (rows, rejects) in splits.items():
-        pictures, rolls = rows["picture"].unique(), rolls_of.get(split)
-        faults = _write_views(out / split, pictures, sampler, threads, rolls)
+        pictures, is_evaluated = rows["picture"].unique(), split == settings.evaluate.split
+        rolled = rolls if is_evaluated else None
+        faults = _write_views(out / split, pictures, sampler, threads, rolled)
         rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
         rows = rows[~rows["picture"].isin(faults["picture"])]
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, allowed)
