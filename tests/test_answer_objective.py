@@ -1,15 +1,25 @@
 """The objective on answer tokens: which rows it reads, and how long they may be."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import change, run_stage, save_tokenizer
+from helpers import change, run_stage, save_language_model, save_tokenizer
+from panollava import paths
 from panollava.config import Settings
+from panollava.data.batches import StepDataset, TextBatch, TextReader, read_prepared_rows, turns
+from panollava.data.images import read_panorama, roll
+from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
+from panollava.geometry.views import Sampler, layout
+from panollava.model.panollava import build_model
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
+from panollava.training.features import write_features
 
 
 def test_labeled_is_the_share_of_panoramas_whose_rows_are_used(settings: Settings) -> None:
@@ -42,3 +52,93 @@ def test_rows_that_are_too_long_for_the_language_model_are_an_error(
     run_stage("vision", change(settings, stage__vision__epochs=0))
     with pytest.raises(UserError, match=r"attends to 40 tokens.*max_text_length \(99\)"):
         run_stage("resampler", change(settings, model__language_model__path=str(folder)))
+
+
+def reader_of(settings: Settings, stage: str, turn: bool) -> tuple[Objective, TextReader]:
+    """The objective and its reader of train."""
+    changed = change(settings, **{f"stage__{stage}__turn": turn})
+    objective = Objective(STAGES[stage], changed)
+    objective.open_readers()
+    return objective, objective.readers["train"]
+
+
+def epoch_of(reader: Any, epoch: int | None, parts: int = 1) -> list[list[TextBatch]]:
+    dataset = StepDataset[TextBatch](reader, epoch, parts)
+    return [dataset[step] for step in range(len(dataset))]
+
+
+@pytest.mark.parametrize("stage", ["resampler", "finetune"])
+@pytest.mark.parametrize("views", [{"pitch": 20.0}, {"strategy": "sliding_window"}], ids=str)
+def test_the_loss_of_a_turned_panorama_is_that_of_a_rolled_one(
+    settings: Settings, stage: str, views: dict[str, Any]
+) -> None:
+    """Of views in `resampler`, of cached features in `finetune`."""
+    settings = change(settings, **{f"views__{name}": value for name, value in views.items()})
+    settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
+    # Large random weights, with which the answers depend on the panorama.
+    language_model = str(save_language_model(Path("language_model"), spread=0.3))
+    settings = change(settings, model__language_model__path=language_model, evaluate__rolls=[])
+    prepare_project(settings)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    objective, turning = reader_of(settings, stage, True)
+    plain = reader_of(settings, stage, False)[1]
+    step = [(panorama, rows) for panorama, rows in plain.by_panorama.items()]
+    shifts = turns(settings.seed, 3, [panorama for panorama, _ in step], 8)
+    assert len({*shifts}) > 2
+    pictures = dict.fromkeys(read_prepared_rows(paths.PREPARED / "train/rows.csv")["url"])
+    sampler = Sampler(layout(settings.views), settings.views.size)
+    rolled = []
+    for picture, shift in zip(pictures, shifts, strict=True):
+        panorama = read_panorama(Path(settings.data.dir) / picture, sampler.panorama_width)
+        rolled.append(sampler.sample(roll(panorama, 45 * shift)))
+    vision = torch.from_numpy(np.stack(rolled))
+    with torch.no_grad():
+        if objective.reads_features:
+            model, _ = build_model(settings.model, settings.views)
+            vision = model.eval().features(vision)
+        turned, unturned = turning.load(step, 3), plain.load(step, 3)
+        (first,), (second,), (third,) = (
+            objective.step([batch], lambda _: None).values()
+            for batch in (turned, unturned._replace(vision=vision), unturned)
+        )
+    assert abs(first - second) < 1e-5 and abs(first - third) > 1e-3
+
+
+def test_turning_changes_nothing_but_the_order_of_views_in_training(settings: Settings) -> None:
+    (_, turning), (_, plain) = (reader_of(settings, "resampler", turn) for turn in (True, False))
+    assert [turning.plan(epoch) for epoch in (None, 0, 1)] == [
+        plain.plan(epoch) for epoch in (None, 0, 1)
+    ]
+    whole, divided = (
+        [batch for parts in epoch_of(turning, 1, count) for batch in parts] for count in (1, 3)
+    )
+    assert len(divided) > len(whole)
+    seen = [
+        {view.numpy().tobytes() for b in x for view in b.vision[:, 0]} for x in (whole, divided)
+    ]
+    assert seen[0] == seen[1]  # whatever the division into parts
+    for epoch in (None, 0):
+        ordered = []
+        pairs = zip(epoch_of(turning, epoch), epoch_of(plain, epoch), strict=True)
+        for (one,), (other,) in pairs:
+            assert one.rows == other.rows
+            assert all(map(torch.equal, one.packed, other.packed))
+            assert torch.equal(one.vision.sort(1).values, other.vision.sort(1).values)
+            ordered.append(torch.equal(one.vision, other.vision))
+        assert all(ordered) == (epoch is None)
+
+
+@pytest.mark.parametrize("stage", ["resampler", "finetune"])
+@pytest.mark.parametrize(
+    "views", [{"strategy": "cubemap"}, {"strategy": "resize"}, {"global_view": True}], ids=str
+)
+def test_panoramas_turn_only_where_that_is_exact(
+    settings: Settings, stage: str, views: dict[str, Any]
+) -> None:
+    views = {f"views__{name}": value for name, value in views.items()}
+    with pytest.raises(UserError, match=rf"stage\.{stage}\.turn: .* set it to false") as error:
+        reader_of(change(settings, **views), stage, True)
+    assert len(str(error.value).split()) <= 30
+    Objective(STAGES[stage], change(settings, **views))

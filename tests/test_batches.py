@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import psutil
 import pytest
 
 from helpers import ROOT
-from panollava.data.batches import divide, plan_epoch, plan_size
+from panollava.data.batches import divide, plan_epoch, plan_size, turns
 
 
 def random_rows(seed: int) -> dict[int, list[int]]:
@@ -78,6 +79,23 @@ def test_the_parts_of_a_step_contain_all_its_rows() -> None:
         shares = divide(step, parts)
         assert all(shares) and len(shares) <= parts
         assert sorted(sum(shares, [])) == sorted(step)
+
+
+def test_turns_are_a_function_of_seed_epoch_and_panorama() -> None:
+    panoramas = list(range(400))
+    drawn = turns(5, 1, panoramas, views=8)
+    assert turns(5, 1, panoramas[::-3], 8) == drawn[::-3]  # of nothing else that is in the step
+    for seed, epoch in ((5, 2), (6, 1), (1, 5)):
+        equal = sum(a == b for a, b in zip(drawn, turns(seed, epoch, panoramas, 8), strict=True))
+        assert 20 < equal < 90  # an eighth of 400, as by chance
+    counts = [drawn.count(shift) for shift in range(8)]
+    assert sum(counts) == 400 and min(counts) > 25
+
+
+def test_turns_have_random_numbers_of_their_own() -> None:
+    """Not those that order an epoch's panoramas, which NumPy gives for any zeros after the seed."""
+    plans = [int(np.random.default_rng((seed, 1)).integers(2**20)) for seed in range(20)]
+    assert all(turns(seed, 1, [0], 2**20) != [number] for seed, number in enumerate(plans))
 
 
 MAIN = """

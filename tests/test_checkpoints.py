@@ -57,7 +57,12 @@ def test_a_killed_stage_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     caplog,
 ) -> None:
-    settings = change(settings, stage__vision__epochs=2, stage__vision__lr=rate)
+    settings = change(
+        settings,
+        stage__vision__epochs=2,
+        stage__vision__lr=rate,
+        stage__resampler__turn=True,
+    )
     run_stage("vision", settings)
     run_stage(stage, settings)
     expected = outputs(stage)

@@ -10,7 +10,7 @@ from panollava.config import load_settings
 from panollava.demo.settings import load_demo_settings
 from panollava.errors import UserError
 from panollava.evaluation.facts import READERS
-from panollava.geometry.views import STRATEGIES
+from panollava.geometry.views import STRATEGIES, resampled
 from panollava.model.resampler import RESAMPLERS
 from panollava.training.lightning_module import SCHEDULES
 
@@ -36,6 +36,14 @@ def test_the_real_profile_has_the_documented_values() -> None:
         for s in (stage.vision, stage.resampler, stage.finetune)
     ]
     assert table == [(3, 32, 5e-6, 32), (5, 16, 2e-5, 64), (10, 8, 1e-5, 128)]
+
+
+def test_the_profiles_roll_panoramas_so_that_views_show_new_pixels() -> None:
+    demo, real = (load_settings(ROOT / name) for name in ("params.yaml", "presets/quic360.yaml"))
+    assert resampled(real.views, real.evaluate.rolls) == real.evaluate.rolls != []
+    assert resampled(demo.views, demo.evaluate.rolls)
+    # The demo's seam compares the same objects in all four places.
+    assert {90, 180, 270} <= {*demo.evaluate.rolls}
 
 
 def test_a_mistyped_parameter_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         ("compile: false", "compile: 0", "trainer.compile: expected a boolean, found 0"),
         ("dir: data/demo", "dir: 1", "data.dir: expected a string, found 1"),
         ("wandb: null", "wandb: 1", "machine.wandb: expected a string, found 1"),
-        ("[20, 45, 180]", "20", "evaluate.rolls: expected a list, found 20"),
+        ("[20, 45, 90, 180, 270]", "20", "evaluate.rolls: expected a list, found 20"),
         ("devices: 1", "devices: true", "trainer.devices: expected an integer, found True"),
         ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
         (
@@ -129,7 +137,7 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         ("save_every: 50", "save_every: 0", "machine.save_every: expected at least 1, found 0"),
         ("facts: demo", "facts: all", "evaluate.facts: expected 'demo' or null, found 'all'"),
         (
-            "[20, 45, 180]",
+            "[20, 45, 90, 180, 270]",
             "[20, 361]",
             "evaluate.rolls[1]: expected at most 360, found 361",
         ),
@@ -151,7 +159,7 @@ def test_an_invalid_value_is_named_with_the_valid_ones(
         ("overlap: 0.5", "overlap: 0"),
         ("warmup: 0.1", "warmup: 1"),
         ("facts: demo", "facts: null"),
-        ("[20, 45, 180]", "[]"),
+        ("[20, 45, 90, 180, 270]", "[]"),
     ],
 )
 def test_the_limits_are_valid(tmp_path: Path, old: str, new: str) -> None:

@@ -5,14 +5,26 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from helpers import save_language_model
+from helpers import change, run_stage, save_language_model
 from panollava import paths
 from panollava.cli import main as cli
+from panollava.config import Settings
 from panollava.data.batches import read_prepared_rows
+from panollava.data.images import read_panorama, roll
+from panollava.data.prepare import prepare_project
+from panollava.evaluation.evaluate import evaluate
+from panollava.geometry.views import Sampler, layout
+from panollava.model.panollava import build_model
+from panollava.model.weights import load_weights
+from panollava.stages import STAGES
+from panollava.training.features import write_features
 
 TEXTS = ["what\ris it", "where\r\nis it", "two\nlines", ' "quoted", twice ', "NA"]
 
@@ -40,7 +52,7 @@ def test_an_evaluation_writes_answers_details_and_headline(
     output = capsys.readouterr().err
     rows = read_prepared_rows(paths.PREPARED / "test/rows.csv")
     predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
-    rolled = ["turned by 20", "turned by 45", "turned by 180"]
+    rolled = [f"turned by {degrees}" for degrees in (20, 45, 90, 180, 270)]
     first = ["panorama", "url", "query", "prediction", "swapped"]
     assert [*predictions] == [*first, *rolled, "references"]
     keys = list(dict.fromkeys(zip(rows["panorama"], rows["query"], strict=True)))
@@ -67,3 +79,53 @@ def test_one_panorama_has_no_grounding_gap(
     assert "only one panorama: skipping the grounding gap" in capsys.readouterr().err
     assert "swapped" not in pd.read_csv(paths.PREDICTIONS)
     assert "grounding_gap" not in json.loads(paths.EVALUATION.read_text())
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        {},
+        {"pitch": 25.0},
+        {"pitch": -60.0, "fov": 120.0},
+        {"strategy": "sliding_window"},
+        {"strategy": "cubemap"},
+        {"global_view": True},
+    ],
+    ids=str,
+)
+def test_answers_to_a_roll_are_about_the_rolled_panorama(
+    settings: Settings, views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of answers, the mean of each view's features, against those of panoramas that are
+    really rolled, sampled and encoded."""
+
+    def describe(model: Any, dialogue: Any, features: torch.Tensor, queries: Any, _: int) -> Any:
+        return [
+            [json.dumps(vision.mean((1, 2))[:, :4].tolist())] * len(asked)
+            for vision, asked in zip(features, queries, strict=True)
+        ]
+
+    rolls = [20.0, 45.0, -90.0, 200.0, 180.0, 270.0]
+    settings = change(settings, evaluate__rolls=rolls, trainer__threads=1)
+    settings = change(settings, **{f"views__{name}": value for name, value in views.items()})
+    settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
+    prepare_project(settings)
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", describe)
+    evaluate(settings)
+    model, _ = build_model(settings.model, settings.views)
+    stage = STAGES["finetune"]
+    load_weights(paths.weights_file("finetune"), model, stage.saves, stage)
+    sampler = Sampler(layout(settings.views), settings.views.size)
+    for row in pd.read_csv(paths.PREDICTIONS).to_dict("records"):
+        picture = Path(settings.data.dir) / row["url"]
+        panorama = read_panorama(picture, sampler.panorama_width)
+        for degrees in (0, *rolls):
+            rolled = torch.from_numpy(sampler.sample(roll(panorama, degrees)))
+            with torch.inference_mode():
+                expected = model.eval().features(rolled[None])[0].mean((1, 2))[:, :4]
+            answer = row[f"turned by {degrees:g}" if degrees else "prediction"]
+            assert np.abs(np.array(json.loads(answer)) - expected.numpy()).max() < 1e-3

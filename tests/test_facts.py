@@ -78,6 +78,8 @@ def test_the_seam_gap_is_found_at_the_seam_only() -> None:
     by_roll = {90.0 * q: stated([rolled(scene, q) for scene in SCENES]) for q in range(4)}
     perfect = seam(READER, stated(SCENES), by_roll)
     assert perfect["gap"]["value"] == 0 and perfect["at_seam"]["f1"] == 1
+    assert perfect["rolls"] == [0, 90, 180, 270]
+    assert seam(READER, stated(SCENES), {**by_roll, 20.0: stated(SCENES)}) == perfect
     # Over the four rolls, every object is at the seam once and elsewhere three times.
     assert perfect["elsewhere"]["facts"] == 3 * perfect["at_seam"]["facts"]
 

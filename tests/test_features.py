@@ -11,11 +11,14 @@ import torch
 from helpers import ROOT, change, run_stage
 from panollava import paths
 from panollava.config import Settings
+from panollava.data.batches import gather
+from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.panollava import build_model
 from panollava.model.weights import load_weights
 from panollava.stages import STAGES
+from panollava.training import features
 from panollava.training.features import write_features
 
 
@@ -34,15 +37,47 @@ def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
         )
 
 
+def test_features_are_stored_in_the_precision_of_model_features(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
+    run_stage("vision", settings)
+    run_stage("resampler", settings)
+    arrays = {}
+    for precision in ("float32", "float16"):
+        write_features(change(settings, model__features=precision))
+        arrays[precision] = {file.stem: np.load(file) for file in paths.FEATURES.glob("*.npy")}
+        assert {str(array.dtype) for array in arrays[precision].values()} == {precision}
+    for name, full in arrays["float32"].items():
+        assert np.array_equal(arrays["float16"][name], full.astype(np.float16)), name
+        batch = gather(arrays["float16"][name], [1, 0])
+        assert batch.dtype == torch.float32
+        assert np.array_equal(batch, arrays["float16"][name][[1, 0]])
+    assert len(arrays["float32"]) == 4
+    pool = features.pool_tokens
+    monkeypatch.setattr(features, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
+    message = r"panoramas 0-5 are not finite in float16; set model\.features to float32"
+    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match=message):
+        write_features(change(settings, model__features="float16"))
+    with pytest.raises(UserError, match="runs/features/provenance.json: no such file"):
+        run_stage("finetune", settings)
+
+
 def test_features_of_other_panoramas_or_rolls_are_an_error(settings: Settings) -> None:
     for stage in ("vision", "resampler"):
         run_stage(stage, settings)
     write_features(settings)
     run_stage("finetune", settings)
-    rolls = len(settings.evaluate.rolls) + 1
-    more = change(settings, evaluate__rolls=[10.0] * rolls)
-    with pytest.raises(UserError, match=rf"rolled.npy: holds .* by the {rolls} angles.*dvc repro"):
-        evaluate(more)
+    others = (("rolls", [30.0, 45.0, 90.0, 180.0, 270.0]), ("split", "valid"))
+    for name, value in others:  # of the same number of panoramas
+        with pytest.raises(UserError, match=rf"made with evaluate\.{name} .*, now .*repro prepare"):
+            evaluate(change(settings, **{f"evaluate__{name}": value}))
+    other = change(settings, evaluate__rolls=others[0][1])
+    prepare_project(other)
+    with pytest.raises(UserError, match="runs/features: made with other prepared views"):
+        evaluate(other)
+    prepare_project(settings)
+    run_stage("finetune", other)  # a training does not read the rolled panoramas
     train = paths.FEATURES / "train.npy"
     np.save(train, np.load(train)[:1])
     shutil.rmtree(paths.RESUME)

@@ -20,6 +20,7 @@ from panollava.training.train import make_module
 
 @pytest.mark.parametrize("stage", ["vision", "resampler"])
 def test_a_step_in_parts_is_the_same_step(settings: Settings, stage: str) -> None:
+    settings = change(settings, stage__resampler__turn=True)
     run_stage("vision", change(settings, stage__vision__epochs=0))
     results = []
     for parts in (1, 3):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import change
 from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.prepare import prepare_project
@@ -62,12 +63,43 @@ def test_prepared_data_of_other_rows_is_an_error(settings: Settings) -> None:
     assert str(error.value).endswith(f", or pass --data-dir {settings.data.dir}")
 
 
+@pytest.mark.parametrize(("name", "value"), [("rolls", [45.0]), ("split", "valid")])
+def test_prepared_data_for_another_evaluation_is_an_error(
+    settings: Settings, name: str, value: object
+) -> None:
+    before = getattr(settings.evaluate, name)
+    check_prepared(settings.views, settings.data, settings.evaluate)
+    message = (
+        f"runs/prepared: made with evaluate.{name} {before}, now {value}; "
+        "run: dvc repro prepare (without DVC: panollava prepare)"
+    )
+    with pytest.raises(UserError, match=re.escape(message) + "$"):
+        check_prepared(settings.views, evaluate=change(settings.evaluate, **{name: value}))
+    check_prepared(settings.views, settings.data)  # what a training reads
+
+
+def test_features_of_other_rolled_panoramas_are_an_error(
+    settings: Settings, encoder: torch.nn.Module
+) -> None:
+    other = replace(settings, evaluate=replace(settings.evaluate, rolls=[30.0]))
+    prepare_project(other)
+    check_prepared(settings.views, evaluate=other.evaluate)
+    with pytest.raises(UserError, match="runs/features: made with other prepared views"):
+        check_features(other, encoder)
+    same = replace(settings, evaluate=replace(settings.evaluate, rolls=[20.0, 135.0]))
+    prepare_project(same)  # a multiple of the stride has no features
+    check_features(same, encoder)
+
+
 def test_features_of_other_weights_or_settings_are_an_error(
     settings: Settings, encoder: torch.nn.Module
 ) -> None:
     model = replace(settings.model, features="float16")
     with pytest.raises(UserError, match=r"model\.features float32, now float16"):
         check_features(replace(settings, model=model), encoder)
+    trainer = replace(settings.trainer, precision="bf16-mixed")
+    with pytest.raises(UserError, match=r"trainer\.precision 32-true, now bf16-mixed; run: dvc"):
+        check_features(replace(settings, trainer=trainer), encoder)
     with torch.no_grad():
         next(encoder.parameters()).flatten()[0] += 1
     message = (

@@ -96,8 +96,13 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         {"evaluate"},
     ),
     "the angles of the evaluation": (
-        edit("params.yaml", "rolls: [20, 45", "rolls: [45"),
+        edit("params.yaml", "rolls: [20, 45", "rolls: [30, 45"),
         {"prepare", "features", "evaluate"},
+    ),
+    # It only reorders the views, so that there are no features of it.
+    "a multiple of the view stride": (
+        edit("params.yaml", "rolls: [20, 45", "rolls: [20, 135"),
+        {"prepare", "evaluate"},
     ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
     "all that belongs to the machine": (edit_machine, set()),

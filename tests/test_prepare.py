@@ -19,9 +19,10 @@ from PIL import Image
 from helpers import ROOT, SHARED
 from panollava import config
 from panollava.data import prepare as module
-from panollava.data.images import read_panorama
+from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
+from panollava.files import open_array
 from panollava.geometry.views import Sampler, layout
 from panollava.paths import PREPARED
 
@@ -112,14 +113,27 @@ def test_rows_refer_to_the_views_of_their_panoramas(root: Path) -> None:
     ]
 
 
-def test_a_roll_by_one_stride_is_a_cyclic_shift_of_the_views(root: Path) -> None:
-    """The roll moves the seam, which must leave no trace in the views."""
+def test_rolls_that_only_reorder_the_views_are_not_written(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     add_rows(root, [("images/c.jpg", "q", "a"), ("images/a.jpg", "q", "a")], split="test")
-    prepare(data(), VIEWS, root, rolls=(45, 90, -45))
-    views = np.load(root / PREPARED / "test/views.npy")
-    rolled = np.load(root / PREPARED / "rolled.npy").reshape(len(views), 3, *views.shape[1:])
-    for index, places in enumerate((1, 2, -1)):
-        assert np.array_equal(rolled[:, index], np.roll(views, places, axis=1))
+    with caplog.at_level(logging.INFO):
+        prepare(data(), VIEWS, root, rolls=(45, 20, -90, 200))
+    sampler = Sampler(layout(VIEWS), 16)
+    pictures = [
+        read_panorama(root / "data/images" / name, sampler.panorama_width)
+        for name in ("test.jpg", "c.jpg", "a.jpg")
+    ]
+    expected = [sampler.sample(roll(each, degrees)) for each in pictures for degrees in (20, 200)]
+    assert np.array_equal(np.load(root / PREPARED / "rolled.npy"), expected)
+    (note,) = (text for text in caplog.messages if "evaluate.rolls" in text)
+    assert "multiples of the view stride (45 degrees)" in note and ": 45, -90;" in note
+    caplog.clear()
+    cubemap = replace(VIEWS, strategy="cubemap")
+    with caplog.at_level(logging.INFO):
+        prepare(data(), cubemap, root, rolls=(90,))
+    assert np.load(root / PREPARED / "rolled.npy").shape == (3, 6, 16, 16, 3)
+    assert "evaluate.rolls" not in caplog.text
 
 
 def test_any_angle_rolls_the_panorama_by_whole_pixels(root: Path) -> None:
@@ -132,9 +146,12 @@ def test_any_angle_rolls_the_panorama_by_whole_pixels(root: Path) -> None:
     )
 
 
-def test_without_angles_nothing_is_rolled(root: Path) -> None:
-    prepare(data(), VIEWS, root)
-    assert len(np.load(root / PREPARED / "rolled.npy")) == 0
+@pytest.mark.parametrize("rolls", [(), (45, 180)])
+def test_without_angles_that_show_new_pixels_nothing_is_rolled(
+    root: Path, rolls: tuple[float, ...]
+) -> None:
+    prepare(data(), VIEWS, root, rolls=rolls)
+    assert len(open_array(root / PREPARED / "rolled.npy")) == 0
 
 
 def test_texts_are_written_unchanged(root: Path) -> None:

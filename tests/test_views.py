@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from panollava import config
+from panollava.data.images import roll
 from panollava.errors import UserError
 from panollava.geometry.projections import panorama_rays
 from panollava.geometry.sphere import Array, angles_from_rays, cell_centers
-from panollava.geometry.views import Sampler, layout, token_rays
+from panollava.geometry.views import Sampler, layout, resampled, token_rays, view_shift
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "e2p": {},
@@ -162,6 +163,69 @@ def test_rolling_the_panorama_by_one_stride_shifts_the_views(strategy: str) -> N
     assert apart.max() <= 256 / 32
     assert (apart > 0).mean() < 0.01
     assert np.abs(rolled.astype(int) - plain).mean() > 30
+
+
+RINGS = [
+    {"pitch": 0.0},
+    {"pitch": 35.0},
+    {"pitch": -90.0},
+    {"fov": 100.0, "overlap": 0.4},
+    {"strategy": "sliding_window"},
+    {"strategy": "sliding_window", "fov": 60.0, "overlap": 0.0},
+]
+
+
+@pytest.mark.parametrize("values", RINGS, ids=str)
+@pytest.mark.parametrize("strides", [0, 1, 3, -1, -2, 5])
+def test_a_roll_by_strides_shows_the_same_pixels_in_other_views(
+    values: dict[str, Any], strides: int
+) -> None:
+    views_layout = layout(settings(**values))
+    count = len(views_layout.projections)
+    panorama = np.random.default_rng(0).integers(0, 256, (120, 240, 3), dtype=np.uint8)
+    sampler = Sampler(views_layout, 32)
+    degrees = strides * 360 / count
+    shift = view_shift(settings(**values), degrees)
+    assert shift is not None and 0 <= shift < count
+    rolled = sampler.sample(roll(panorama, degrees)).astype(int)
+    apart = np.abs(rolled - np.roll(sampler.sample(panorama), shift, axis=0))
+    # Positions are rounded to 1/32 pixel, so a value between two noisy pixels may differ.
+    assert apart.max() <= 256 / 32 and (apart > 0).mean() < 0.01
+    assert view_shift(settings(**values), degrees + 360 / count / 2) is None
+
+
+@pytest.mark.parametrize("values", RINGS, ids=str)
+def test_any_other_angle_shows_new_pixels(values: dict[str, Any]) -> None:
+    panorama = np.random.default_rng(0).integers(0, 256, (120, 240, 3), dtype=np.uint8)
+    sampler = Sampler(layout(settings(**values)), 32)
+    plain, rolled = sampler.sample(panorama), sampler.sample(roll(panorama, 20)).astype(int)
+    assert view_shift(settings(**values), 20) is None
+    shifted = (np.abs(rolled - np.roll(plain, shift, axis=0)).mean() for shift in range(len(plain)))
+    assert min(shifted) > 30
+
+
+@pytest.mark.parametrize(
+    ("values", "exact"),
+    [
+        ({}, [45.0, -45.0, 315.0, 360.0]),
+        ({"strategy": "sliding_window"}, [45.0, -45.0, 315.0, 360.0]),
+        ({"global_view": True}, []),
+        ({"strategy": "cubemap"}, []),
+        ({"strategy": "resize"}, []),
+    ],
+)
+def test_rolls_that_only_reorder_views_are_not_sampled_again(
+    values: dict[str, Any], exact: list[float]
+) -> None:
+    rolls = [20.0, 45.0, -45.0, 44.9, 315.0, 360.0]
+    rest = [degrees for degrees in rolls if degrees not in exact]
+    assert resampled(settings(**values), rolls) == rest
+
+
+def test_strides_that_are_no_decimal_numbers_are_recognized() -> None:
+    seven = settings(fov=90.0, overlap=1 - 360 / 7 / 90)
+    assert view_shift(seven, 360 / 7) == view_shift(seven, 51.4285714) == 1
+    assert view_shift(seven, -360 / 7) == 6 and view_shift(seven, 51.4) is None
 
 
 def test_a_view_across_the_seam_is_like_any_other() -> None:

@@ -111,6 +111,7 @@ class TextStage(Section):
     lr: NotNegative
     max_text_length: Count  # tokens of a query and its answer in train
     labeled: ShareAbove0  # share of train's panoramas whose rows are used
+    turn: StrictBool  # roll train's panoramas by random numbers of view strides
 
 
 @dataclass(frozen=True)

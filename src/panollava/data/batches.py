@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision st
 Step = list[tuple[int, list[int]]]  # (panorama, its rows), each panorama once
 
 _LOOK_AHEAD = 64  # panoramas searched for one that fills a step
+_TURN_STREAM = 1  # makes the seed differ from that of an epoch's plan, also for panorama 0
 # Only on Linux can a worker see which process sent a signal.
 _BLOCKED = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else set()
 _POLL_SECONDS = 2.0
@@ -110,7 +111,7 @@ class Reader(Protocol[BatchT]):
 
     def plan(self, epoch: int | None) -> list[Step]: ...
 
-    def load(self, part: Step) -> BatchT: ...
+    def load(self, part: Step, epoch: int | None = None) -> BatchT: ...
 
 
 class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
@@ -120,7 +121,7 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
         self, reader: Reader[BatchT], epoch: int | None, accumulate: int, start: int = 0
     ) -> None:
         self.reader = reader
-        self.steps = reader.plan(epoch)[start:]
+        self.epoch, self.steps = epoch, reader.plan(epoch)[start:]
         self.accumulate = accumulate
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
 
     def __getitem__(self, index: int) -> list[BatchT]:
         parts = divide(self.steps[index], self.accumulate)
-        return [self.reader.load(part) for part in parts]
+        return [self.reader.load(part, self.epoch) for part in parts]
 
 
 def read_prepared_rows(path: Path) -> pd.DataFrame:
@@ -160,7 +161,7 @@ class ViewReader:
         panoramas = {panorama: [panorama] for panorama in range(len(self.array))}
         return plan_epoch(panoramas, self.batch_size, self.seed, epoch)
 
-    def load(self, part: Step) -> Tensor:
+    def load(self, part: Step, epoch: int | None = None) -> Tensor:
         """uint8 (panoramas, views, size, size, 3)."""
         return gather(self.array, [panorama for panorama, _ in part])
 
@@ -184,13 +185,15 @@ class TextReader:
         seed: int,
         labeled: float,
         truncate: bool,
+        turn: bool,
     ) -> None:
-        """Tokenizes the rows of a share `labeled` of the panoramas. Raises UserError for a row
-        without an answer token, or to `truncate` without room for one."""
+        """Tokenizes the rows of a share `labeled` of the panoramas. `turn`: roll each panorama by
+        `turns` in training. Raises UserError for a row without an answer token, or to `truncate`
+        without room for one."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.turn = batch_size, seed, turn
         table = labeled_rows(read_prepared_rows(rows), labeled)
         self.rows: list[Row] = [
             dialogue.row(row.query, row.annotation, f"{rows}, row {row.row} ({row.url})", truncate)
@@ -209,7 +212,8 @@ class TextReader:
     def plan(self, epoch: int | None) -> list[Step]:
         return plan_epoch(self.by_panorama, self.batch_size, self.seed, epoch)
 
-    def load(self, part: Step) -> TextBatch:
+    def load(self, part: Step, epoch: int | None = None) -> TextBatch:
+        """`epoch`: of the training; None: validation, in which no panorama is rolled."""
         packed = pack(
             self.dialogue.text_prefix,
             self.vision_tokens,
@@ -217,7 +221,19 @@ class TextReader:
             self.dialogue.pad,
         )
         count = sum(len(rows) for _, rows in part)
-        return TextBatch(gather(self.array, [panorama for panorama, _ in part]), packed, count)
+        panoramas = [panorama for panorama, _ in part]
+        vision = gather(self.array, panoramas)
+        if self.turn and epoch is not None:
+            shifts = turns(self.seed, epoch, panoramas, vision.shape[1])
+            vision = torch.stack([x.roll(n, 0) for x, n in zip(vision, shifts, strict=True)])
+        return TextBatch(vision, packed, count)
+
+
+def turns(seed: int, epoch: int, panoramas: list[int], views: int) -> list[int]:
+    """By how many view strides each panorama is rolled in an epoch: uniform in 0 to `views` - 1, a
+    function of (seed, epoch, panorama)."""
+    generators = (np.random.default_rng((seed, epoch, p, _TURN_STREAM)) for p in panoramas)
+    return [int(generator.integers(views)) for generator in generators]
 
 
 def gather(array: NDArray, index: list[int]) -> Tensor:

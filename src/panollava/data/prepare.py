@@ -20,7 +20,7 @@ from panollava.data.images import PictureError, read_panorama, roll
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
 from panollava.errors import UserError
 from panollava.files import write_array, write_csv
-from panollava.geometry.views import Sampler, layout
+from panollava.geometry.views import Sampler, layout, resampled
 from panollava.provenance import made_from
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
 
     views.npy is uint8 (panoramas, views, size, size, 3), with panoramas in the order of their first
     rows. rolled.npy has, for each panorama of `evaluate.split`, its views after a roll by each of
-    `evaluate.rolls` (degrees to the right).
+    `evaluate.rolls` (degrees to the right) that does not only reorder them.
 
     Raises:
         UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows.
@@ -45,6 +45,7 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
     folder, out = root / settings.data.dir, root / paths.PREPARED
     allowed, threads = settings.data.max_rejected, settings.machine.decode_threads
     sampler = Sampler(layout(settings.views), settings.views.size)
+    rolls = _rolls(settings)
     _clear(out)
     # Check all rows before opening pictures, which may take an hour.
     splits = {}
@@ -54,8 +55,9 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
     _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
     cv2.setNumThreads(1)  # the decoding threads keep all cores busy
     for split, (rows, rejects) in splits.items():
-        rolls = settings.evaluate.rolls if split == settings.evaluate.split else None
-        faults = _write_views(out / split, rows["picture"].unique(), sampler, threads, rolls)
+        pictures, is_evaluated = rows["picture"].unique(), split == settings.evaluate.split
+        rolled = rolls if is_evaluated else None
+        faults = _write_views(out / split, pictures, sampler, threads, rolled)
         rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
         rows = rows[~rows["picture"].isin(faults["picture"])]
         _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, allowed)
@@ -67,9 +69,22 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
-    made_from.record_prepared(settings.data, settings.views, out)
+    made_from.record_prepared(settings, out)
     for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
         log.warning("%s", warning)
+
+
+def _rolls(settings: config.Settings) -> list[float]:
+    """The rolls that are sampled, after noting the others in the log."""
+    views, rolls = settings.views, settings.evaluate.rolls
+    sampled = resampled(views, rolls)
+    if exact := [f"{degrees:g}" for degrees in rolls if degrees not in sampled]:
+        log.info(
+            "evaluate.rolls: multiples of the view stride (%g degrees) show the same pixels in "
+            "another order: %s; their features are not computed again",
+            *(360 / len(layout(views).projections), ", ".join(exact)),
+        )
+    return sampled
 
 
 def _clear(out: Path) -> None:

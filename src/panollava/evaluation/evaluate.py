@@ -14,15 +14,15 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panollava import paths
-from panollava.config import Evaluate, Settings
+from panollava.config import Settings
 from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
-from panollava.errors import UserError
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_panoramas
 from panollava.evaluation.metrics import PREDICTION, SWAPPED, Answers, References, rolled_name
 from panollava.files import open_array, write_csv, write_json
+from panollava.geometry.views import resampled, view_shift
 from panollava.model.device import choose_device, configure_cpu
 from panollava.model.generate import answer
 from panollava.model.language_model import end_tokens
@@ -39,11 +39,12 @@ _EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
-    """What the model sees: for panorama p, `features[indices[p]]`."""
+    """What the model sees: for panorama p, `features[indices[p]]`, with views moved by `shift`."""
 
     name: str
     features: NDArray
     indices: NDArray
+    shift: int = 0
 
 
 def evaluate(settings: Settings) -> None:
@@ -57,7 +58,7 @@ def evaluate(settings: Settings) -> None:
         references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
     answers = {
         inputs.name: _answer_all(model, dialogue, inputs, [*references], settings)
-        for inputs in _find_inputs(settings.evaluate)
+        for inputs in _find_inputs(settings)
     }
     _write_predictions(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
     facts = settings.evaluate.facts
@@ -74,7 +75,7 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
     device = choose_device(settings.trainer.accelerator)
     model, tokenizer = build_model(settings.model, settings.views)
     load_weights(paths.weights_file(_EVALUATED.name), model, _EVALUATED.saves, _EVALUATED)
-    check_prepared(settings.views)
+    check_prepared(settings.views, evaluate=settings.evaluate)
     check_features(settings, model.encoder)
     model.eval().requires_grad_(False)
     cast_frozen_linears(model, settings.trainer.precision)
@@ -82,26 +83,25 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
     return model, Dialogue(tokenizer, ends=end_tokens(model.language_model))
 
 
-def _find_inputs(evaluation: Evaluate) -> list[Inputs]:
-    """Each panorama itself, another one in its place, and each roll. Raises UserError if
-    runs/features/rolled.npy was written for other rolls."""
-    features = open_array(paths.FEATURES / f"{evaluation.split}.npy")
+def _find_inputs(settings: Settings) -> list[Inputs]:
+    """Each panorama itself, another one in its place, and each roll. A roll that only reorders the
+    views has no features of its own."""
+    features = open_array(paths.FEATURES / f"{settings.evaluate.split}.npy")
     indices = np.arange(len(features))
     inputs = [Inputs(PREDICTION, features, indices)]
     if len(features) > 1:
         inputs.append(Inputs(SWAPPED, features, swapped_panoramas(len(features))))
     else:
         log.warning("only one panorama: skipping the grounding gap")
-    rolled = open_array(file := paths.FEATURES / "rolled.npy")
-    rolls = evaluation.rolls
-    if len(rolled) != len(indices) * len(rolls):
-        raise UserError(
-            f"{file}: holds {len(rolled)} panoramas, expected the {len(indices)} of "
-            f"{evaluation.split}, rolled by the {len(rolls)} angles of evaluate.rolls; "
-            "run: dvc repro features"
-        )
-    for number, degrees in enumerate(rolls):
-        inputs.append(Inputs(rolled_name(degrees), rolled, indices * len(rolls) + number))
+    rolled = open_array(paths.FEATURES / "rolled.npy")
+    sampled = resampled(settings.views, settings.evaluate.rolls)
+    for degrees in settings.evaluate.rolls:
+        shift, name = view_shift(settings.views, degrees), rolled_name(degrees)
+        if shift is None:
+            places = indices * len(sampled) + sampled.index(degrees)
+            inputs.append(Inputs(name, rolled, places))
+        else:
+            inputs.append(Inputs(name, features, indices, shift))
     return inputs
 
 
@@ -119,7 +119,8 @@ def _answer_all(
     with autocast(device, settings.trainer.precision):
         for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
             batch = panoramas[start : start + size]
-            features = gather(inputs.features, [int(inputs.indices[p]) for p in batch]).to(device)
+            features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
+            features = features.roll(inputs.shift, dims=1).to(device)
             queries = [queries_of[panorama] for panorama in batch]
             texts = answer(model, dialogue, features, queries, settings.evaluate.max_new_tokens)
             for panorama, answered in zip(batch, texts, strict=True):

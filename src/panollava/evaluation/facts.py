@@ -105,8 +105,10 @@ def seam(
     second minus the first (`gap`).
 
     `predicted_by_roll`: facts by angle, including 0. Angles that do not map directions to
-    directions are left out."""
+    directions are left out; `rolls` are the others. Only if these bring every direction to the seam
+    once does the gap compare the same objects in every place."""
     behind = reader.directions[len(reader.directions) // 2]
+    rolls = [degrees for degrees in predicted_by_roll if reader.maps_directions(degrees)]
 
     def total(at_seam: bool) -> NDArray:
         """Counts of the directed facts at the seam or elsewhere, summed over rolls."""
@@ -115,14 +117,14 @@ def seam(
             return kind in reader.directed and (behind in fact) == at_seam
 
         counts = [
-            _counts(facts, reader.roll(reference, degrees), counted)
-            for degrees, facts in predicted_by_roll.items()
-            if reader.maps_directions(degrees)
+            _counts(predicted_by_roll[degrees], reader.roll(reference, degrees), counted)
+            for degrees in rolls
         ]
         return np.sum(counts, axis=0)
 
     at_seam, elsewhere = total(True), total(False)
     return {
+        "rolls": rolls,
         "at_seam": _f1_interval(at_seam),
         "elsewhere": _f1_interval(elsewhere),
         "gap": interval(lambda sums: _f1(sums[1]) - _f1(sums[0]), np.stack([at_seam, elsewhere])),

@@ -3,6 +3,7 @@ How neighbors overlap is computed in `overlap`."""
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -100,6 +101,27 @@ def _ring(settings: config.Views) -> list[float]:
 def _ring_pairs(count: int) -> tuple[tuple[int, int], ...]:
     """Each view and the next one, the last and the first included."""
     return tuple((i, (i + 1) % count) for i in range(count)) if count > 1 else ()
+
+
+def forms_ring(settings: config.Views) -> bool:
+    """Whether the views are one ring of equal strides, so that a roll of the panorama by a stride
+    shows the same pixels in the next view each."""
+    return settings.strategy in ("e2p", "sliding_window") and not settings.global_view
+
+
+def view_shift(settings: config.Views, degrees: float) -> int | None:
+    """By how many places `np.roll` has to move the views to give those of the panorama rolled by
+    `degrees` to the right. None: they show other pixels."""
+    if not forms_ring(settings):
+        return None
+    count = len(layout(settings).projections)
+    strides = degrees * count / 360
+    return round(strides) % count if abs(strides - round(strides)) < 1e-6 else None
+
+
+def resampled(settings: config.Views, rolls: Sequence[float]) -> list[float]:
+    """Those of `rolls`, in degrees, that do not only reorder the views."""
+    return [degrees for degrees in rolls if view_shift(settings, degrees) is None]
 
 
 def token_rays(layout: Layout, centers: Array) -> Array:

@@ -18,7 +18,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import read_prepared_rows
 from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, SPLITS, read_rows
-from panollava.geometry.views import layout
+from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
 from panollava.model.encoder import encoder_grid, load_encoder
 from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
@@ -76,7 +76,8 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     grid = encoder_grid(encoder, size, settings.model.resampler.pool)
     feature = encoder.width * np.dtype(settings.model.features).itemsize
     evaluated = splits.get(settings.evaluate.split)
-    rolled = len(settings.evaluate.rolls) * evaluated.panoramas if evaluated else 0
+    rolls = len(resampled(settings.views, settings.evaluate.rolls))
+    rolled = rolls * evaluated.panoramas if evaluated else 0
     images = (sum(split.panoramas for split in splits.values()) + rolled) * views
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(

@@ -1,5 +1,5 @@
-"""Records what `runs/prepared` and `runs/features` were made from (data, views, encoder weights),
-in `provenance.json` in each folder, and raises an error where these have changed since.
+"""Records what `runs/prepared` and `runs/features` were made from (data, views, rolls, encoder
+weights), in `provenance.json` in each folder, and raises an error where these have changed since.
 
 DVC reruns what is outdated. Commands that run without DVC rely on these checks."""
 
@@ -25,16 +25,21 @@ def invalidate(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def record_prepared(data: config.Data, views: config.Views, out: Path) -> None:
+def record_prepared(settings: config.Settings, out: Path) -> None:
     """Write `out`/provenance.json, after `prepare` has written the other files."""
     files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
-    write_json(out / _NAME, {**_parameters(views, data), "files": files})
+    parameters = _parameters(settings.views, settings.data, settings.evaluate)
+    write_json(out / _NAME, {**parameters, "files": files})
 
 
-def check_prepared(views: config.Views, data: config.Data | None = None) -> None:
-    """Raises UserError if `runs/prepared` was made with other view parameters, or from another
-    `data.dir`."""
-    _check(paths.PREPARED, _parameters(views, data), "prepare")
+def check_prepared(
+    views: config.Views,
+    data: config.Data | None = None,
+    evaluate: config.Evaluate | None = None,
+) -> None:
+    """Raises UserError if `runs/prepared` was made with other view parameters, from another
+    `data.dir`, or for other rolls or another split of the evaluation. None: not compared."""
+    _check(paths.PREPARED, _parameters(views, data, evaluate), "prepare")
 
 
 def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
@@ -43,8 +48,8 @@ def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
 
 
 def check_features(settings: config.Settings, encoder: "nn.Module") -> None:
-    """Raises UserError if `runs/features` was made with other encoder weights, or from views other
-    than those in `runs/prepared`."""
+    """Raises UserError if `runs/features` was made with other encoder weights or another precision,
+    or from views, rolled ones included, other than those in `runs/prepared`."""
     _check(paths.FEATURES, _describe_features(settings, encoder), "features")
 
 
@@ -53,13 +58,20 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         "model.resampler.pool": settings.model.resampler.pool,
         "model.features": settings.model.features,
+        "trainer.precision": settings.trainer.precision,
         "prepared views": _read(paths.PREPARED, "prepare")["files"],
     }
 
 
-def _parameters(views: config.Views, data: config.Data | None) -> dict[str, Any]:
-    data_dir = {"data.dir": os.path.normpath(data.dir)} if data else {}
-    return data_dir | {f"views.{name}": v for name, v in dataclasses.asdict(views).items()}
+def _parameters(
+    views: config.Views, data: config.Data | None, evaluate: config.Evaluate | None
+) -> dict[str, Any]:
+    result: dict[str, Any] = {f"views.{k}": v for k, v in dataclasses.asdict(views).items()}
+    if data:
+        result["data.dir"] = os.path.normpath(data.dir)
+    if evaluate:
+        result |= {"evaluate.rolls": evaluate.rolls, "evaluate.split": evaluate.split}
+    return result
 
 
 def _check(folder: Path, expected: dict[str, Any], command: str) -> None:

@@ -13,7 +13,8 @@ from panollava.config import Settings
 from panollava.data.batches import TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
-from panollava.geometry.views import layout
+from panollava.errors import UserError
+from panollava.geometry.views import forms_ring, layout
 from panollava.model.encoder import encoder_grid
 from panollava.model.language_model import end_tokens
 from panollava.model.panollava import build_model
@@ -34,6 +35,11 @@ class Objective(nn.Module):
         super().__init__()
         self.stage_settings: Any = getattr(settings.stage, stage.name)
         self.seed = settings.seed
+        if self.stage_settings.turn and not forms_ring(settings.views):
+            raise UserError(
+                f"stage.{stage.name}.turn: only the views of e2p without global_view and of "
+                "sliding_window can be rolled exactly; set it to false"
+            )
         self.model, tokenizer = build_model(settings.model, settings.views, settings.seed, weights)
         ends = end_tokens(self.model.language_model)
         self.dialogue = Dialogue(tokenizer, self.stage_settings.max_text_length, ends)
@@ -60,7 +66,7 @@ class Objective(nn.Module):
             vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
             self.readers[split] = reader = TextReader(
                 *(vision, rows, self.dialogue, self.vision_tokens),
-                *(batch_size, self.seed, labeled, truncate),
+                *(batch_size, self.seed, labeled, truncate, settings.turn),
             )
             if reader.truncated:
                 log.warning(
