@@ -94,6 +94,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Raises UserError for errors that the user can fix."""
+    from panollava.planning.lengths import check_lengths
+
     stages = STAGES if options.stage == ALL else {options.stage: STAGES[options.stage]}
     changes = {
         key.replace("STAGE", stage): value
@@ -101,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
         if (value := getattr(options, key)) is not None
         for stage in stages
     }
+    check_lengths(_settings(changes))
     if options.stage != ALL:
         _run_stage(STAGES[options.stage], changes, options)
     elif options.start is None:
