@@ -52,7 +52,8 @@ def measure_demo(repeats: int) -> Line:
     size, max_new_tokens = settings.evaluate.batch_size, settings.evaluate.max_new_tokens
     sampled = [sampler.sample(render(make_scene(9, i), 256)) for i in range(size)]
     features = encode(model, torch.from_numpy(np.stack(sampled)))
-    return compare("demo", model, Dialogue(tokenizer), features, max_new_tokens, repeats)
+    dialogue = Dialogue(tokenizer, prompt=settings.model.prompt)
+    return compare("demo", model, dialogue, features, max_new_tokens, repeats)
 
 
 def measure_real_size(repeats: int, panoramas: int = 8, device: torch.device | None = None) -> Line:

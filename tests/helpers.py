@@ -87,9 +87,11 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_language_model(folder: Path, width: int = 32, spread: float = 0.02) -> Path:
+def save_language_model(
+    folder: Path, width: int = 32, spread: float = 0.02, window: int = 32768
+) -> Path:
     """Random weights with standard deviation `spread`: the larger it is, the more a prefix changes
-    the logits."""
+    the logits. `window`: tokens that it attends to."""
     torch.manual_seed(2)
     tokenizer = save_tokenizer(folder)
     config = Qwen2Config(
@@ -101,6 +103,7 @@ def save_language_model(folder: Path, width: int = 32, spread: float = 0.02) -> 
         num_key_value_heads=2,
         tie_word_embeddings=True,
         initializer_range=spread,
+        max_position_embeddings=window,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

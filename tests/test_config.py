@@ -119,6 +119,21 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         ("dir: data/demo", "dir: 1", "data.dir: expected a string, found 1"),
         ("wandb: null", "wandb: 1", "machine.wandb: expected a string, found 1"),
         ("[20, 45, 90, 180, 270]", "20", "evaluate.rolls: expected a list, found 20"),
+        *(
+            (
+                'prompt: "{query}"',
+                f"prompt: {text}",
+                f'model.prompt: expected a text in quotes with one {{query}}, such as "{{query}}", '
+                f"found {found}",
+            )
+            for text, found in (
+                ("Describe it.", "'Describe it.'"),
+                ('"{query} or {query}"', "'{query} or {query}'"),
+                ('"{ query }"', "'{ query }'"),
+                ("{query}", "{'query': None}"),  # without quotes, a mapping of YAML
+                ("null", "None"),
+            )
+        ),
         ("devices: 1", "devices: true", "trainer.devices: expected an integer, found True"),
         ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
         (
@@ -160,6 +175,7 @@ def test_an_invalid_value_is_named_with_the_valid_ones(
         ("warmup: 0.1", "warmup: 1"),
         ("facts: demo", "facts: null"),
         ("[20, 45, 90, 180, 270]", "[]"),
+        ('prompt: "{query}"', 'prompt: "In {braces} {} {0}: {query}\\n"'),
     ],
 )
 def test_the_limits_are_valid(tmp_path: Path, old: str, new: str) -> None:

@@ -1,5 +1,7 @@
 """Prompts follow the tokenizer's chat template, in training and generation alike."""
 
+import re
+
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -36,6 +38,18 @@ def test_the_prompt_for_generation_equals_the_one_in_training(tokenizer) -> None
     assert dialogue.row("where", "left").query == dialogue.query("where")
 
 
+def test_a_prompt_is_wrapped_around_the_query_as_plain_text(tokenizer) -> None:
+    """In training and generation alike. Braces in either are text; the query is inserted once."""
+    plain = Dialogue(tokenizer, 99)
+    for prompt in ("Describe: {query} in short.", "{query}", "{{ {0} {}: {query}\n", "{{query}}"):
+        wrapped = Dialogue(tokenizer, 99, prompt=prompt)
+        assert wrapped.text_prefix == plain.text_prefix and wrapped.stop == plain.stop
+        for query in ("what is red", "{query}", "{0} {} {{", "{query} {query}"):
+            text = prompt.replace("{query}", query)
+            assert wrapped.query(query) == plain.query(text), (prompt, query)
+            assert wrapped.row(query, "a box") == plain.row(text, "a box")
+
+
 def test_answers_end_with_an_end_token_of_the_language_model(tokenizer) -> None:
     """A base model predicts only the end of a text, even if its tokenizer has a chat template."""
     turn, text = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<pad>"))
@@ -66,6 +80,15 @@ def test_long_answers_are_truncated_and_a_row_without_room_is_an_error(tokenizer
     assert whole == Dialogue(tokenizer, 64).row("what", "the red box")
     with pytest.raises(UserError, match=r"train.csv, row 7.*max_text_length"):
         Dialogue(tokenizer, query).row("what", "the red box", place="train.csv, row 7")
+    prompt = "the blue {query}"
+    with pytest.raises(UserError) as raised:
+        Dialogue(tokenizer, query, prompt=prompt).row("what", "the red box", place="row 7")
+    counted = re.search(r"the (\d+) tokens of .*to at least (\d+)", str(raised.value))
+    assert counted, raised.value
+    tokens, enough = map(int, counted.groups())
+    assert tokens == len(Dialogue(tokenizer, prompt=prompt).query("what")) > query
+    row = Dialogue(tokenizer, enough, prompt=prompt).row("what", "the red box")
+    assert len(row) == enough and row.answer[-1] == Dialogue(tokenizer).stop
 
 
 def test_a_date_in_the_template_is_the_same_every_day(tokenizer) -> None:

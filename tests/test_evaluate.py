@@ -15,15 +15,17 @@ import torch
 from helpers import change, run_stage, save_language_model
 from panollava import paths
 from panollava.cli import main as cli
-from panollava.config import Settings
+from panollava.config import Settings, load_settings
 from panollava.data.batches import read_prepared_rows
 from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.evaluation.evaluate import evaluate
 from panollava.geometry.views import Sampler, layout
+from panollava.model import generate
 from panollava.model.panollava import build_model
-from panollava.model.weights import load_weights
+from panollava.model.weights import load_weights, read_header
 from panollava.stages import STAGES
+from panollava.training.answer_objective import Objective
 from panollava.training.features import write_features
 
 TEXTS = ["what\ris it", "where\r\nis it", "two\nlines", ' "quoted", twice ', "NA"]
@@ -67,6 +69,30 @@ def test_an_evaluation_writes_answers_details_and_headline(
     metrics = json.loads(paths.EVALUATION.read_text())
     assert metrics["rouge_l"] == details["rouge_l"]
     assert re.search(rf"^rouge_l +{metrics['rouge_l']:.3f}$", output, re.MULTILINE), output
+
+
+def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "the red {query} box"
+    paths.PARAMS.write_text(paths.PARAMS.read_text().replace('"{query}"', f'"{prompt}"'))
+    asked: list[str] = []
+
+    def answer(model, dialogue, features, queries, *arguments, **options):
+        asked.extend(dialogue.tokenizer.decode(dialogue.query(q)) for qs in queries for q in qs)
+        return generate.answer(model, dialogue, features, queries, *arguments, **options)
+
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", answer)
+    cli.main(["evaluate"])
+    cli.main(["train", "finetune"])
+    header = read_header(paths.weights_file("finetune"))
+    assert header["settings"]["model"]["prompt"] == prompt
+    settings = load_settings(paths.PARAMS)
+    training = Objective(STAGES["finetune"], settings, weights=False)
+    decode = training.dialogue.tokenizer.decode
+    queries = read_prepared_rows(paths.PREPARED / "test/rows.csv")["query"]
+    assert {decode(training.dialogue.query(query)) for query in queries} == set(asked)
+    assert all("the red " in text and " box" in text for text in asked)
 
 
 def test_one_panorama_has_no_grounding_gap(

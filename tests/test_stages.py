@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import pytest
@@ -71,3 +72,12 @@ def test_undeclared_parameters_cannot_be_read_by_a_stage() -> None:
     assert vision.temperature > 0
     with pytest.raises(AttributeError):
         _ = vision.max_text_length
+
+
+def test_the_prompt_is_read_by_the_stages_that_read_text_and_by_no_others() -> None:
+    readers = set()
+    for name, keys in LISTED.items():
+        with contextlib.suppress(AttributeError):
+            assert load_settings(ROOT / "params.yaml", keys).model.prompt
+            readers.add(name)
+    assert readers == {"resampler", "finetune", "evaluate"}

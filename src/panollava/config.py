@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,6 +31,13 @@ from panollava.errors import UserError
 def _single_device(value: int) -> int:
     if value != 1:
         raise ValueError("expected 1 (several are not supported; raise the stage's accumulate)")
+    return value
+
+
+def _one_query(value: Any) -> str:
+    # Without quotes, YAML reads {query} as a mapping.
+    if not isinstance(value, str) or value.count("{query}") != 1:
+        raise ValueError('expected a text in quotes with one {query}, such as "{query}"')
     return value
 
 
@@ -38,6 +53,7 @@ ShareBelow1 = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Degrees = Annotated[float, Field(strict=True, ge=-360, le=360)]
 Pitch = Annotated[float, Field(strict=True, ge=-90, le=90)]  # degrees, up positive
 Fov = Annotated[float, Field(strict=True, gt=0, le=360)]  # degrees
+Prompt = Annotated[str, BeforeValidator(_one_query)]
 
 
 class Section:
@@ -83,6 +99,7 @@ class Model(Section):
     towers: str  # folder of local towers, which the stages depend on
     encoder: Pretrained
     language_model: Pretrained
+    prompt: Prompt  # text around a query, inside the chat template
     resampler: Resampler
     features: Literal["float32", "float16"]  # precision of the encoder's cached features
 

@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     add("prepare", prepare, "check the rows and convert each panorama into views")
     train_command.add_to(add("train", train_command.run, "train one or all stages without DVC"))
     _add_plan(add("plan", _plan, "estimate parameters, memory and disk space of a training"))
-    features = _with_settings("panollava.training.features", "write_features")
+    features = _with_settings("panollava.training.features", "write_features", uses_model=True)
     add("features", features, "compute the frozen encoder's features (runs/features)")
-    evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate")
+    evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
@@ -85,12 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_settings(module: str, function: str) -> Run:
+def _with_settings(module: str, function: str, uses_model: bool = False) -> Run:
     """A command that calls a function with the settings that its module READS."""
 
     def run(options: argparse.Namespace) -> None:
         from panollava.config import load_settings
 
+        if uses_model:
+            from panollava.planning.lengths import check_lengths
+
+            check_lengths(load_settings(paths.PARAMS))
         stage = importlib.import_module(module)
         getattr(stage, function)(load_settings(paths.PARAMS, stage.READS))
 
@@ -164,9 +168,11 @@ def _plan(options: argparse.Namespace) -> None:
 
     from panollava.config import load_settings
     from panollava.files import write_json
+    from panollava.planning.lengths import check_lengths
     from panollava.planning.plan import make_plan, show
 
     settings = load_settings(options.params)
+    check_lengths(settings)
     stages = [STAGES[options.stage]] if options.stage else list(STAGES.values())
     plan = make_plan(settings, stages)
     show(plan, settings.trainer.gradient_checkpointing)

@@ -107,6 +107,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Raises UserError for errors that the user can fix."""
+    from panollava.planning.lengths import check_lengths
+
     stages = STAGES if options.stage == ALL else {options.stage: STAGES[options.stage]}
     changes: dict[str, Any] = {}
     for key, (flags, *_) in OPTIONS.items():
@@ -118,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
                     f"{flags}: stage '{options.stage}' has no {name}; leave the option out"
                 )
             changes |= dict.fromkeys(names, value)
+    check_lengths(_settings(changes))
     if options.stage != ALL:
         _run_stage(STAGES[options.stage], changes, options)
     elif options.start is None:

@@ -26,10 +26,13 @@ class Dialogue:
         tokenizer: PreTrainedTokenizerBase,
         max_text_length: int = 0,
         ends: Sequence[int] = (),
+        prompt: str = "{query}",
     ) -> None:
         """`ends`: the end-of-sequence tokens of the language model, see `model.end_tokens`. A
         frozen base model predicts the end of a text, but never the end of a turn in a chat
         template. So answers end with the template's token only if it is among `ends`.
+
+        `prompt`: the text around each query, with one `{query}`.
 
         Raises:
             UserError: the chat template loses text, or the tokenizer has no end token.
@@ -39,7 +42,9 @@ class Dialogue:
         self._cache: dict[str, list[int]] = {}  # texts repeat, and tokenizing is slow
         before, between, opening, closing = self._render()
         self.text_prefix = self._tokens(before)
-        self._between, self._opening = between, opening
+        # No str.format: braces in the prompt or in a query are plain text.
+        before_query, after_query = prompt.split("{query}")
+        self._between, self._opening = between + before_query, after_query + opening
         end_of_turn = self._tokens(closing.strip()) if closing.strip() else []
         stop = end_of_turn[0] if end_of_turn else tokenizer.eos_token_id
         if stop is None:
@@ -69,9 +74,9 @@ class Dialogue:
         room = self.max_text_length - len(query_tokens)
         if room < 1:
             raise UserError(
-                f"{place}: the query's {len(query_tokens)} tokens leave no room for the answer in "
-                f"max_text_length {self.max_text_length}; set the stage's max_text_length to at "
-                f"least {len(query_tokens) + len(answer_tokens) + 1}"
+                f"{place}: the {len(query_tokens)} tokens of the query with its prompt leave no "
+                f"room for the answer in max_text_length {self.max_text_length}; set the stage's "
+                f"max_text_length to at least {len(query_tokens) + len(answer_tokens) + 1}"
             )
         return Row(query_tokens, [*answer_tokens, self.stop][:room])
 

@@ -80,7 +80,8 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
     model.eval().requires_grad_(False)
     cast_frozen_linears(model, settings.trainer.precision)
     model.to(device)
-    return model, Dialogue(tokenizer, ends=end_tokens(model.language_model))
+    ends = end_tokens(model.language_model)
+    return model, Dialogue(tokenizer, ends=ends, prompt=settings.model.prompt)
 
 
 def _find_inputs(settings: Settings) -> list[Inputs]:

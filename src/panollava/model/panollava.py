@@ -1,5 +1,6 @@
 """PanoLLaVA: encoder, resampler and projector in front of a frozen language model."""
 
+import sys
 from typing import Any
 
 import torch
@@ -64,17 +65,22 @@ class PanoLLaVA(nn.Module):
         )
         return output.last_hidden_state
 
-    def check_length(self, tokens: int, remedy: str) -> None:
-        """Raises UserError if a sequence of `tokens` is longer than what the language model attends
-        to. A sliding window counts as a limit, because packed sequences do not support one."""
+    @property
+    def window(self) -> int:
+        """Tokens that the language model attends to. A sliding window counts as a limit, because
+        packed sequences do not support one."""
         config = self.language_model.config.get_text_config()
         limits = [
             getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")
         ]
-        longest = min((limit for limit in limits if limit), default=tokens)
-        if tokens > longest:
+        return min((limit for limit in limits if limit), default=sys.maxsize)
+
+    def check_length(self, tokens: int, remedy: str) -> None:
+        """Raises UserError if a sequence of `tokens` is longer than the window."""
+        if tokens > self.window:
+            kind = self.language_model.config.get_text_config().model_type
             raise UserError(
-                f"model.language_model.path: a '{config.model_type}' model attends to {longest} "
+                f"model.language_model.path: a '{kind}' model attends to {self.window} "
                 f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer views, "
                 "raise model.resampler.pool, or use another language model"
             )

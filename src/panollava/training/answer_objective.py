@@ -42,7 +42,8 @@ class Objective(nn.Module):
             )
         self.model, tokenizer = build_model(settings.model, settings.views, settings.seed, weights)
         ends = end_tokens(self.model.language_model)
-        self.dialogue = Dialogue(tokenizer, self.stage_settings.max_text_length, ends)
+        length, prompt = self.stage_settings.max_text_length, settings.model.prompt
+        self.dialogue = Dialogue(tokenizer, length, ends, prompt)
         self.text_prefix = len(self.dialogue.text_prefix)  # tokens before the image
         self.reads_features = stage.reads_features  # instead of views
         encoder: Any = self.model.encoder
