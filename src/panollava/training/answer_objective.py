@@ -67,7 +67,9 @@ class Objective(nn.Module):
             vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
             self.readers[split] = reader = TextReader(
                 *(vision, rows, self.dialogue, self.vision_tokens),
-                *(batch_size, self.seed, labeled, truncate, settings.turn),
+                *(batch_size, self.seed, labeled),
+                truncate,
+                settings.turn,
             )
             if reader.truncated:
                 log.warning(
