@@ -39,6 +39,20 @@ def test_labeled_is_the_share_of_panoramas_whose_rows_are_used(settings: Setting
     assert one.items() <= half.items() <= every.items()
 
 
+def test_only_training_rows_are_cut_and_counted(settings: Settings, caplog) -> None:
+    read = []
+    for limit in (30, 99):
+        limited = change(settings, stage__resampler__max_text_length=limit)
+        objective = Objective(STAGES["resampler"], limited)
+        objective.open_readers()
+        read.append([objective.readers[split] for split in ("train", "valid")])
+    (train, valid), (long_train, long_valid) = read
+    assert max(map(len, train.rows)) == 30 and train.truncated == len(train.rows)
+    assert valid.rows == long_valid.rows and valid.truncated == long_train.truncated == 0
+    assert "train: 13 of 13 answers are cut to max_text_length 30" in caplog.text
+    assert "valid" not in caplog.text
+
+
 def test_rows_that_are_too_long_for_the_language_model_are_an_error(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -116,15 +116,16 @@ def test_a_resumed_stage_does_not_validate_its_start_again(
 def test_an_interrupt_during_the_validation_of_the_start_saves_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr(
-            curves.Speed,
-            "on_sanity_check_start",
-            lambda *_: signal.raise_signal(signal.SIGINT),
-        )
+    caplog.set_level(logging.INFO)
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.Speed, "on_sanity_check_start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_stage("vision", settings)
-        assert "step 0 of 2 is saved" in caplog.text
+    assert "step 0 of 2 is saved" in caplog.text
     run_stage("vision", settings)
     assert "resuming from step 0 of 2" in caplog.text
 
@@ -172,5 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
         run_stage("vision", settings)
     for file in files:
         assert f"{file}: " in caplog.text
-    assert ("resuming from step" in caplog.text) == (damaged == "progress.ckpt")
+    # Without its epochs the stage resumes from its start, without that from nothing.
+    assert ("resuming from step 0 of" in caplog.text) == (damaged == "epoch=*.ckpt")
+    assert ("resuming from step 4 of" in caplog.text) == (damaged == "progress.ckpt")
     assert outputs("vision") == expected
