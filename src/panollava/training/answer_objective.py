@@ -55,19 +55,12 @@ class Objective(nn.Module):
     def open_readers(self) -> None:
         """Raises UserError for a missing file, and for a row without an answer token."""
         settings, self.readers = self.stage_settings, {}
-        batch_size = settings.batch_size
+        size, turn = settings.batch_size, settings.turn
         for split, labeled in (("train", settings.labeled), ("valid", 1.0)):
             views, rows = (paths.PREPARED / split / name for name in ("views.npy", "rows.csv"))
             vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
             self.readers[split] = reader = TextReader(
-                vision,
-                rows,
-                self.dialogue,
-                self.vision_tokens,
-                batch_size,
-                self.seed,
-                labeled,
-                settings.turn,
+                vision, rows, self.dialogue, self.vision_tokens, size, self.seed, labeled, turn
             )
             if reader.truncated:
                 log.warning(
