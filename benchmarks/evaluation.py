@@ -29,6 +29,9 @@ class TokenDialogue(Dialogue):
     """Decodes answers to token numbers, because the demo's tokenizer has no text for most tokens of
     the real vocabulary."""
 
+    def whole_characters(self, tokens: list[int]) -> list[int]:
+        return tokens
+
     def decode(self, tokens: list[int]) -> str:
         if self.stop in tokens:
             tokens = tokens[: tokens.index(self.stop)]
@@ -84,7 +87,11 @@ def compare(
 ) -> Line:
     texts = list(QUERIES.values())[:QUERIES_PER_PANORAMA]
     queries = [texts] * len(features)
-    ours = partial(answer, model, dialogue, features, queries, max_new_tokens)
+
+    def ours() -> list[list[str]]:
+        answers = answer(model, dialogue, features, queries, max_new_tokens)
+        return [[found.text for found in texts] for texts in answers]
+
     usual = partial(answer_one_by_one, model, dialogue, features, queries, max_new_tokens)
     assert ours() == usual(), "the two ways answer differently"
     our_time, usual_time = time_alternately(ours, usual, repeats=repeats, warm=True)

@@ -62,7 +62,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SCORES = {  # columns of the table, by their keys in metrics/evaluate/metrics.json
     "color by direction": "facts.color_by_direction",
     "color, shape by direction": "facts.color_shape_by_direction",
-    "colors": "facts.colors",
     "number": "facts.count",
     "all around": "facts.around",
     "rotation: stays": "rotation.stays",

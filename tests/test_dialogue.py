@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers import save_tokenizer
 from panollava.data.dialogue import Dialogue
@@ -116,3 +117,57 @@ def test_a_template_that_loses_text_is_an_error(tmp_path) -> None:
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(UserError, match="chat template"):
         Dialogue(tokenizer, 64)
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: characters, and "<0xE2>" for the bytes of others."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abé▁�"]
+    model = models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bytes as letters", "byte fallback"])
+def test_a_cut_answer_does_not_end_in_half_a_character(kind: str, tokenizer) -> None:
+    """But keeps replacement characters that it contains, also in front of the cut."""
+    if kind == "byte fallback":
+        tokenizer = byte_fallback_tokenizer()
+    dialogue = Dialogue(tokenizer, 64)
+    for text in ("ab빨간방", "aé€😀", "b�é�😀", "�"):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        cuts = [dialogue.whole_characters(tokens[:length]) for length in range(len(tokens) + 1)]
+        lengths = [
+            len(tokenizer(text[:n], add_special_tokens=False)["input_ids"])
+            for n in range(len(text) + 1)
+        ]
+        for length, cut in enumerate(cuts):
+            whole = max(n for n in lengths if n <= length)
+            assert cut == tokens[:whole], (text, length)
+            assert dialogue.decode(cut) == text[: lengths.index(whole)], (text, length)
+
+
+def test_bytes_that_are_no_character_are_kept(tokenizer) -> None:
+    """Half a character is the start of one; a model may also state bytes that start none."""
+    dialogue = Dialogue(tokenizer, 64)
+    (tail,) = tokenizer.convert_tokens_to_ids(["Ģ"])  # byte 0x80
+    assert dialogue.whole_characters([tail] * 3) == [tail] * 3
+
+
+def test_a_truncated_row_does_not_end_in_half_a_character(tokenizer) -> None:
+    query = len(Dialogue(tokenizer, 64).query("what"))
+    answers = [
+        Dialogue(tokenizer, query + room).row("what", "빨간").answer for room in (3, 4, 5, 6)
+    ]
+    assert [len(answer) for answer in answers] == [3, 3, 3, 6]
+    whole = Dialogue(tokenizer, query + 7).row("what", "빨간").answer
+    assert whole == [*answers[-1], Dialogue(tokenizer).stop]
+    with pytest.raises(UserError, match=r"row 7.*set the stage's max_text_length to at least \d+"):
+        Dialogue(tokenizer, query + 2).row("what", "빨간", place="train.csv, row 7")

@@ -41,7 +41,9 @@ def trained(project: Path, small_data: Path) -> Path:
         csv.writer(lines).writerows(("images/test_0.jpg", text, text) for text in TEXTS)
     text = paths.PARAMS.read_text().replace(f"dir: {small_data}", "dir: data")
     text = re.sub(r"path: \S+language_model", "path: towers/language_model", text)
-    text = text.replace("max_new_tokens: 48", "max_new_tokens: 6")
+    limits = "batch_size: 4 # panoramas per batch\n  max_new_tokens: 48"
+    assert limits in text
+    text = text.replace(limits, "batch_size: 2\n  max_new_tokens: 6")
     paths.PARAMS.write_text(re.sub(r"epochs: \d+", "epochs: 0", text))
     cli.main(["train", "all"])
     return project
@@ -56,7 +58,7 @@ def test_an_evaluation_writes_answers_details_and_headline(
     predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
     rolled = [f"turned by {degrees}" for degrees in (20, 45, 90, 180, 270)]
     first = ["panorama", "url", "query", "prediction", "swapped"]
-    assert [*predictions] == [*first, *rolled, "references"]
+    assert [*predictions] == [*first, *rolled, "without picture", "references"]
     keys = list(dict.fromkeys(zip(rows["panorama"], rows["query"], strict=True)))
     assert list(zip(predictions["panorama"], predictions["query"], strict=True)) == keys
     references = dict(zip(predictions["query"], predictions["references"], strict=True))
@@ -95,6 +97,62 @@ def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(
     assert all("the red " in text and " box" in text for text in asked)
 
 
+def test_swapped_answers_are_looked_up_and_queries_without_a_picture_asked_once(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, list[list[str]]]] = []
+
+    def record(model: Any, dialogue: Any, features: Any, queries: Any, limit: int) -> Any:
+        asked.append((features is None, queries))
+        return generate.answer(model, dialogue, features, queries, limit)
+
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", record)
+    cli.main(["evaluate"])
+    table = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
+    queries = list(dict.fromkeys(table["query"]))
+    with_picture = [texts for blind, batch in asked if not blind for texts in batch]
+    assert sum(map(len, with_picture)) == 6 * len(table)  # the panoramas themselves and five rolls
+    assert [text for blind, batch in asked if blind for texts in batch for text in texts] == queries
+    assert all(len(batch) <= 2 for _, batch in asked)
+    answers = {(row.panorama, row.query): row.prediction for row in table.itertuples()}
+    shared = 0
+    for query, rows in table.groupby("query"):
+        assert rows["without picture"].nunique() == 1
+        for panorama, swapped in zip(rows["panorama"], rows["swapped"], strict=True):
+            others = {answers[p, query] for p in rows["panorama"] if p != panorama} or {""}
+            assert swapped in others
+        shared += len(rows) if len(rows) > 1 else 0
+    gap = json.loads(paths.EVALUATION_DETAILS.read_text())["grounding_gap"]
+    assert (gap["captions"], gap["left_out"]) == (shared, len(table) - shared) and shared > 3
+
+
+def test_answers_that_were_cut_are_counted(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those to the panoramas themselves: all others are cut."""
+    batches = iter(range(99))
+
+    def cut_two(*arguments: Any) -> Any:
+        itself = next(batches) < 2  # three panoramas are two batches
+        queries, answers = arguments[3], generate.answer(*arguments)
+        assert all(found.cut for texts in answers for found in texts), "it ends no answer"
+        return [
+            [
+                found._replace(cut=not itself or query in TEXTS[:2])
+                for query, found in zip(*pair, strict=True)
+            ]
+            for pair in zip(queries, answers, strict=True)
+        ]
+
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", cut_two)
+    cli.main(["evaluate"])
+    assert json.loads(paths.EVALUATION.read_text())["cut_answers"] == 2
+    assert json.loads(paths.EVALUATION_DETAILS.read_text())["cut_answers"] == 2
+    rows = len(pd.read_csv(paths.PREDICTIONS))
+    message = f"2 of {rows} answers are cut at evaluate.max_new_tokens 6"
+    assert message in capsys.readouterr().err
+
+
 def test_one_panorama_has_no_grounding_gap(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,8 +160,8 @@ def test_one_panorama_has_no_grounding_gap(
     Path("data/test.csv").write_text("\n".join(text.split("\n")[:2]))
     cli.main(["train", "all"])
     cli.main(["evaluate"])
-    assert "only one panorama: skipping the grounding gap" in capsys.readouterr().err
-    assert "swapped" not in pd.read_csv(paths.PREDICTIONS)
+    assert "asked of two panoramas: skipping the grounding gap" in capsys.readouterr().err
+    assert set(pd.read_csv(paths.PREDICTIONS, keep_default_na=False)["swapped"]) == {""}
     assert "grounding_gap" not in json.loads(paths.EVALUATION.read_text())
 
 
@@ -125,10 +183,13 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
     """In place of answers, the mean of each view's features, against those of panoramas that are
     really rolled, sampled and encoded."""
 
-    def describe(model: Any, dialogue: Any, features: torch.Tensor, queries: Any, _: int) -> Any:
+    def describe(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+        if features is None:  # without a picture
+            return [[generate.Answer("", False)] * len(asked) for asked in queries]
+        means = [json.dumps(vision.mean((1, 2))[:, :4].tolist()) for vision in features]
         return [
-            [json.dumps(vision.mean((1, 2))[:, :4].tolist())] * len(asked)
-            for vision, asked in zip(features, queries, strict=True)
+            [generate.Answer(mean, False)] * len(asked)
+            for mean, asked in zip(means, queries, strict=True)
         ]
 
     rolls = [20.0, 45.0, -90.0, 200.0, 180.0, 270.0]

@@ -42,7 +42,7 @@ def test_facts_roll_with_the_scene(quarters: int) -> None:
 def test_the_interval_of_a_rare_fact_leaves_out_resamples_without_it() -> None:
     nothing: PanoramaFacts = {index: set() for index in range(100)}
     rare: PanoramaFacts = {**nothing, 3: {("colors", ("red",))}}
-    assert compare(nothing, rare)["colors"] == {"f1": 0, "low": 0, "high": 0, "facts": 1}
+    assert compare([nothing], rare)["colors"] == {"f1": 0, "low": 0, "high": 0, "facts": 1}
 
 
 def test_answers_without_facts_have_no_consistency() -> None:
@@ -101,6 +101,6 @@ def test_the_seam_gap_is_found_at_the_seam_only() -> None:
 def test_f1_is_computed_by_kind() -> None:
     wrong = "desert" if SCENES[0].kind != "desert" else "hall"
     predicted = stated([replace(SCENES[0], kind=wrong), *SCENES[1:]])
-    result = compare(predicted, stated(SCENES))
+    result = compare([predicted], stated(SCENES))
     assert result["scene"]["f1"] == 39 / 40 and result["scene"]["facts"] == 40
     assert {kind for kind, score in result.items() if score["f1"] < 1} == {"scene"}

@@ -7,23 +7,36 @@ from helpers import ROOT
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES
+from panollava.model import generate
 from panollava.model.generate import _PreallocatedLayer, answer
-from panollava.model.panollava import build_model
+from panollava.model.panollava import PanoLLaVA, build_model
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> tuple[PanoLLaVA, Dialogue]:
+    """The demo's towers, with an untrained resampler."""
+    monkeypatch.chdir(ROOT)
+    settings = load_settings(ROOT / "params.yaml")
+    model, tokenizer = build_model(settings.model, settings.views)
+    return model.eval(), Dialogue(tokenizer, 99)
+
+
+def random_features(model: PanoLLaVA) -> torch.Tensor:
+    """Of three panoramas."""
+    torch.manual_seed(0)
+    return model.features(torch.randint(256, (3, 8, 64, 64, 3)).to(torch.uint8))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_batched_answers_equal_those_of_generate_query_by_query(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
+    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Also when some end early and their rows are dropped."""
     monkeypatch.setattr(_PreallocatedLayer, "CHUNK", chunk)
-    monkeypatch.chdir(ROOT)
-    settings = load_settings(ROOT / "params.yaml")
-    model, tokenizer = build_model(settings.model, settings.views)
-    dialogue = Dialogue(tokenizer)
+    model, dialogue = demo
     monkeypatch.setattr(dialogue, "decode", list)
-    torch.manual_seed(0)
-    features = model.eval().features(torch.randint(256, (3, 8, 64, 64, 3)).to(torch.uint8))
+    monkeypatch.setattr(dialogue, "whole_characters", list)
+    features = random_features(model)
     texts = list(QUERIES.values())
     queries = [texts, texts[:1], texts[4:]]
     embed = model.language_model.get_input_embeddings()
@@ -54,9 +67,62 @@ def test_batched_answers_equal_those_of_generate_query_by_query(
     tokens = {token for rows in endless for row in rows for token in row}
     *_, one, other = sorted(tokens, key=lambda token: (len(lengths(token)), token))
     assert min(len(lengths(one)), len(lengths(other))) > 4, "answers of many lengths"
+
+    def tokens_of(queries: list[list[str]]) -> list[list[str]]:
+        answers = answer(model, dialogue, features, queries, max_new_tokens=20)
+        # An answer is cut if its end token is not among the first 20.
+        assert all(a.cut == (len(a.text) == 20) for each in answers for a in each)
+        return [[a.text for a in each] for each in answers]
+
     for stop in (dialogue.stop, one, other):
         monkeypatch.setattr(dialogue, "ends", frozenset([stop]))
-        assert answer(model, dialogue, features, queries, max_new_tokens=20) == cut(stop)
+        assert tokens_of(queries) == cut(stop)
     # As many queries as panoramas, but not one of each.
-    uneven = answer(model, dialogue, features, [[], texts[:1], texts[4:6]], max_new_tokens=20)
-    assert uneven == [[], cut(other)[1], cut(other)[2][:2]]
+    assert tokens_of([[], texts[:1], texts[4:6]]) == [[], cut(other)[1], cut(other)[2][:2]]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["text before the image", "none"])
+def test_answers_without_a_picture_are_those_to_the_text_alone(
+    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    model, dialogue = demo
+    if not before:  # as chat templates that begin with the user's text
+        monkeypatch.setattr(dialogue, "text_prefix", [])
+    texts = list(QUERIES.values())
+    answers = answer(model, dialogue, None, [[text] for text in texts], max_new_tokens=9)
+    for text, [(found, cut)] in zip(texts, answers, strict=True):
+        prompt = torch.tensor([dialogue.text_prefix + dialogue.query(text)])
+        [generated] = model.language_model.generate(  # type: ignore[operator]
+            prompt, max_new_tokens=9, do_sample=False, eos_token_id=[*dialogue.ends]
+        ).tolist()
+        tokens = generated[prompt.shape[1] :]
+        assert found == dialogue.decode(tokens) and cut == (dialogue.stop not in tokens)
+    assert len({found for [(found, _)] in answers}) > 3
+
+
+def test_an_answer_is_cut_if_its_end_token_does_not_fit(demo: tuple[PanoLLaVA, Dialogue]) -> None:
+    model, dialogue = demo
+    features, queries = random_features(model), [list(QUERIES.values())] * 3
+    long = answer(model, dialogue, features, queries, max_new_tokens=48)
+    length = {
+        (panorama, query): len(dialogue.row(query, text).answer)  # with the end token
+        for panorama, texts in enumerate(long)
+        for query, (text, _) in zip(queries[panorama], texts, strict=True)
+    }
+    limit = sorted(length.values())[len(length) // 2]
+    short = answer(model, dialogue, features, queries, max_new_tokens=limit)
+    cut = [found.cut for texts in short for found in texts]
+    assert cut == [tokens > limit for tokens in length.values()] and 0 < sum(cut) < len(cut)
+    assert limit in length.values()  # the end token is the last one that fits
+
+
+def test_an_answer_that_is_cut_does_not_end_in_half_a_character(
+    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dialogue = demo
+    box = dialogue._tokens("빨")
+    monkeypatch.setattr(generate, "_decode", lambda *_: [[*box, *box[:2]], box[:2]])
+    features = random_features(model)[:1]
+    assert answer(model, dialogue, features, [["a", "b"]], max_new_tokens=5) == [
+        [("빨", True), ("\N{REPLACEMENT CHARACTER}", False)]
+    ]

@@ -89,6 +89,7 @@ def test_losses_and_answers_equal_those_of_separate_sequences(
     assert packed == pytest.approx(sum(separate), rel=1e-5)
 
     monkeypatch.setattr(dialogue, "decode", list)
+    monkeypatch.setattr(dialogue, "whole_characters", list)
     monkeypatch.setattr(dialogue, "stop", -1)
     queries = [[query for query, _ in rows] for rows in ROWS]
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_losses_and_answers_equal_those_of_separate_sequences(
         vision = model.vision_tokens(features)
         answers = answer(model, dialogue, features, queries, max_new_tokens=6)
         for panorama, texts in enumerate(queries):
-            for query, text in zip(texts, answers[panorama], strict=True):
+            for query, (text, _) in zip(texts, answers[panorama], strict=True):
                 tokens = list(text)
                 after = model.embed(torch.tensor([dialogue.query(query) + tokens]))
                 before = model.embed(torch.tensor([dialogue.text_prefix]))

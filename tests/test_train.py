@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoTokenizer
 
 from helpers import change, curve, outputs, run_stage, settings_for, weights
 from panollava import paths
 from panollava.config import Settings
+from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.encoder import load_encoder
@@ -110,6 +112,7 @@ def test_the_start_is_the_result_if_no_epoch_has_a_lower_validation_loss(
     losses, accuracies = curve("finetune", "val/loss"), curve("finetune", "val/accuracy")
     assert len(losses) == 3 and (min(losses[1:]) > losses[0]) == worse
     expected = {"best": {"step": 0}, "val_loss": losses[0], "val_accuracy": accuracies[0]}
+    expected["truncated_rows"] = 0
     assert metrics("finetune") == expected
     assert re.search(START_WINS.format(losses[0]), caplog.text)
     start, published = weights("resampler"), weights("finetune")
@@ -146,6 +149,19 @@ def test_the_loss_at_step_0_is_the_last_one_of_the_stage_before(settings: Settin
     run_stage("finetune", settings)
     before, start = curve("resampler", "val/loss")[-1], curve("finetune", "val/loss")[0]
     assert start == pytest.approx(before, rel=1e-5)
+
+
+def test_a_text_stage_s_metrics_count_the_training_rows_that_were_cut(settings: Settings) -> None:
+    run_stage("vision", change(settings, stage__vision__epochs=0))
+    rows = pd.read_csv(paths.PREPARED / "train/rows.csv")
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.language_model.path)
+    dialogue = Dialogue(tokenizer, 99)
+    lengths = [len(dialogue.row(row.query, row.annotation)) for row in rows.itertuples()]
+    limit = max(lengths) - 1
+    changes = {"stage__resampler__epochs": 1, "stage__resampler__max_text_length": limit}
+    run_stage("resampler", change(settings, **changes))
+    assert [*metrics("resampler")] == ["best", "val_loss", "val_accuracy", "truncated_rows"]
+    assert metrics("resampler")["truncated_rows"] == lengths.count(limit + 1) < len(rows)
 
 
 def test_0_epochs_copy_the_input_weights_and_give_no_metrics(settings: Settings) -> None:

@@ -360,6 +360,7 @@ def test_weights_and_biases_gets_every_curve(
         *("train/loss", "train/gradient_norm"),
         *("train/learning_rate/connector", "train/learning_rate/encoder"),
         *("val/loss", "val/accuracy"),
-        *("best", "val_loss", "val_accuracy", "rows_per_second", "peak_memory_gb"),
+        *("best", "val_loss", "val_accuracy", "truncated_rows"),
+        *("rows_per_second", "peak_memory_gb"),
     }
     assert len(list(Path("wandb").glob("offline-run-*"))) == 3

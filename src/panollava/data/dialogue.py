@@ -1,11 +1,13 @@
 """Prompts: queries and answers as tokens, formatted with the tokenizer's chat template."""
 
+import codecs
 import re
 from collections.abc import Sequence
 from itertools import takewhile
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from panollava.data.packing import Row
 from panollava.errors import UserError
@@ -15,6 +17,8 @@ _IMAGE, _QUERY, _ANSWER = "⟦image⟧", "⟦query⟧", "⟦answer⟧"
 # Some templates, such as Llama's, contain today's date. It is fixed, so that evaluation uses the
 # same prompt as training.
 _DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# The letters that stand for bytes in the vocabularies of byte-level tokenizers, as GPT-2's.
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 _PLAIN_TEMPLATE = f"USER: {_IMAGE}\n{_QUERY}\nASSISTANT: {_ANSWER}"
 
 
@@ -61,7 +65,8 @@ class Dialogue:
         return self._tokens(self._between + text + self._opening)
 
     def row(self, query: str, answer: str, place: str = "", truncate: bool = True) -> Row:
-        """Tokens of a row. `truncate` the answer to `max_text_length` tokens in total.
+        """Tokens of a row. `truncate` the answer to `max_text_length` tokens in total, or to fewer
+        if a character is cut.
 
         Raises:
             UserError: no token of the answer is left; `place` names the row in the message.
@@ -71,19 +76,35 @@ class Dialogue:
             raise UserError(f"{place}: the answer {answer!r} has no tokens; remove the row")
         if not truncate:
             return Row(query_tokens, [*answer_tokens, self.stop])
-        room = self.max_text_length - len(query_tokens)
-        if room < 1:
+        room = max(self.max_text_length - len(query_tokens), 0)
+        supervised = [*answer_tokens, self.stop][:room]
+        if len(answer_tokens) > room:
+            supervised = self.whole_characters(supervised)
+        if not supervised:
             raise UserError(
                 f"{place}: the {len(query_tokens)} tokens of the query with its prompt leave no "
                 f"room for the answer in max_text_length {self.max_text_length}; set the stage's "
                 f"max_text_length to at least {len(query_tokens) + len(answer_tokens) + 1}"
             )
-        return Row(query_tokens, [*answer_tokens, self.stop][:room])
+        return Row(query_tokens, supervised)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer's tokens, up to the first end token."""
         tokens = list(takewhile(lambda token: token not in self.ends, tokens))
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def whole_characters(self, tokens: list[int]) -> list[int]:
+        """The tokens of a text that was cut, without those at its end that hold only some of the
+        bytes of a character."""
+        while str(self.tokenizer.decode(tokens)).endswith("\N{REPLACEMENT CHARACTER}"):
+            reader = codecs.getincrementaldecoder("utf-8")("replace")
+            pieces = self.tokenizer.convert_ids_to_tokens(tokens)  # None: not in the vocabulary
+            reader.decode(b"".join(map(_bytes, filter(None, pieces))))
+            unfinished, _ = reader.getstate()
+            if not unfinished:  # the last character is a replacement character, and whole
+                break
+            tokens = tokens[:-1]
+        return tokens
 
     def _tokens(self, text: str) -> list[int]:
         if text not in self._cache:
@@ -116,3 +137,13 @@ class Dialogue:
         if not self.tokenizer.chat_template and self.tokenizer.bos_token:
             before = self.tokenizer.bos_token + before
         return before, between, opening, closing
+
+
+def _bytes(token: str) -> bytes:
+    """UTF-8 of a token as its vocabulary spells it: in letters that stand for bytes, as "<0xE2>" or
+    as text."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    if all(letter in _BYTES for letter in token):
+        return bytes(_BYTES[letter] for letter in token)
+    return token.encode()

@@ -7,6 +7,8 @@ from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES
 from panollava.evaluation.facts import FactReader, Facts
 
 DIRECTED = frozenset({"color_by_direction", "color_shape_by_direction", "largest", "around"})
+# "colors" is left out: "color_by_direction" contains it.
+HEADLINE = ("scene", "color_by_direction", "color_shape_by_direction", "count", "largest", "around")
 
 _TOPICS = {query: topic for topic, query in QUERIES.items()}
 _DIRECTION = {place: direction for direction, places in PLACES.items() for place in places}
@@ -40,4 +42,4 @@ def read_facts(query: str, answer: str) -> Facts:
     return {}
 
 
-READER = FactReader(read_facts, DIRECTIONS, DIRECTED)
+READER = FactReader(read_facts, DIRECTIONS, DIRECTED, HEADLINE)

@@ -150,8 +150,8 @@ def accuracy(
     queries = [list(dict.fromkeys(query for query, _ in pairs)) for pairs in references]
     answers = answer(model, dialogue, context, queries, max_new_tokens=48)
     correct = [
-        pair in pairs
-        for pairs, scene_queries, texts in zip(references, queries, answers, strict=True)
-        for pair in zip(scene_queries, texts, strict=True)
+        (query, text) in pairs
+        for pairs, scene_queries, answered in zip(references, queries, answers, strict=True)
+        for query, (text, _) in zip(scene_queries, answered, strict=True)
     ]
     return round(sum(correct) / len(correct), 4)

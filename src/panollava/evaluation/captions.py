@@ -8,6 +8,7 @@ queries against the others gives the same scores to 0.0001."""
 import logging
 import re
 from collections.abc import Hashable, Mapping
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import nltk
@@ -44,8 +45,11 @@ class Scores(NamedTuple):
     each: dict[str, dict[Any, float]]  # per key, for the scores that are means over keys
 
 
-def score(predictions: Mapping[Key, str], references: Mapping[Key, list[str]]) -> Scores:
-    """Score one prediction per key against all references of that key.
+def score(
+    predictions: Mapping[Key, str], references: Mapping[Key, list[str]], quiet: bool = False
+) -> Scores:
+    """Score one prediction per key against all references of that key. `quiet`: without warnings,
+    for further predictions with the same references.
 
     Returns:
         `bleu_1` .. `bleu_4`, `rouge_l` (0..1) and `cider_d` (0..10); `captions`, the number of
@@ -58,35 +62,36 @@ def score(predictions: Mapping[Key, str], references: Mapping[Key, list[str]]) -
     if predictions.keys() != references.keys():
         odd = next(iter(predictions.keys() ^ references.keys()))
         raise ValueError(f"{odd!r} has a prediction or references, but not both")
-    targets = {key: _joined(texts) for key, texts in references.items()}
+    warn = log.debug if quiet else log.warning
+    targets = {key: _with_words(texts) for key, texts in references.items()}
     if wordless := [key for key, texts in targets.items() if not texts]:
-        log.warning(
+        warn(
             "skipping %d captions whose references contain no words; the first is %r",
             len(wordless),
             wordless[0],
         )
     targets = {key: texts for key, texts in targets.items() if texts}
-    outputs = {key: [" ".join(tokenize(predictions[key]))] for key in targets}
+    outputs = {key: [_joined(predictions[key])] for key in targets}
     scores: dict[str, Any] = {"captions": len(outputs), "tokenizer": TOKENIZER}
     each: dict[str, dict[Any, float]] = {}
     empty = sum(text == [""] for text in outputs.values())
     if empty == len(outputs):
-        log.warning("no prediction contains a word: no score can be computed")
+        warn("no prediction contains a word: no score can be computed")
         return Scores(scores, each)
     if empty:
-        log.warning("%d of %d predictions contain no words and score 0", empty, len(outputs))
+        warn("%d of %d predictions contain no words and score 0", empty, len(outputs))
     longest = max(len(text.split()) for [text] in outputs.values())
     bleu, _ = Bleu(4).compute_score(targets, outputs, verbose=0)
     for order, value in enumerate(bleu, start=1):
         if longest >= order:
             scores[f"bleu_{order}"] = float(value)
         else:
-            log.warning("skipping bleu_%d: no prediction has %d words", order, order)
+            warn("skipping bleu_%d: no prediction has %d words", order, order)
     metrics = {"rouge_l": Rouge()}
     if _documents_differ(targets):
         metrics["cider_d"] = Cider()
     else:
-        log.warning(
+        warn(
             "skipping cider_d: the references of all captions are the same, so its word weights "
             "are all 0"
         )
@@ -100,15 +105,21 @@ def agreement(answers: Mapping[Key, str], others: Mapping[Key, str]) -> Scores:
     """Agreement of two sets of answers to the same queries: `identical`, the share of equal texts,
     and `rouge_l` of `answers` against `others`, over the pairs in which both contain a word."""
     each = {"identical": {key: float(answers[key] == others[key]) for key in others}}
-    pairs = ((key, _joined([answers[key]]), _joined([others[key]])) for key in others)
+    pairs = ((key, _with_words([answers[key]]), _with_words([others[key]])) for key in others)
     if rouge := {key: Rouge().calc_score(a, b) for key, a, b in pairs if a and b}:
         each["rouge_l"] = rouge
     return Scores({name: float(np.mean([*v.values()])) for name, v in each.items()}, each)
 
 
-def _joined(texts: list[str]) -> list[str]:
-    """Tokens joined by spaces, as pycocoevalcap expects. Texts without tokens are left out."""
-    return [" ".join(tokens) for tokens in map(tokenize, texts) if tokens]
+def _with_words(texts: list[str]) -> list[str]:
+    """The texts that have tokens, see `_joined`."""
+    return [joined for text in texts if (joined := _joined(text))]
+
+
+@cache  # texts are scored several times, and tokenizing is slow
+def _joined(text: str) -> str:
+    """Tokens joined by spaces, as pycocoevalcap expects."""
+    return " ".join(tokenize(text))
 
 
 def _documents_differ(references: Mapping[Key, list[str]]) -> bool:

@@ -1,10 +1,11 @@
 """Answers every (panorama, query) of a split with the trained model; writes answers and metrics.
 
-Each query is also asked with another panorama, which gives the grounding gap, and with the panorama
-rolled by several angles, where answers should stay the same except for directions."""
+Each query is also asked with the panorama rolled by several angles, where answers should stay the
+same except for directions, and once without a picture."""
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,12 @@ from panollava.data.batches import gather, read_prepared_rows
 from panollava.data.dialogue import Dialogue
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
-from panollava.evaluation.grounding import swapped_panoramas
-from panollava.evaluation.metrics import PREDICTION, SWAPPED, Answers, References, rolled_name
+from panollava.evaluation.grounding import swapped_answers
+from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
 from panollava.files import open_array, write_csv, write_json
 from panollava.geometry.views import resampled, view_shift
 from panollava.model.device import choose_device, configure_cpu
-from panollava.model.generate import answer
+from panollava.model.generate import Answer, answer
 from panollava.model.language_model import end_tokens
 from panollava.model.panollava import PanoLLaVA, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
@@ -39,10 +40,11 @@ _EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
-    """What the model sees: for panorama p, `features[indices[p]]`, with views moved by `shift`."""
+    """What the model sees: for panorama p, `features[indices[p]]`, with views moved by `shift`; no
+    picture without `features`."""
 
     name: str
-    features: NDArray
+    features: NDArray | None
     indices: NDArray
     shift: int = 0
 
@@ -56,15 +58,18 @@ def evaluate(settings: Settings) -> None:
     references: dict[Key, list[str]] = {}
     for row in rows.itertuples():
         references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
-    answers = {
+    answered = {
         inputs.name: _answer_all(model, dialogue, inputs, [*references], settings)
         for inputs in _find_inputs(settings)
     }
+    answered[NO_PICTURE] = _answer_without_picture(model, dialogue, [*references], settings)
+    answers = {n: {key: a.text for key, a in each.items()} for n, each in answered.items()}
     _write_predictions(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
     facts = settings.evaluate.facts
     reader = None if facts is None else find_reader(facts)
     details = metrics.compute_details(answers, references, settings.evaluate.rolls, reader)
-    headline = metrics.headline(details)
+    details["cut_answers"] = _count_cut(answered[PREDICTION], settings.evaluate.max_new_tokens)
+    headline = metrics.headline(details, reader)
     log.info("%s", tabulate(pd.json_normalize(headline).T, tablefmt="plain", floatfmt=".3f"))
     write_json(paths.EVALUATION_DETAILS, details)
     write_json(paths.EVALUATION, headline)
@@ -85,15 +90,11 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
 
 
 def _find_inputs(settings: Settings) -> list[Inputs]:
-    """Each panorama itself, another one in its place, and each roll. A roll that only reorders the
-    views has no features of its own."""
+    """Each panorama itself, and each roll. A roll that only reorders the views has no features of
+    its own."""
     features = open_array(paths.FEATURES / f"{settings.evaluate.split}.npy")
     indices = np.arange(len(features))
     inputs = [Inputs(PREDICTION, features, indices)]
-    if len(features) > 1:
-        inputs.append(Inputs(SWAPPED, features, swapped_panoramas(len(features))))
-    else:
-        log.warning("only one panorama: skipping the grounding gap")
     rolled = open_array(paths.FEATURES / "rolled.npy")
     sampled = resampled(settings.views, settings.evaluate.rolls)
     for degrees in settings.evaluate.rolls:
@@ -108,7 +109,7 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
 
 def _answer_all(
     model: PanoLLaVA, dialogue: Dialogue, inputs: Inputs, keys: list[Key], settings: Settings
-) -> dict[Key, str]:
+) -> dict[Key, Answer]:
     """The model's answers to all (panorama, query) in `keys`, in batches of panoramas."""
     device = next(model.parameters()).device
     queries_of: dict[int, list[str]] = {}
@@ -116,12 +117,14 @@ def _answer_all(
         queries_of.setdefault(panorama, []).append(query)
     panoramas = list(queries_of)
     size = settings.evaluate.batch_size
-    answers: dict[Key, str] = {}
+    answers: dict[Key, Answer] = {}
     with autocast(device, settings.trainer.precision):
         for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
             batch = panoramas[start : start + size]
-            features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
-            features = features.roll(inputs.shift, dims=1).to(device)
+            features = None
+            if inputs.features is not None:
+                features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
+                features = features.roll(inputs.shift, dims=1).to(device)
             queries = [queries_of[panorama] for panorama in batch]
             texts = answer(model, dialogue, features, queries, settings.evaluate.max_new_tokens)
             for panorama, answered in zip(batch, texts, strict=True):
@@ -130,12 +133,37 @@ def _answer_all(
     return answers
 
 
+def _answer_without_picture(
+    model: PanoLLaVA, dialogue: Dialogue, keys: list[Key], settings: Settings
+) -> dict[Key, Answer]:
+    """The model's answers to the queries alone: the same one for every panorama."""
+    queries = dict.fromkeys(query for _, query in keys)
+    once = [(number, query) for number, query in enumerate(queries)]
+    inputs = Inputs(NO_PICTURE, None, np.arange(len(once)))
+    answers = _answer_all(model, dialogue, inputs, once, settings)
+    of_query = {query: answer for (_, query), answer in answers.items()}
+    return {(panorama, query): of_query[query] for panorama, query in keys}
+
+
+def _count_cut(answers: Mapping[Key, Answer], limit: int) -> int:
+    """Number of answers that were cut, with a warning."""
+    if cut := sum(answer.cut for answer in answers.values()):
+        message = "%d of %d answers are cut at evaluate.max_new_tokens %d"
+        log.warning(message, cut, len(answers), limit)
+    return cut
+
+
 def _write_predictions(answers: Answers, references: References, urls: dict[int, str]) -> None:
+    """One row for each (panorama, query). `swapped` is another panorama's prediction, of the first
+    draw; empty where no other panorama was asked the query."""
+    swapped, *_ = swapped_answers(answers[PREDICTION]) or [{}]
     table = pd.DataFrame(
         {
             "panorama": panorama,
             "url": urls[panorama],
             "query": query,
+            PREDICTION: answers[PREDICTION][panorama, query],
+            "swapped": swapped.get((panorama, query), ""),
             **{name: texts[panorama, query] for name, texts in answers.items()},
             "references": json.dumps(reference, ensure_ascii=False),
         }

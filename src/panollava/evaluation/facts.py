@@ -5,7 +5,7 @@ A fact reader parses a query and an answer into facts of several kinds. The fact
 answer are the correct ones."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,12 @@ class FactReader:
     """`read` maps a query and an answer to facts. Different queries must give different facts, and
     all answers to one query the same kinds. `directions` are the words for directions in facts,
     from the front clockwise in equal steps. `directed` are the kinds of facts that name one; no
-    other fact contains these words."""
+    other fact contains these words. `headline` are the kinds whose F1 is a headline number."""
 
     read: Callable[[str, str], Facts]
     directions: tuple[str, ...]
     directed: frozenset[str]
+    headline: tuple[str, ...]
 
     def read_all(self, answers: Mapping[Key, str]) -> PanoramaFacts:
         """The union of the facts in the answers, by panorama."""
@@ -67,17 +68,22 @@ def find_reader(name: str) -> FactReader:
     return importlib.import_module(READERS[name]).READER
 
 
-def compare(predicted: PanoramaFacts, reference: PanoramaFacts) -> dict[str, dict[str, Any]]:
+def compare(
+    predicted: Sequence[PanoramaFacts], reference: PanoramaFacts
+) -> dict[str, dict[str, Any]]:
     """For each kind: micro-averaged `f1`, its 95% interval (`low`, `high`) and `facts`, the number
-    of reference facts.
+    of reference facts. Several sets of answers are pooled.
 
     If every answer states one fact, such as a count, F1 equals accuracy."""
-    both = (*predicted.values(), *reference.values())
+    kinds = {
+        kind for each in (*predicted, reference) for facts in each.values() for kind, _ in facts
+    }
 
     def f1_of(kind: str) -> dict[str, Any]:
-        return _f1_interval(_counts(predicted, reference, lambda k, _: k == kind))
+        counts = [_counts(facts, reference, lambda k, _: k == kind) for facts in predicted]
+        return {**_f1_interval(np.sum(counts, axis=0)), "facts": int(counts[0][:, 2].sum())}
 
-    return {kind: f1_of(kind) for kind in sorted({kind for facts in both for kind, _ in facts})}
+    return {kind: f1_of(kind) for kind in sorted(kinds)}
 
 
 def rotation(

@@ -1,5 +1,7 @@
 """Greedy decoding, batched: all queries of a panorama share its prefix's key-value cache."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -10,39 +12,54 @@ from panollava.data.dialogue import Dialogue
 from panollava.model.panollava import PanoLLaVA
 
 
+class Answer(NamedTuple):
+    text: str
+    cut: bool  # at `max_new_tokens`, without an end token
+
+
 @torch.inference_mode()
 def answer(
     model: PanoLLaVA,
     dialogue: Dialogue,
-    features: Tensor,
+    features: Tensor | None,
     queries: list[list[str]],
     max_new_tokens: int,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """Answer every query of every panorama.
 
-    `features`: (panoramas, views, grid, grid, features); `queries[i]` are those of panorama i.
-    The result has the same nesting."""
-    prefix = _embed_prefix(model, dialogue, features)
+    `features`: (panoramas, views, grid, grid, features), or None to ask without vision tokens;
+    `queries[i]` are those of panorama i. The result has the same nesting."""
+    prefix = _embed_prefix(model, dialogue, features, len(queries))
     prompts = [dialogue.query(text) for texts in queries for text in texts]
     longest = prefix.shape[1] + max(map(len, prompts), default=0) + max_new_tokens
     model.check_length(longest, "lower evaluate.max_new_tokens")
     sequences = _Sequences(model, len(prefix))
-    sequences.read(prefix, torch.full((len(prefix),), prefix.shape[1], device=prefix.device))
+    if prefix.shape[1]:  # a chat template may have no text before the image
+        sequences.read(prefix, torch.full((len(prefix),), prefix.shape[1], device=prefix.device))
     sequences.select([panorama for panorama, texts in enumerate(queries) for _ in texts])
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=dialogue.pad).to(prefix.device)
     lengths = torch.tensor(list(map(len, prompts)), device=prefix.device)
     last = sequences.read(model.embed(tokens), lengths)
     answers = iter(_decode(sequences, last, dialogue.ends, max_new_tokens))
-    return [[dialogue.decode(next(answers)) for _ in texts] for texts in queries]
+
+    def text_of(tokens: list[int]) -> Answer:
+        cut = len(tokens) == max_new_tokens
+        return Answer(dialogue.decode(dialogue.whole_characters(tokens) if cut else tokens), cut)
+
+    return [[text_of(next(answers)) for _ in texts] for texts in queries]
 
 
-def _embed_prefix(model: PanoLLaVA, dialogue: Dialogue, features: Tensor) -> Tensor:
+def _embed_prefix(
+    model: PanoLLaVA, dialogue: Dialogue, features: Tensor | None, panoramas: int
+) -> Tensor:
     """[text before the image][vision tokens]: (panoramas, length, hidden)."""
-    vision = model.vision_tokens(features)
-    before = torch.tensor(dialogue.text_prefix, dtype=torch.int64, device=features.device)
-    text = model.embed(before).expand(len(features), -1, -1)
-    return torch.cat([text, vision.to(text.dtype)], dim=1)
+    device = model.language_model.device
+    before = torch.tensor(dialogue.text_prefix, dtype=torch.int64, device=device)
+    text = model.embed(before).expand(panoramas, -1, -1)
+    if features is None:
+        return text
+    return torch.cat([text, model.vision_tokens(features).to(text.dtype)], dim=1)
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -92,6 +92,10 @@ class Objective(nn.Module):
             },
         }
 
+    def row_counts(self) -> dict[str, int]:
+        """Training rows whose answers are cut to `max_text_length`."""
+        return {"truncated_rows": self.readers["train"].truncated}
+
     def blank(self, panoramas: list[list[Row]]) -> TextBatch:
         """A part with the rows of `panoramas` and uninitialized views or features."""
         dtype = torch.float32 if self.reads_features else torch.uint8

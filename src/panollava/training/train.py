@@ -195,7 +195,7 @@ def _publish(
     folder.mkdir(parents=True)
     for file in checkpoints.files(module.best):
         shutil.copyfile(file, folder / file.name)
-    metrics = _load_best(module, checkpoints)
+    metrics = {**_load_best(module, checkpoints), **module.objective.row_counts()}
     track(module.step, metrics)
     write_json(paths.metrics_file(stage.name), metrics)
     final = paths.weights_file(stage.name)

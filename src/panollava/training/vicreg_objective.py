@@ -52,6 +52,9 @@ class Objective(nn.Module):
         """What a step depends on besides parameters, files and weights."""
         return {"encoder": self.model.encoder.describe()}
 
+    def row_counts(self) -> dict[str, int]:
+        return {}
+
     def blank(self, panoramas: list[list[Row]]) -> Tensor:
         """A part with uninitialized views of as many panoramas."""
         return torch.empty((len(panoramas), *self.view_shape), dtype=torch.uint8)
