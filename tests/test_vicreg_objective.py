@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_views_without_overlap_need_0_epochs_of_the_vision_stage(settings: Setti
 
 @pytest.mark.parametrize("kind", ["vicreg", "infonce"])
 def test_mirrored_views_have_the_same_loss_and_accuracy(settings: Settings, kind: str) -> None:
-    objective = Objective(STAGES["vision"], change(settings, stage__vision__objective=kind))
+    objective: Any = Objective(STAGES["vision"], change(settings, stage__vision__objective=kind))
     objective.model = Patches()
     torch.manual_seed(0)
     views = torch.randint(256, (2, *objective.view_shape), dtype=torch.uint8)

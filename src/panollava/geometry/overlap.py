@@ -29,8 +29,8 @@ class Correspondences(NamedTuple):
     counts: tuple[int, int]  # matches of each direction
 
     def to(self, device: torch.device) -> "Correspondences":
-        *tensors, counts = self
-        return Correspondences(*(tensor.to(device) for tensor in tensors), counts)
+        fields = self._asdict().items()
+        return self._replace(**{k: v.to(device) for k, v in fields if isinstance(v, Tensor)})
 
 
 def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondences:
@@ -57,8 +57,11 @@ def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondence
     source, target = torch.tensor(ordered).unbind(dim=1)
     mask = np.stack([mask for _, mask in pairs])
     weights = np.stack([_bilinear_weights(*pair) for pair in pairs]).astype(np.float32)
-    arrays = map(torch.from_numpy, (weights, mask, np.flatnonzero(mask)))
-    return Correspondences(source, target, *arrays, (int(forward), int(backward)))
+    matches = torch.from_numpy(np.flatnonzero(mask))
+    counts = int(forward), int(backward)
+    return Correspondences(
+        source, target, torch.from_numpy(weights), torch.from_numpy(mask), matches, counts
+    )
 
 
 def _bilinear_weights(position: Array, mask: NDArray[np.bool_]) -> Array:

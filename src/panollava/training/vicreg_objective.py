@@ -94,7 +94,7 @@ class Objective(nn.Module):
         matched = [self._matched(part) for part in parts]
         x, y = (torch.cat(side) for side in zip(*matched, strict=True))
         retrieved = [
-            torch.stack([losses.top1_retrieval(*groups) for groups in self._groups(*pair)]).mean(0)
+            torch.stack([losses.top1_retrieval(*group) for group in self._groups(*pair)]).mean(0)
             for pair in matched
         ]
         count = sum(len(part) for part in parts)
@@ -110,13 +110,9 @@ class Objective(nn.Module):
     def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         settings = self.stage_settings
         if settings.objective == "infonce":
-            results = [
-                losses.infonce(*groups, settings.temperature) for groups in self._groups(x, y)
-            ]
-            return {
-                name: torch.stack([result[name] for result in results]).mean()
-                for name in results[0]
-            }
+            results = [losses.infonce(*group, settings.temperature) for group in self._groups(x, y)]
+            names = results[0]
+            return {name: torch.stack([each[name] for each in results]).mean() for name in names}
         return losses.vicreg(x, y, settings.invariance, settings.variance, settings.covariance)
 
     def _groups(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
