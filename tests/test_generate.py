@@ -81,4 +81,3 @@ def test_answers_are_decided_in_float32_also_under_autocast(towers: Path) -> Non
         answer(model, dialogue, features, [["what", "where"], ["what"]], max_new_tokens=5)
     assert [len(tokens) for tokens in answers] == [5, 5, 5]
     assert all(token % 2 for tokens in answers for token in tokens)
-

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from panollava.errors import UserError
 from panollava.geometry.sphere import Array, angles_from_rays, cell_centers
@@ -29,8 +30,7 @@ class Correspondences(NamedTuple):
     counts: tuple[int, int]  # matches of each direction
 
     def to(self, device: torch.device) -> "Correspondences":
-        fields = self._asdict().items()
-        return self._replace(**{k: v.to(device) for k, v in fields if isinstance(v, Tensor)})
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), self)
 
 
 def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondences:
