@@ -42,7 +42,7 @@ def build(layout: views.Layout = LAYOUT, device: torch.device | None = None) -> 
     with device or torch.device("cpu"):
         tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
         language = Qwen2ForCausalLM(language_config())
-    encoder = Encoder(tower, [0.5] * 3, [0.5] * 3)
+    encoder = Encoder(tower, -1, [0.5] * 3, [0.5] * 3)
     rays = views.token_rays(layout, token_centers(encoder, SIZE, POOL))
     directions = torch.from_numpy(sphere.encode_direction(rays, 4))
     resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import change, run_stage, save_language_model, save_tokenizer
+from helpers import change, pair_head_rows, run_stage, save_language_model, save_tokenizer
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import StepDataset, TextBatch, TextReader, read_prepared_rows, turns
@@ -17,6 +19,7 @@ from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.geometry.views import Sampler, layout
 from panollava.model.panollava import build_model
+from panollava.model.precision import autocast
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
 from panollava.training.features import write_features
@@ -156,3 +159,34 @@ def test_panoramas_turn_only_where_that_is_exact(
         reader_of(change(settings, **views), stage, True)
     assert len(str(error.value).split()) <= 30
     Objective(STAGES[stage], change(settings, **views))
+
+
+def test_validation_compares_float32_logits_also_under_autocast(settings: Settings) -> None:
+    """Of two rows of the head that are equal in bf16, the second one wins in float32."""
+    objective = Objective(STAGES["resampler"], settings)
+    model = objective.model.eval().requires_grad_(False)
+    pair_head_rows(model.language_model)
+    dialogue = objective.dialogue
+    rows = [dialogue.row("what", "the red box is left."), dialogue.row("where", "behind.")]
+    views = torch.randint(256, (2, *objective.vision_shape), dtype=torch.uint8)
+    part = objective.blank([[row] for row in rows])._replace(vision=views)
+    with autocast(torch.device("cpu"), "bf16-mixed"):
+        predicted = exact_logits(objective, part).argmax(dim=-1)
+        assert predicted.remainder(2).all(), "the second row of each pair"
+        part = part._replace(packed=part.packed._replace(labels=predicted))
+        values, count = objective.validate([part])
+        logits = exact_logits(objective, part)
+    assert values["accuracy"] == count == len(predicted)
+    expected = functional.cross_entropy(logits, predicted, reduction="sum")
+    assert float(values["loss"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def exact_logits(objective: Objective, part: TextBatch) -> Tensor:
+    """From the hidden states of autocast, by the head in double precision."""
+    states: list[Tensor] = []
+    model = objective.model
+    head: Any = model.language_model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    model.loss_sum(model.features(part.vision), part.packed, objective.text_prefix)
+    handle.remove()
+    return (states[0].double() @ head.weight.double().T).float()

@@ -81,6 +81,7 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         ("size: 64", "size: big", "views.size: expected an integer, found 'big'"),
         ("size: 64", "size: 0", "views.size: expected at least 1, found 0"),
         ("overlap: 0.5", "overlap: 1", "views.overlap: expected less than 1, found 1"),
+        ("layer: null", "layer: 0", "model.encoder.layer: expected less than 0, found 0"),
         ("pool: 2", "pool: 0", "model.resampler.pool: expected at least 1, found 0"),
         ("epochs: 1", "epochs: -1", "stage.vision.epochs: expected at least 0, found -1"),
         ("batch_size: 8", "batch_size: 0", "stage.vision.batch_size: expected at least 1, found 0"),

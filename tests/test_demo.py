@@ -18,7 +18,7 @@ from dvc.repo import Repo
 from transformers import AutoTokenizer
 
 from helpers import ROOT
-from panollava.config import Pretrained
+from panollava.config import Pretrained, PretrainedEncoder
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
 from panollava.demo.context import token_words
@@ -36,6 +36,7 @@ from panollava.model.language_model import load_language_model
 
 DEMO = ROOT / "data/demo"
 TOWERS = DEMO / "towers"
+ENCODER = PretrainedEncoder(str(TOWERS / "encoder"), None, False, None)
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def change(settings: Any, **changes: Any) -> Any:
 def test_the_towers_are_small_and_load_like_other_pretrained_models() -> None:
     files = [path for path in TOWERS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8_000_000
-    encoder = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size)
+    encoder = load_encoder(ENCODER, VIEWS.size)
     views = torch.zeros((1, 8, VIEWS.size, VIEWS.size, 3), dtype=torch.uint8)
     assert encoder(views).shape == (1, 8, 8, 8, 128)
 
@@ -218,7 +219,7 @@ def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
 
 
 def test_the_encoder_represents_color_and_shape(settings: DemoSettings) -> None:
-    tower = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size).tower
+    tower = load_encoder(ENCODER, VIEWS.size).tower
     measured = probe(tower.eval(), settings)
     report = json.loads((TOWERS / "encoder/report.json").read_text())
     for name in ("probe_color", "probe_shape"):

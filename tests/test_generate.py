@@ -1,15 +1,18 @@
 """Batched greedy decoding gives the answers of transformers' `generate`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, pair_head_rows, random_views, settings_for
 from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES
 from panollava.model import generate
 from panollava.model.generate import _PreallocatedLayer, answer
 from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.precision import autocast, cast_frozen_linears
 
 
 @pytest.fixture
@@ -126,3 +129,21 @@ def test_an_answer_that_is_cut_does_not_end_in_half_a_character(
     assert answer(model, dialogue, features, [["a", "b"]], max_new_tokens=5) == [
         [("빨", True), ("\N{REPLACEMENT CHARACTER}", False)]
     ]
+
+
+def test_answers_are_decided_in_float32_also_under_autocast(towers: Path) -> None:
+    """Of two rows of the head that are equal in bf16, the second one wins in float32."""
+    settings = settings_for(towers)
+    model, tokenizer = build_model(settings.model, settings.views)
+    model.eval().requires_grad_(False)
+    pair_head_rows(model.language_model)
+    cast_frozen_linears(model, "bf16-mixed")
+    dialogue = Dialogue(tokenizer)
+    answers: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch, autocast(torch.device("cpu"), "bf16-mixed"):
+        patch.setattr(dialogue, "decode", lambda tokens: answers.append(tokens))
+        patch.setattr(dialogue, "ends", frozenset())
+        features = model.features(random_views(2))
+        answer(model, dialogue, features, [["what", "where"], ["what"]], max_new_tokens=5)
+    assert [len(tokens) for tokens in answers] == [5, 5, 5]
+    assert all(token % 2 for tokens in answers for token in tokens)

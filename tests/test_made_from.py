@@ -110,6 +110,15 @@ def test_features_of_other_weights_or_settings_are_an_error(
         check_features(settings, encoder)
 
 
+def test_features_of_another_layer_are_an_error(
+    settings: Settings, encoder: torch.nn.Module
+) -> None:
+    other = replace(settings.model.encoder, layer=-2)
+    shallow = load_encoder(other, settings.views.size)
+    with pytest.raises(UserError, match=r"model\.encoder\.layer -1, now -2; run: dvc repro feat"):
+        check_features(settings, shallow)
+
+
 def test_features_of_other_views_are_an_error(
     settings: Settings, encoder: torch.nn.Module, small_data: Path
 ) -> None:

@@ -16,6 +16,7 @@ from panollava.geometry.sphere import cell_centers
 from panollava.geometry.views import Sampler, layout, token_rays
 from panollava.model.encoder import token_centers
 from panollava.model.resampler import pool_tokens
+from panollava.training.losses import vicreg
 
 
 def settings(**values: Any) -> config.Views:
@@ -94,15 +95,62 @@ def test_token_directions_are_right_if_tokens_do_not_fill_a_view(
 
 def test_every_pair_around_the_horizon_has_the_same_matches() -> None:
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
+    forward = [*((i, i + 1) for i in range(7)), (7, 0)]
+    backward = [(j, i) for i, j in forward]
     assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [
-        *((i, i + 1) for i in range(7)),
-        (7, 0),
+        *forward,
+        *backward,
     ]
     # Half of a view's width, except tokens above, below, and within half a token of an edge.
-    assert pairs.mask.sum(dim=(1, 2)).tolist() == [pairs.mask[0].sum()] * 8
+    assert pairs.mask.sum(dim=(1, 2)).tolist() == [pairs.mask[0].sum()] * 16
     assert 40 < pairs.mask[0].sum() < 98
-    assert (pairs.mask == pairs.mask[0]).all()
-    assert torch.allclose(pairs.weights, pairs.weights[:1], atol=1e-6)
+    assert list(pairs.counts) == [8 * int(pairs.mask[0].sum())] * 2
+    for direction in (slice(8), slice(8, 16)):
+        mask, weights = pairs.mask[direction], pairs.weights[direction]
+        assert (mask == mask[0]).all()
+        assert torch.allclose(weights, weights[:1], atol=1e-6)
+    assert torch.equal(
+        pairs.mask[8], pairs.mask[0].flip(1)
+    )  # what is right is left on the way back
+
+
+RINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "e2p": ({}, "exact"),
+    "e2p, naive": ({}, "naive"),
+    "e2p, looking up": ({"pitch": 30.0}, "exact"),
+    "cubemap": ({"strategy": "cubemap", "fov": 120.0}, "exact"),
+    "sliding_window": ({"strategy": "sliding_window"}, "exact"),
+}
+
+
+@pytest.mark.parametrize("ring", RINGS.keys() - {"cubemap"})  # whose faces are in no order
+def test_mirrored_panoramas_have_the_same_loss(ring: str) -> None:
+    """Their views are in the opposite order, and each is mirrored."""
+    values, mode = RINGS[ring]
+    pairs = correspondences(layout(settings(**values)), cell_centers(14), mode)
+    torch.manual_seed(0)
+    grids = torch.randn(2, 8, 14, 14, 5)
+    mirrored = grids[:, -torch.arange(8)].flip(3)
+    losses = [vicreg(*matched_tokens(g, pairs), 25, 25, 1)["loss"] for g in (grids, mirrored)]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_both_sides_have_the_same_variance(ring: str) -> None:
+    """Values between tokens vary less than tokens: each side has as many of them."""
+    values, mode = RINGS[ring]
+    views_layout = layout(settings(**values))
+    torch.manual_seed(0)
+    grids = torch.randn(32, len(views_layout.projections), 14, 14, 4)
+    x, y = matched_tokens(grids, correspondences(views_layout, cell_centers(14), mode))
+    assert float(x.var()) == pytest.approx(float(y.var()), rel=0.02)
+
+
+def test_two_views_are_neighbors_once_and_compared_in_both_directions() -> None:
+    strips = settings(strategy="sliding_window", fov=240.0, overlap=0.25)
+    assert layout(strips).neighbors == ((0, 1),)
+    pairs = correspondences(layout(strips), cell_centers(12), "exact")
+    assert list(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
 
 def test_the_last_and_the_first_view_match_across_the_seam() -> None:
@@ -110,11 +158,11 @@ def test_the_last_and_the_first_view_match_across_the_seam() -> None:
     torch.manual_seed(0)
     grids = torch.randn(1, 8, 14, 14, 5)
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
-    source, read = (x.view(8, -1, 5) for x in matched_tokens(grids, pairs))
+    sides = [side.view(2, 8, -1, 5) for side in matched_tokens(grids, pairs)]
     for shift in range(1, 8):
         rolled = matched_tokens(grids.roll(shift, dims=1), pairs)
-        for x, again in zip((source, read), rolled, strict=True):
-            assert torch.allclose(x.roll(shift, dims=0), again.view(8, -1, 5), atol=1e-5)
+        for side, again in zip(sides, rolled, strict=True):
+            assert torch.allclose(side.roll(shift, dims=1), again.view(2, 8, -1, 5), atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [14, 16])
@@ -129,25 +177,29 @@ def test_naive_pairs_are_6_degrees_apart_on_average(grid: int) -> None:
 
 @pytest.mark.parametrize("grid", [14, 7])
 def test_naive_pairs_right_columns_with_left_ones_index_by_index(grid: int) -> None:
+    """In both directions."""
     grids = torch.randn(2, 8, grid, grid, 3)
-    source, read = matched_tokens(
+    first, second = matched_tokens(
         grids, correspondences(layout(settings()), cell_centers(grid), "naive")
     )
     half = grid // 2
-    assert torch.equal(source, grids[:, :, :, grid - half :].flatten(0, 3))
-    assert torch.allclose(read, grids.roll(-1, dims=1)[:, :, :, :half].flatten(0, 3), atol=1e-5)
+    right = grids[:, :, :, grid - half :].flatten(1, 3)
+    left = grids.roll(-1, dims=1)[:, :, :, :half].flatten(1, 3)
+    assert torch.allclose(first, torch.cat([right, right], dim=1).flatten(0, 1), atol=1e-5)
+    assert torch.allclose(second, torch.cat([left, left], dim=1).flatten(0, 1), atol=1e-5)
 
 
 def test_exactly_the_tokens_with_four_neighbors_in_the_target_are_matched() -> None:
     """Each target value is a bilinear average of tokens, without padding."""
     views_layout, centers = layout(settings()), cell_centers(14)
     pairs = correspondences(views_layout, centers, "exact")
-    _, read = matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs)
-    assert torch.allclose(read, torch.ones_like(read))
+    for side in matched_tokens(torch.ones(1, 8, 14, 14, 1), pairs):
+        assert torch.allclose(side, torch.ones_like(side))
     assert (pairs.weights > 0).sum(dim=-1).max() <= 4
     assert not pairs.weights[~pairs.mask.flatten(1)].any()
     # No other token has four neighbors: the target's projection gives the same mask.
-    for pair, (source, target) in enumerate(views_layout.neighbors):
+    neighbors = views_layout.neighbors
+    for pair, (source, target) in enumerate([*neighbors, *((j, i) for i, j in neighbors)]):
         position, _ = views_layout.projections[target].position(
             views_layout.projections[source].rays(centers, centers)
         )
@@ -193,10 +245,10 @@ def test_half_precision_features_are_read_at_exact_positions(dtype: torch.dtype)
     """Features that are exact in half precision: small integers that grow with the column."""
     grids = (torch.arange(14) % 14).view(1, 1, 1, 14, 1).expand(1, 8, 14, 14, 1).to(dtype)
     pairs = correspondences(layout(settings()), cell_centers(14), "exact")
-    _, read = matched_tokens(grids, pairs)
-    assert read.dtype == dtype
-    exact = matched_tokens(grids.double(), pairs)[1]
-    assert torch.equal(read, exact.to(dtype))
+    exact = matched_tokens(grids.double(), pairs)
+    for read, expected in zip(matched_tokens(grids, pairs), exact, strict=True):
+        assert read.dtype == dtype
+        assert torch.equal(read, expected.to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from helpers import ROWS, packed_loss, random_views, settings_for
 from panollava.data.dialogue import Dialogue
@@ -39,5 +41,16 @@ def test_frozen_linears_cast_to_bf16_compute_what_autocast_does(towers: Path) ->
     assert all(torch.equal(grads[name], cast_grads[name]) for name in grads)
     assert bf16() and all(name.startswith("language_model.") for name in bf16())
     assert not any("embed" in name or "norm" in name for name in bf16())
-    # The head is tied to the embeddings.
-    assert model.language_model.get_input_embeddings().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_stays_in_float32(tied: bool) -> None:
+    config = Qwen2Config(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    language_model = Qwen2ForCausalLM(config)
+    cast_frozen_linears(nn.ModuleDict({"language_model": language_model}), "bf16-mixed")
+    halved = {n for n, p in language_model.named_parameters() if p.dtype == torch.bfloat16}
+    assert any("mlp" in name for name in halved)
+    assert language_model.lm_head.weight.dtype == torch.float32

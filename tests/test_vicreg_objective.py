@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +71,44 @@ def test_views_without_overlap_need_0_epochs_of_the_vision_stage(settings: Setti
         run_stage("vision", settings)
     run_stage("vision", change(settings, stage__vision__epochs=0))
     run_stage("resampler", settings)
+
+
+@pytest.mark.parametrize("kind", ["vicreg", "infonce"])
+def test_mirrored_views_have_the_same_loss_and_accuracy(settings: Settings, kind: str) -> None:
+    objective: Any = Objective(STAGES["vision"], change(settings, stage__vision__objective=kind))
+    objective.model = Patches()
+    torch.manual_seed(0)
+    views = torch.randint(256, (2, *objective.view_shape), dtype=torch.uint8)
+    results = []
+    for each in (views, views[:, -torch.arange(8)].flip(3)):
+        values, count = objective.validate([each[:1], each[1:]])
+        results.append((float(values["loss"]), float(values["accuracy"]), count))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+class Patches(torch.nn.Module):
+    """An encoder whose features are the mean colors of patches: of no direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = self
+
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        batch, count, size = views.shape[:3]
+        patches = views.view(batch, count, size // 8, 8, size // 8, 8, 3).float()
+        return patches.mean(dim=(3, 5)) / 16
+
+
+def test_samples_are_compared_with_those_of_their_panorama_and_direction(
+    settings: Settings,
+) -> None:
+    """Each view of a repeated panorama, seen as it is by its neighbors, is retrieved: what the
+    other direction reads between the same tokens is no competitor."""
+    objective = Objective(STAGES["vision"], change(settings, stage__vision__objective="infonce"))
+    forward, backward = objective.pairs.counts
+    samples = torch.randn(2, forward + backward, 32)
+    samples[:, forward:] = samples[:, : min(forward, backward)]  # the same in both directions
+    flat = samples.flatten(0, 1)
+    assert objective._losses(flat, flat)["retrieval_accuracy"] == 1
+    shifted = samples.roll(1, dims=0).flatten(0, 1)
+    assert objective._losses(flat, shifted)["retrieval_accuracy"] < 0.2

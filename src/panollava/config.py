@@ -51,6 +51,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 ShareAbove0 = Annotated[float, Field(strict=True, gt=0, le=1)]
 ShareBelow1 = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Degrees = Annotated[float, Field(strict=True, ge=-360, le=360)]
+Negative = Annotated[int, Field(strict=True, lt=0)]
 Pitch = Annotated[float, Field(strict=True, ge=-90, le=90)]  # degrees, up positive
 Fov = Annotated[float, Field(strict=True, gt=0, le=360)]  # degrees
 Prompt = Annotated[str, BeforeValidator(_one_query)]
@@ -86,6 +87,11 @@ class Pretrained(Section):
 
 
 @dataclass(frozen=True)
+class PretrainedEncoder(Pretrained):
+    layer: Negative | None  # whose output is read, -1: the last; null: the last pretrained one
+
+
+@dataclass(frozen=True)
 class Resampler(Section):
     type: Literal["mlp"]
     width: Count  # features of its hidden layer
@@ -97,7 +103,7 @@ class Resampler(Section):
 @dataclass(frozen=True)
 class Model(Section):
     towers: str  # folder of local towers, which the stages depend on
-    encoder: Pretrained
+    encoder: PretrainedEncoder
     language_model: Pretrained
     prompt: Prompt  # text around a query, inside the chat template
     resampler: Resampler

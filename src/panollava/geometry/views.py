@@ -24,7 +24,7 @@ from panollava.geometry.sphere import Array, cell_centers
 
 @dataclass(frozen=True)
 class Layout:
-    """Views in order, and the index pairs of neighboring views."""
+    """Views in order, and the index pairs of neighboring views, each pair once."""
 
     projections: tuple[Projection, ...]
     neighbors: tuple[tuple[int, int], ...]
@@ -100,7 +100,8 @@ def _ring(settings: config.Views) -> list[float]:
 
 def _ring_pairs(count: int) -> tuple[tuple[int, int], ...]:
     """Each view and the next one, the last and the first included."""
-    return tuple((i, (i + 1) % count) for i in range(count)) if count > 1 else ()
+    pairs = count if count > 2 else count - 1  # of two views, each is next to the other only once
+    return tuple((i, (i + 1) % count) for i in range(pairs))
 
 
 def forms_ring(settings: config.Views) -> bool:

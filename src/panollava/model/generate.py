@@ -130,12 +130,11 @@ def _decode(
     """Tokens of each answer, without the one that ends it. `last`: hidden states of the prompts'
     last tokens."""
     model = sequences.model
-    head = model.language_model.get_output_embeddings()
     answers: list[list[int]] = [[] for _ in range(len(last))]
     finished: set[int] = set()
     batch = list(range(len(answers)))  # of each row, the index of its answer
     for step in range(max_new_tokens):
-        tokens = head(last).argmax(dim=-1)
+        tokens = model.logits(last).argmax(dim=-1)
         for index, token in zip(batch, tokens.tolist(), strict=True):
             if token in ends:
                 finished.add(index)

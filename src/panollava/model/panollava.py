@@ -86,29 +86,40 @@ class PanoLLaVA(nn.Module):
             )
 
     def loss_sum(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
-        """Cross-entropy, summed over the answer tokens."""
-        logits = self.answer_logits(features, packed, text_prefix)
+        """Cross-entropy, summed over the answer tokens. Training compares no logits, so autocast
+        applies to the head too: at the real size, it is one of the largest products of a step."""
+        hidden = self._answer_states(features, packed, text_prefix)
+        logits = self._scale(self.language_model.get_output_embeddings()(hidden).float())
         return functional.cross_entropy(logits, packed.labels, reduction="sum")
 
     def answer_logits(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
         """Logits at the answer tokens only: float32 (answer tokens, vocabulary).
 
         `text_prefix`: number of text tokens before the image."""
+        return self.logits(self._answer_states(features, packed, text_prefix))
+
+    def _answer_states(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
         vision = self.vision_tokens(features)
         text = self.embed(packed.tokens)
         rows = text[:, text_prefix + vision.shape[1] :]
         embedded = torch.cat([text[:, :text_prefix], vision.to(text.dtype), rows], dim=1)
-        return self.packed_logits(embedded, packed)
+        return self.packed_states(embedded, packed)
 
-    def packed_logits(self, embedded: Tensor, packed: Packed) -> Tensor:
-        """`answer_logits` of embedded sequences, (batch, length, hidden)."""
+    def packed_states(self, embedded: Tensor, packed: Packed) -> Tensor:
+        """Hidden states that predict the answer tokens, (answer tokens, hidden), of embedded
+        sequences, (batch, length, hidden)."""
         mask = attention_mask(packed.segments)
         hidden = self.hidden_states(embedded, mask, packed.positions)
-        return self.logits(hidden.flatten(0, 1)[packed.predicts])
+        return hidden.flatten(0, 1)[packed.predicts]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> float32 (..., vocabulary), scaled as the language model does."""
-        logits = self.language_model.get_output_embeddings()(hidden).float()
+        """(..., hidden) -> (..., vocabulary), computed in float32 also under autocast, for logits
+        that are compared: in bf16, several are often equal to the largest."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._scale(self.language_model.get_output_embeddings()(hidden.float()))
+
+    def _scale(self, logits: Tensor) -> Tensor:
+        """As the language model scales the logits of its head."""
         config = self.language_model.config.get_text_config()
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / divisor
@@ -168,7 +179,7 @@ def _check_packed_rows(model: PanoLLaVA, path: str) -> None:
     name = f"model.language_model.path: {path}, a '{model.language_model.config.model_type}' model,"
     remedy = "use another, such as Qwen/Qwen2.5-0.5B-Instruct"
     try:
-        packed_logits = model.packed_logits(model.embed(packed.tokens), packed)
+        packed_logits = model.logits(model.packed_states(model.embed(packed.tokens), packed))
         logits = model.language_model(input_ids=sequences, use_cache=False).logits
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} cannot process packed rows: {error}; {remedy}") from error

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -14,12 +15,14 @@ def cast_frozen_linears(model: nn.Module, precision: str, keep: tuple[str, ...] 
     `keep` names: those that are trained or saved.
 
     Autocast computes these layers in bf16 anyway. The results are the same, with half the memory
-    and without a cast in each pass. Embeddings, and a head that shares their weights, stay in
-    float32, because autocast does not round them."""
+    and without a cast in each pass. Embeddings stay in float32, because autocast does not round
+    them, and so does a language model's head: logits are compared in float32."""
     if not precision.startswith("bf16"):
         return
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    kept |= {id(m.get_output_embeddings().weight) for m in models if m.get_output_embeddings()}
     for name, part in model.named_children():
         for layer in () if name in keep else part.modules():
-            if type(layer) is nn.Linear and id(layer.weight) not in embeddings:
+            if type(layer) is nn.Linear and id(layer.weight) not in kept:
                 layer.to(torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import hub
 
 from panollava.config import Pretrained
@@ -42,6 +43,16 @@ def hub_commit(pretrained: Pretrained) -> str | None:
     source = {"revision": pretrained.revision or "main", "local_files_only": True}
     file = hub.cached_file(pretrained.path, "config.json", **source)
     return hub.extract_commit_hash(file, None)
+
+
+def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of transformer layers in `model`, one for most towers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [
+        stack
+        for stack in lists
+        if len(stack) and all(isinstance(layer, GradientCheckpointingLayer) for layer in stack)
+    ]
 
 
 def describe_config(model: nn.Module) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def check_features(settings: config.Settings, encoder: "nn.Module") -> None:
 
 def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[str, Any]:
     return {
+        "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         "model.resampler.pool": settings.model.resampler.pool,
         "model.features": settings.model.features,

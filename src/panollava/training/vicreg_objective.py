@@ -1,6 +1,6 @@
 """Stage objective: VICReg, or InfoNCE, between what adjacent views see of the same directions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,7 +97,10 @@ class Objective(nn.Module):
         the number of panoramas."""
         matched = [self._matched(part) for part in parts]
         x, y = (torch.cat(side) for side in zip(*matched, strict=True))
-        retrieved = [losses.top1_retrieval(*map(self._by_panorama, pair)) for pair in matched]
+        retrieved = [
+            torch.stack([losses.top1_retrieval(*group) for group in self._groups(*pair)]).mean(0)
+            for pair in matched
+        ]
         count = sum(len(part) for part in parts)
         loss = self._losses(x, y)["loss"] * count
         return {"loss": loss, "accuracy": torch.cat(retrieved).sum()}, count
@@ -111,13 +114,17 @@ class Objective(nn.Module):
     def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         settings = self.stage_settings
         if settings.objective == "infonce":
-            # Per panorama: over a step, memory would grow with the square of its panoramas.
-            x, y = self._by_panorama(x), self._by_panorama(y)
-            return losses.infonce(x, y, settings.temperature)
+            results = [losses.infonce(*group, settings.temperature) for group in self._groups(x, y)]
+            names = results[0]
+            return {name: torch.stack([each[name] for each in results]).mean() for name in names}
         return losses.vicreg(x, y, settings.invariance, settings.variance, settings.covariance)
 
-    def _by_panorama(self, x: Tensor) -> Tensor:
-        return x.view(-1, len(self.pairs.matches), x.shape[-1])
+    def _groups(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples that are compared with each other, (panoramas, matches, features): those of a
+        panorama, because over a step memory would grow with the square of its panoramas, and of one
+        direction, because the other reads between the same tokens."""
+        sides = (z.view(-1, len(self.pairs.matches), z.shape[-1]) for z in (x, y))
+        return zip(*(side.split(self.pairs.counts, dim=1) for side in sides), strict=True)
 
 
 def _expander(features: int, width: int) -> nn.Module:
