@@ -69,7 +69,7 @@ def test_batched_answers_equal_those_of_generate_query_by_query(
 
     tokens = {token for rows in endless for row in rows for token in row}
     *_, one, other = sorted(tokens, key=lambda token: (len(lengths(token)), token))
-    assert min(len(lengths(one)), len(lengths(other))) > 4, "answers of many lengths"
+    assert min(len(lengths(one)), len(lengths(other))) > 3, "answers of many lengths"
 
     def tokens_of(queries: list[list[str]]) -> list[list[str]]:
         answers = answer(model, dialogue, features, queries, max_new_tokens=20)
