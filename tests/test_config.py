@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,7 +25,9 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("profile", ["params.yaml", "presets/quic360.yaml"])
+@pytest.mark.parametrize(
+    "profile", ["params.yaml", "presets/quic360.yaml", "presets/quic360-recommended.yaml"]
+)
 def test_the_committed_profiles_are_valid(profile: str) -> None:
     assert load_settings(ROOT / profile).seed == 0
 
@@ -36,6 +39,30 @@ def test_the_real_profile_has_the_documented_values() -> None:
         for s in (stage.vision, stage.resampler, stage.finetune)
     ]
     assert table == [(3, 32, 5e-6, 32), (5, 16, 2e-5, 64), (10, 8, 1e-5, 128)]
+
+
+def test_the_recommended_profile_differs_where_its_comments_say() -> None:
+    def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+        nested = [
+            leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+            for k, v in tree.items()
+        ]
+        return {key: value for each in nested for key, value in each.items()}
+
+    first, ours = (
+        leaves(asdict(load_settings(ROOT / f"presets/{name}.yaml")))
+        for name in ("quic360", "quic360-recommended")
+    )
+    assert {key: value for key, value in ours.items() if first[key] != value} == {
+        "model.language_model.path": "Qwen/Qwen2.5-0.5B-Instruct",
+        "model.prompt": "Describe this 360-degree panorama in one sentence. Topic: {query}",
+        "stage.vision.lr": 1e-5,
+        "stage.resampler.batch_size": 48,
+        "stage.resampler.lr": 1e-3,
+        "stage.resampler.max_text_length": 128,
+        "stage.finetune.batch_size": 48,
+        "stage.finetune.lr": 2e-4,
+    }
 
 
 def test_the_profiles_roll_panoramas_so_that_views_show_new_pixels() -> None:
