@@ -15,21 +15,43 @@ import numpy as np
 import pytest
 import torch
 from dvc.repo import Repo
+from torch.nn import functional
 from transformers import AutoTokenizer
 
 from helpers import ROOT
 from panollava.config import Pretrained
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
-from panollava.demo.context import token_words
+from panollava.demo import language_model
+from panollava.demo.context import context_tokens, token_words
 from panollava.demo.dataset import make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
-from panollava.demo.language_model import accuracy, make_tokenizer, with_context
+from panollava.demo.language_model import (
+    accuracy,
+    make_language_model,
+    make_tokenizer,
+    with_context,
+)
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows
 from panollava.demo.render import render
-from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, roll_scene
-from panollava.demo.settings import MAX_PER_OBJECT, STREAMS, DemoSettings, load_demo_settings
+from panollava.demo.scenes import (
+    COLORS,
+    DIRECTIONS,
+    EYE,
+    Object,
+    Scene,
+    make_scene,
+    offset,
+    roll_scene,
+)
+from panollava.demo.settings import (
+    MAX_PER_OBJECT,
+    STREAMS,
+    DemoSettings,
+    Lesson,
+    load_demo_settings,
+)
 from panollava.errors import UserError
 from panollava.model.encoder import load_encoder
 from panollava.model.language_model import load_language_model
@@ -119,6 +141,21 @@ def test_every_answer_states_exactly_the_facts_of_its_scene() -> None:
                     assert facts["color_by_direction"] == {f[:2] for f in facts[kind]}
 
 
+def test_only_the_first_thing_that_an_answer_about_one_thing_names_counts() -> None:
+    text = "in front there is a red ball and a blue box."
+    assert read_facts(QUERIES["front"], text)["color_by_direction"] == {("front", "red")}
+    text = "the largest is the red ball behind, or the blue box on the left."
+    assert read_facts(QUERIES["largest"], text)["largest"] == {("red", "ball", "behind")}
+
+
+def test_articles_fit_their_nouns() -> None:
+    scenes = [make_scene(1, index) for index in range(20)]
+    texts = [text for scene in scenes for _, text in rows(scene, 1, choice=0)]
+    articles = {match for text in texts for match in re.findall(r"\b(an?) (\w)", text)}
+    assert {article for article, letter in articles if letter in "aeiou"} == {"an"}
+    assert {article for article, letter in articles if letter not in "aeiou"} == {"a"}
+
+
 def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None:
     between = 0
     for index in range(40):
@@ -135,10 +172,10 @@ def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None
                 between += 1
                 assert item.direction is None
                 assert QUERIES["around"] not in queries
-            for direction, offset in zip(DIRECTIONS, offsets, strict=True):
-                if 30 < offset < 60:
+            for direction, angle in zip(DIRECTIONS, offsets, strict=True):
+                if 30 < angle < 60:
                     assert QUERIES[direction] not in queries
-                elif offset <= 30 and QUERIES[direction] in queries:
+                elif angle <= 30 and QUERIES[direction] in queries:
                     assert item.direction == direction
         assert {QUERIES[topic] for topic in ("scene", "colors", "count")} <= queries
     assert between > 10
@@ -254,6 +291,76 @@ def test_the_context_holds_all_objects_of_a_scene(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"language_model\.lessons: .* at least 1 item"):
         load_demo_settings(path)
+
+
+def test_a_context_token_is_the_sum_of_its_words_and_noise() -> None:
+    language, tokenizer = load_language_model(
+        Pretrained(str(TOWERS / "language_model"), None, False)
+    )
+    model, dialogue = with_context(language), Dialogue(tokenizer, 128)
+    scenes = [make_scene(1, index) for index in range(2)]
+
+    def made(noise: float) -> torch.Tensor:
+        random = np.random.default_rng(0)
+        with torch.no_grad():
+            return context_tokens(model, dialogue, scenes, noise, 8, random)
+
+    random, tokens = np.random.default_rng(0), made(noise=0)
+    for scene, context in zip(scenes, tokens, strict=True):
+        listed = token_words(scene, 8, random)
+        assert listed != sorted(listed)
+        for words, token in zip(listed, context, strict=True):
+            ids = [tokenizer.get_vocab()[f"Ġ{word}"] for word in words]
+            summed = language.get_input_embeddings().weight[ids].sum(dim=0)
+            assert torch.allclose(token, functional.normalize(summed, dim=0) * 128**0.5, atol=1e-5)
+    assert (made(noise=0.5) - tokens).std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_words_of_a_scene_are_in_random_order_and_place_its_objects() -> None:
+    full = make_scene(1, next(i for i in range(50) if len(make_scene(1, i).objects) == 4))
+    turned = [roll_scene(full, degrees) for degrees in range(360)]
+    between = next(scene for scene in turned if not has_answer(scene, "around"))
+    for scene in (full, between):
+        words = token_words(scene, 8, np.random.default_rng(0))
+        assert words[:20] != [[]] * 20 and len({tuple(token) for token in words[:20]}) > 3
+        for item in scene.objects:
+            (token,) = {tuple(token) for token in words if item.color in token}
+            near = [name for name in DIRECTIONS if name in token]
+            offsets = {name: offset(item.yaw, name) for name in DIRECTIONS}
+            assert len(near) == (1 if min(offsets.values()) <= 30 else 2)
+            assert all(offsets[name] < 60 for name in near)
+            assert ("largest" in token) == (item is scene.largest)
+
+
+def test_lessons_have_different_scenes_and_roll_their_share(
+    settings: DemoSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the training itself."""
+    lessons = [Lesson(steps=3, places=8, turned=0.0), Lesson(steps=2, places=8, turned=0.5)]
+    parameters = change(settings.language_model, lessons=lessons, batch_size=4)
+    made: list[Scene] = []
+    rolls: list[float] = []
+
+    def fit(model: Any, loss_of_step: Any, steps: range, *_: Any) -> float:
+        return max(loss_of_step(step).item() for step in steps)
+
+    def make(seed: int, index: int) -> Scene:
+        scene = make_scene(seed, index)
+        if seed == settings.stream("language_model"):  # not those of the tokenizer
+            made.append(scene)
+        return scene
+
+    def turn(scene: Scene, degrees: float) -> Scene:
+        rolls.append(degrees)
+        return roll_scene(scene, degrees)
+
+    monkeypatch.setattr(language_model, "fit", fit)
+    monkeypatch.setattr(language_model, "make_scene", make)
+    monkeypatch.setattr(language_model, "roll_scene", turn)
+    monkeypatch.setattr(language_model, "accuracy", lambda *_, **__: 0.0)
+    make_language_model(change(settings, language_model=parameters), tmp_path)
+    assert len(made) == len(set(made)) == 5 * 4
+    assert len(rolls) == len(set(rolls)) == 2 * 2
 
 
 @pytest.mark.slow
