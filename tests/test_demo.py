@@ -7,14 +7,17 @@ import math
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from dvc.repo import Repo
+from PIL import Image
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -24,7 +27,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
 from panollava.demo import language_model
 from panollava.demo.context import context_tokens, token_words
-from panollava.demo.dataset import make_scenes
+from panollava.demo.dataset import _draw_rolls, make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
 from panollava.demo.language_model import (
@@ -109,6 +112,23 @@ def test_a_scene_is_a_function_of_its_seed_and_streams_are_disjoint(
     assert len(set(scenes)) == len(scenes)
     others = [make_scene(10 * len(STREAMS) + n, i) for n in range(len(STREAMS)) for i in range(50)]
     assert not set(scenes) & set(others)  # the streams of another seed
+    streams = {change(settings, seed=seed).stream(name) for seed in range(4) for name in STREAMS}
+    assert len(streams) == 4 * len(STREAMS)
+
+
+def test_objects_of_a_scene_are_45_degrees_apart() -> None:
+    for index in range(100):
+        yaws = [item.yaw for item in make_scene(7, index).objects]
+        apart = [abs((a - b + 180) % 360 - 180) for a, b in combinations(yaws, 2)]
+        assert all(angle > 44.99 for angle in apart)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_nearer_object_hides_the_other(order: int) -> None:
+    near = Object("red", "ball", "front", yaw=5, distance=2.5, size=1, rotation=0)
+    far = dataclasses.replace(near, color="blue", distance=4)
+    scene = Scene("room", (near, far)[::order], light=(0, 45), shade=1)
+    assert nearest_color(render(scene, 128)[place(near, 128)]) == "red"
 
 
 def expected_facts(scene: Scene, topic: str) -> set:
@@ -232,6 +252,37 @@ def test_the_dataset_is_reproduced_byte_for_byte(settings: DemoSettings, tmp_pat
     assert len(written[0]) == 6 + 3
     test = (tmp_path / "one/test.csv").read_text().splitlines()
     assert len(test) == 1 + 2 * len(QUERIES) * settings.scenes.references
+
+
+def test_a_rolled_picture_has_the_answers_of_the_rolled_scene(
+    settings: DemoSettings, tmp_path: Path
+) -> None:
+    counts = change(settings.scenes, train=6, valid=1, test=2, turned=1.0, references=2)
+    settings = change(settings, scenes=counts)
+    make_scenes(settings, tmp_path)
+    for split, count in (("train", 6), ("valid", 1), ("test", 2)):
+        table = pd.read_csv(tmp_path / f"{split}.csv")
+        for index, degrees in enumerate(_draw_rolls(split, settings)):
+            scene = roll_scene(make_scene(settings.stream(split), index), degrees)
+            url = f"images/{split}_{index:04d}.jpg"
+            picture = np.asarray(Image.open(tmp_path / url))
+            for item in scene.objects:
+                assert nearest_color(picture[place(item, settings.height)]) == item.color
+            asked = [topic for topic in QUERIES if has_answer(scene, topic)]
+            lines = table[table["url"] == url]
+            assert lines["query"].nunique() == len(asked)
+            assert len(lines) == len(asked) * (1 if split == "train" else 2)
+            for topic in asked:
+                for text in lines["annotation"][lines["query"] == QUERIES[topic]]:
+                    facts = read_facts(QUERIES[topic], text)
+                    kind = "color_shape_by_direction" if topic in DIRECTIONS else topic
+                    assert facts[kind] == expected_facts(scene, topic), text
+        assert table["url"].nunique() == count
+        rolled = split == "train"
+        assert all((degrees != 0) == rolled for degrees in _draw_rolls(split, settings))
+        if rolled:  # phrasings differ between panoramas
+            texts = table["annotation"][table["query"] == QUERIES["scene"]]
+            assert len({text.split()[0] for text in texts}) > 1
 
 
 def change(settings: Any, **changes: Any) -> Any:

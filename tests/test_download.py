@@ -421,6 +421,7 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     good = [f"{server.address}/at/{name}.jpg" for name in range(5)]
     links = [*good, f"{server.address}/never/a.jpg"]
     write_links(tmp_path, links)
+    (tmp_path / "rejects.csv").write_text("of an earlier run")
     with pytest.raises(UserError, match=r"1 of 6 downloads failed after 6 .*/never/a.jpg.*re-run"):
         get(tmp_path)
     assert server.requested["/never/a.jpg"] == ATTEMPTS

@@ -48,6 +48,7 @@ def test_the_estimate_is_what_a_real_step_holds(
         real.step([real.blank(part) for part in step], Tensor.backward)
     gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
     assert estimate.gradients == pytest.approx(gradients, rel=0.01)
+    assert estimate.optimizer == 2 * estimate.gradients  # AdamW's two moments
     assert estimate.gradients + estimate.activations == pytest.approx(
         storage.peak - before, rel=0.03
     )
