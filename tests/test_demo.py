@@ -25,7 +25,7 @@ from helpers import ROOT
 from panollava.config import Pretrained
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
-from panollava.demo import language_model
+from panollava.demo import encoder, language_model
 from panollava.demo.context import context_tokens, token_words
 from panollava.demo.dataset import _draw_rolls, make_scenes
 from panollava.demo.encoder import VIEWS, probe
@@ -42,6 +42,8 @@ from panollava.demo.scenes import (
     COLORS,
     DIRECTIONS,
     EYE,
+    KINDS,
+    SHAPES,
     Object,
     Scene,
     make_scene,
@@ -102,6 +104,42 @@ def test_objects_are_rendered_at_their_yaw_and_in_their_color() -> None:
                 assert nearest_color(picture[row, 0]) == item.color
                 assert nearest_color(picture[row, -1]) == item.color
     assert across
+
+
+def test_the_side_that_faces_the_light_is_brighter() -> None:
+    box = Object(
+        "red", "box", "front", yaw=0, distance=2.5, size=1, rotation=45
+    )  # an edge in front
+    row, column = place(box, 256)
+    picture = render(Scene("room", (box,), light=(-135, 0), shade=1), 256).astype(float)
+    left, right = picture[row, column - 10, 0], picture[row, column + 10, 0]
+    assert right == pytest.approx(0.6 * left, abs=1)
+    ball = dataclasses.replace(box, shape="ball")
+    row = int((0.5 - math.atan2(0.5 - EYE, 2.5) / math.pi) * 256)
+    bright, dark = (
+        render(Scene("room", (ball,), light=(yaw, 15), shade=1), 256)[row, 256, 0]
+        for yaw in (180, 0)
+    )
+    assert dark == pytest.approx(0.6 * bright, abs=3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_solid_stands_on_the_ground_and_has_a_shadow(shape: str) -> None:
+    item = Object("blue", shape, "front", yaw=0, distance=2.5, size=1.25, rotation=0)
+    picture, empty = (
+        render(Scene("garden", objects, light=(0, 45), shade=1), 256).astype(int)
+        for objects in ((item,), ())
+    )
+
+    def row(height: float, distance: float) -> int:
+        return int((0.5 - math.atan2(height - EYE, distance) / math.pi) * 256)
+
+    above, ground = row(1.6, 2.5), row(0, 1.7)
+    assert (picture[above, 246:266] == empty[above, 246:266]).all()
+    assert nearest_color(picture[row(0.4, 2.5), 256]) == "blue"
+    assert nearest_color(picture[ground, 256]) == nearest_color(empty[ground, 256]) != "blue"
+    assert picture[ground, 256].sum() < 0.9 * empty[ground, 256].sum()
+    assert (picture[ground, :128] == empty[ground, :128]).all()
 
 
 def test_a_scene_is_a_function_of_its_seed_and_streams_are_disjoint(
@@ -292,9 +330,9 @@ def change(settings: Any, **changes: Any) -> Any:
 def test_the_towers_are_small_and_load_like_other_pretrained_models() -> None:
     files = [path for path in TOWERS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8_000_000
-    encoder = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size)
+    tower = load_encoder(Pretrained(str(TOWERS / "encoder"), None, False), VIEWS.size)
     views = torch.zeros((1, 8, VIEWS.size, VIEWS.size, 3), dtype=torch.uint8)
-    assert encoder(views).shape == (1, 8, 8, 8, 128)
+    assert tower(views).shape == (1, 8, 8, 8, 128)
 
 
 def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
@@ -303,6 +341,17 @@ def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
             (stage,) = repo.stage.load_all(str(DEMO / "dvc.yaml"), name)
             (out,) = stage.outs
             assert not out.changed_checksum(), f"{out}: not what data/demo/dvc.lock records"
+
+
+def test_a_wrong_caption_differs_in_one_word_of_the_same_kind() -> None:
+    random = np.random.default_rng(0)
+    caption = ("room", "red", "ball", "left", "blue", "box", "middle")
+    wrong = [encoder._corrupt(caption, random) for _ in range(100)]
+    for text in wrong:
+        ((old, new),) = [(a, b) for a, b in zip(caption, text, strict=True) if a != b]
+        kinds = (KINDS, COLORS, SHAPES, ("left", "middle", "right"))
+        assert any(old in words and new in words for words in kinds)
+    assert len(set(wrong)) > 10
 
 
 def test_the_encoder_represents_color_and_shape(settings: DemoSettings) -> None:
