@@ -107,9 +107,8 @@ def test_objects_are_rendered_at_their_yaw_and_in_their_color() -> None:
 
 
 def test_the_side_that_faces_the_light_is_brighter() -> None:
-    box = Object(
-        "red", "box", "front", yaw=0, distance=2.5, size=1, rotation=45
-    )  # an edge in front
+    # An edge points to the camera, and the right side faces away from the light.
+    box = Object("red", "box", "front", yaw=0, distance=2.5, size=1, rotation=45)
     row, column = place(box, 256)
     picture = render(Scene("room", (box,), light=(-135, 0), shade=1), 256).astype(float)
     left, right = picture[row, column - 10, 0], picture[row, column + 10, 0]

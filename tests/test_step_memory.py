@@ -55,6 +55,19 @@ def test_the_estimate_is_what_a_real_step_holds(
     assert estimate.weights == sum(p.nbytes for p in real.parameters())
 
 
+def test_storage_is_counted_once_and_until_it_is_freed() -> None:
+    with LiveStorage() as storage:
+        one = torch.zeros(100)
+        view = one[:50].view(5, 10)
+        assert (storage.current, storage.peak) == (400, 400)
+        other = one + 1
+        assert (storage.current, storage.peak) == (800, 800)
+        del one, other
+        assert (storage.current, storage.peak) == (400, 800)
+        del view
+        assert (storage.current, storage.peak) == (0, 800)
+
+
 def test_half_precision_and_more_parts_need_less(project: Path) -> None:
     settings, stage = load_settings(paths.PARAMS), STAGES["resampler"]
     activations = []
