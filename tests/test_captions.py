@@ -142,6 +142,8 @@ def test_references_without_words_are_skipped_with_a_warning(
 def test_a_caption_without_references_is_an_error() -> None:
     with pytest.raises(ValueError, match="'ball'"):
         score({"ball": "a ball", **MAT}, MAT_REFERENCE)
+    with pytest.raises(ValueError, match="'ball'"):
+        score(MAT, {"ball": ["a ball"], **MAT_REFERENCE})
 
 
 def test_nothing_is_printed(

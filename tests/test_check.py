@@ -91,6 +91,15 @@ def test_links_are_faults_only_after_the_download(folder: Path) -> None:
     assert not report.passed and run(linked, max_rejected=0.34).passed
 
 
+@pytest.mark.parametrize("allowed", [0.15, 1])
+def test_a_split_without_a_good_row_never_passes(folder: Path, allowed: float) -> None:
+    (folder / "valid.csv").write_text("url,query\nimages/valid_a.jpg,q\n")
+    report = run(folder, allowed)
+    assert report.shares() == {"train": 0, "valid": 1, "test": 0} and not report.passed
+    write_rows(folder / "valid.csv", [("images/gone.jpg", "q", "a")])
+    assert not run(folder, allowed).passed
+
+
 def test_suspicions_are_listed_but_fail_nothing(folder: Path) -> None:
     one, other = (f"https://example.org/{side}/same.jpg" for side in (1, 2))
     save_panorama(plain_file(one, folder), seed=9)
@@ -126,6 +135,18 @@ def test_a_query_that_most_rows_misspell_is_detected_from_the_annotations(folder
     )
     (suspicion,) = run(folder).suspicions
     assert "'arthitecture' in queries" in suspicion and "is 'architecture'" in suspicion
+
+
+def test_words_that_may_well_be_meant_are_not_suspicious(folder: Path) -> None:
+    """Short words, plurals, and words or queries that are not rare enough."""
+    annotations = [f"A sandy beach with buildings and a harbour {row}." for row in range(40)]
+    rows = [("images/train_a.jpg", "weather", text) for text in annotations]
+    rows += [("images/train_a.jpg", query, "It is gray.") for query in ("sand", "building")]
+    rows += [("images/train_a.jpg", "harbor", f"The harbor {row}.") for row in range(4)]
+    rows.append(("images/train_a.jpg", "color", "colour " * 40))
+    rows += [(LINK.format(f"{side}/same"), "weather", "It snows.") for side in (1, 2)]
+    write_rows(folder / "train.csv", rows)
+    assert not run(folder).suspicions
 
 
 def test_the_command_writes_json_and_exits_with_status_1_for_too_many_faults(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panollava.evaluation.confidence import interval_of_mean
+from panollava.evaluation.confidence import interval, interval_of_mean
 
 
 def test_queries_of_one_panorama_are_not_independent_samples() -> None:
@@ -17,9 +17,18 @@ def test_queries_of_one_panorama_are_not_independent_samples() -> None:
     result = interval_of_mean(one_each)
     assert interval_of_mean(nine_each) == pytest.approx(result)
     half = 1.96 * np.sqrt(correct.mean() * (1 - correct.mean()) / 100)
-    assert result["low"] == pytest.approx(correct.mean() - half, abs=0.02)
-    assert result["high"] == pytest.approx(correct.mean() + half, abs=0.02)
+    assert result["low"] == pytest.approx(correct.mean() - half, abs=0.01)
+    assert result["high"] == pytest.approx(correct.mean() + half, abs=0.01)
 
 
 def test_the_interval_of_one_panorama_is_its_value() -> None:
     assert interval_of_mean({(1, "q"): 0.5}) == {"low": 0.5, "high": 0.5}
+
+
+def test_a_panorama_counts_by_its_number_of_queries() -> None:
+    """Nine correct answers about one panorama and one wrong answer about another: 0.9."""
+    values = {(0, f"q{query}"): 1.0 for query in range(9)} | {(1, "q"): 0.0}
+    result = interval_of_mean(values)
+    assert result == {"low": 0, "high": 1} == interval_of_mean(values)
+    counts = np.array([[[9, 9], [0, 1]]])
+    assert interval(lambda sums: sums[0, ..., 0] / sums[0, ..., 1], counts)["value"] == 0.9

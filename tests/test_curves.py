@@ -1,6 +1,8 @@
 """Curves: their steps, and no metrics.json before the stage is published."""
 
+import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,3 +54,17 @@ def test_speed_is_apart_from_the_curves(settings: Settings) -> None:
     assert names == {"rows_per_second", "peak_memory_gb"}
     assert names < json.loads((speed / "metrics.json").read_text()).keys()
     assert not list((paths.curves_folder("vision") / "plots").rglob("rows_per_second*"))
+
+
+def test_speed_counts_the_rows_of_all_parts_since_the_last_value(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = change(settings, stage__resampler__epochs=1, stage__resampler__accumulate=2)
+    run_stage("vision", change(settings, stage__vision__epochs=0))
+    clock = itertools.count(step=2)  # two seconds between values
+    monkeypatch.setattr(curves, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run_stage("resampler", change(settings, trainer__log_every=2))
+    file = paths.speed_folder("resampler") / "plots/metrics/rows_per_second.tsv"
+    speeds = [float(line.split("\t")[1]) for line in file.read_text().splitlines()[1:]]
+    rows = len((paths.PREPARED / "train/rows.csv").read_text().splitlines()) - 1
+    assert len(speeds) > 1 and 2 * sum(speeds) == rows

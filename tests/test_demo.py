@@ -7,29 +7,56 @@ import math
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from dvc.repo import Repo
+from PIL import Image
+from torch.nn import functional
 from transformers import AutoTokenizer
 
 from helpers import ROOT
 from panollava.config import Pretrained, PretrainedEncoder
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import roll
-from panollava.demo.context import token_words
-from panollava.demo.dataset import make_scenes
+from panollava.demo import encoder, language_model
+from panollava.demo.context import context_tokens, token_words
+from panollava.demo.dataset import _draw_rolls, make_scenes
 from panollava.demo.encoder import VIEWS, probe
 from panollava.demo.facts import read_facts
-from panollava.demo.language_model import accuracy, make_tokenizer, with_context
+from panollava.demo.language_model import (
+    accuracy,
+    make_language_model,
+    make_tokenizer,
+    with_context,
+)
 from panollava.demo.questions import QUERIES, TEMPLATES, answer, has_answer, rows
 from panollava.demo.render import render
-from panollava.demo.scenes import COLORS, DIRECTIONS, EYE, Object, Scene, make_scene, roll_scene
-from panollava.demo.settings import MAX_PER_OBJECT, STREAMS, DemoSettings, load_demo_settings
+from panollava.demo.scenes import (
+    COLORS,
+    DIRECTIONS,
+    EYE,
+    KINDS,
+    SHAPES,
+    Object,
+    Scene,
+    make_scene,
+    offset,
+    roll_scene,
+)
+from panollava.demo.settings import (
+    MAX_PER_OBJECT,
+    STREAMS,
+    DemoSettings,
+    Lesson,
+    load_demo_settings,
+)
 from panollava.errors import UserError
 from panollava.model.encoder import load_encoder
 from panollava.model.language_model import load_language_model
@@ -80,6 +107,41 @@ def test_objects_are_rendered_at_their_yaw_and_in_their_color() -> None:
     assert across
 
 
+def test_the_side_that_faces_the_light_is_brighter() -> None:
+    # An edge points to the camera, and the right side faces away from the light.
+    box = Object("red", "box", "front", yaw=0, distance=2.5, size=1, rotation=45)
+    row, column = place(box, 256)
+    picture = render(Scene("room", (box,), light=(-135, 0), shade=1), 256).astype(float)
+    left, right = picture[row, column - 10, 0], picture[row, column + 10, 0]
+    assert right == pytest.approx(0.6 * left, abs=1)
+    ball = dataclasses.replace(box, shape="ball")
+    row = int((0.5 - math.atan2(0.5 - EYE, 2.5) / math.pi) * 256)
+    bright, dark = (
+        render(Scene("room", (ball,), light=(yaw, 15), shade=1), 256)[row, 256, 0]
+        for yaw in (180, 0)
+    )
+    assert dark == pytest.approx(0.6 * bright, abs=3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_solid_stands_on_the_ground_and_has_a_shadow(shape: str) -> None:
+    item = Object("blue", shape, "front", yaw=0, distance=2.5, size=1.25, rotation=0)
+    picture, empty = (
+        render(Scene("garden", objects, light=(0, 45), shade=1), 256).astype(int)
+        for objects in ((item,), ())
+    )
+
+    def row(height: float, distance: float) -> int:
+        return int((0.5 - math.atan2(height - EYE, distance) / math.pi) * 256)
+
+    above, ground = row(1.6, 2.5), row(0, 1.7)
+    assert (picture[above, 246:266] == empty[above, 246:266]).all()
+    assert nearest_color(picture[row(0.4, 2.5), 256]) == "blue"
+    assert nearest_color(picture[ground, 256]) == nearest_color(empty[ground, 256]) != "blue"
+    assert picture[ground, 256].sum() < 0.9 * empty[ground, 256].sum()
+    assert (picture[ground, :128] == empty[ground, :128]).all()
+
+
 def test_a_scene_is_a_function_of_its_seed_and_streams_are_disjoint(
     settings: DemoSettings,
 ) -> None:
@@ -88,6 +150,23 @@ def test_a_scene_is_a_function_of_its_seed_and_streams_are_disjoint(
     assert len(set(scenes)) == len(scenes)
     others = [make_scene(10 * len(STREAMS) + n, i) for n in range(len(STREAMS)) for i in range(50)]
     assert not set(scenes) & set(others)  # the streams of another seed
+    streams = {change(settings, seed=seed).stream(name) for seed in range(4) for name in STREAMS}
+    assert len(streams) == 4 * len(STREAMS)
+
+
+def test_objects_of_a_scene_are_45_degrees_apart() -> None:
+    for index in range(100):
+        yaws = [item.yaw for item in make_scene(7, index).objects]
+        apart = [abs((a - b + 180) % 360 - 180) for a, b in combinations(yaws, 2)]
+        assert all(angle > 44.99 for angle in apart)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_nearer_object_hides_the_other(order: int) -> None:
+    near = Object("red", "ball", "front", yaw=5, distance=2.5, size=1, rotation=0)
+    far = dataclasses.replace(near, color="blue", distance=4)
+    scene = Scene("room", (near, far)[::order], light=(0, 45), shade=1)
+    assert nearest_color(render(scene, 128)[place(near, 128)]) == "red"
 
 
 def expected_facts(scene: Scene, topic: str) -> set:
@@ -120,6 +199,21 @@ def test_every_answer_states_exactly_the_facts_of_its_scene() -> None:
                     assert facts["color_by_direction"] == {f[:2] for f in facts[kind]}
 
 
+def test_only_the_first_thing_that_an_answer_about_one_thing_names_counts() -> None:
+    text = "in front there is a red ball and a blue box."
+    assert read_facts(QUERIES["front"], text)["color_by_direction"] == {("front", "red")}
+    text = "the largest is the red ball behind, or the blue box on the left."
+    assert read_facts(QUERIES["largest"], text)["largest"] == {("red", "ball", "behind")}
+
+
+def test_articles_fit_their_nouns() -> None:
+    scenes = [make_scene(1, index) for index in range(20)]
+    texts = [text for scene in scenes for _, text in rows(scene, 1, choice=0)]
+    articles = {match for text in texts for match in re.findall(r"\b(an?) (\w)", text)}
+    assert {article for article, letter in articles if letter in "aeiou"} == {"an"}
+    assert {article for article, letter in articles if letter not in "aeiou"} == {"a"}
+
+
 def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None:
     between = 0
     for index in range(40):
@@ -136,10 +230,10 @@ def test_a_rolled_panorama_has_only_queries_with_an_unambiguous_answer() -> None
                 between += 1
                 assert item.direction is None
                 assert QUERIES["around"] not in queries
-            for direction, offset in zip(DIRECTIONS, offsets, strict=True):
-                if 30 < offset < 60:
+            for direction, angle in zip(DIRECTIONS, offsets, strict=True):
+                if 30 < angle < 60:
                     assert QUERIES[direction] not in queries
-                elif offset <= 30 and QUERIES[direction] in queries:
+                elif angle <= 30 and QUERIES[direction] in queries:
                     assert item.direction == direction
         assert {QUERIES[topic] for topic in ("scene", "colors", "count")} <= queries
     assert between > 10
@@ -198,6 +292,37 @@ def test_the_dataset_is_reproduced_byte_for_byte(settings: DemoSettings, tmp_pat
     assert len(test) == 1 + 2 * len(QUERIES) * settings.scenes.references
 
 
+def test_a_rolled_picture_has_the_answers_of_the_rolled_scene(
+    settings: DemoSettings, tmp_path: Path
+) -> None:
+    counts = change(settings.scenes, train=6, valid=1, test=2, turned=1.0, references=2)
+    settings = change(settings, scenes=counts)
+    make_scenes(settings, tmp_path)
+    for split, count in (("train", 6), ("valid", 1), ("test", 2)):
+        table = pd.read_csv(tmp_path / f"{split}.csv")
+        for index, degrees in enumerate(_draw_rolls(split, settings)):
+            scene = roll_scene(make_scene(settings.stream(split), index), degrees)
+            url = f"images/{split}_{index:04d}.jpg"
+            picture = np.asarray(Image.open(tmp_path / url))
+            for item in scene.objects:
+                assert nearest_color(picture[place(item, settings.height)]) == item.color
+            asked = [topic for topic in QUERIES if has_answer(scene, topic)]
+            lines = table[table["url"] == url]
+            assert lines["query"].nunique() == len(asked)
+            assert len(lines) == len(asked) * (1 if split == "train" else 2)
+            for topic in asked:
+                for text in lines["annotation"][lines["query"] == QUERIES[topic]]:
+                    facts = read_facts(QUERIES[topic], text)
+                    kind = "color_shape_by_direction" if topic in DIRECTIONS else topic
+                    assert facts[kind] == expected_facts(scene, topic), text
+        assert table["url"].nunique() == count
+        rolled = split == "train"
+        assert all((degrees != 0) == rolled for degrees in _draw_rolls(split, settings))
+        if rolled:  # phrasings differ between panoramas
+            texts = table["annotation"][table["query"] == QUERIES["scene"]]
+            assert len({text.split()[0] for text in texts}) > 1
+
+
 def change(settings: Any, **changes: Any) -> Any:
     return dataclasses.replace(settings, **changes)
 
@@ -205,9 +330,9 @@ def change(settings: Any, **changes: Any) -> Any:
 def test_the_towers_are_small_and_load_like_other_pretrained_models() -> None:
     files = [path for path in TOWERS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8_000_000
-    encoder = load_encoder(ENCODER, VIEWS.size)
+    tower = load_encoder(ENCODER, VIEWS.size)
     views = torch.zeros((1, 8, VIEWS.size, VIEWS.size, 3), dtype=torch.uint8)
-    assert encoder(views).shape == (1, 8, 8, 8, 128)
+    assert tower(views).shape == (1, 8, 8, 8, 128)
 
 
 def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
@@ -216,6 +341,17 @@ def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
             (stage,) = repo.stage.load_all(str(DEMO / "dvc.yaml"), name)
             (out,) = stage.outs
             assert not out.changed_checksum(), f"{out}: not what data/demo/dvc.lock records"
+
+
+def test_a_wrong_caption_differs_in_one_word_of_the_same_kind() -> None:
+    random = np.random.default_rng(0)
+    caption = ("room", "red", "ball", "left", "blue", "box", "middle")
+    wrong = [encoder._corrupt(caption, random) for _ in range(100)]
+    for text in wrong:
+        ((old, new),) = [(a, b) for a, b in zip(caption, text, strict=True) if a != b]
+        kinds = (KINDS, COLORS, SHAPES, ("left", "middle", "right"))
+        assert any(old in words and new in words for words in kinds)
+    assert len(set(wrong)) > 10
 
 
 def test_the_encoder_represents_color_and_shape(settings: DemoSettings) -> None:
@@ -255,6 +391,76 @@ def test_the_context_holds_all_objects_of_a_scene(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"language_model\.lessons: .* at least 1 item"):
         load_demo_settings(path)
+
+
+def test_a_context_token_is_the_sum_of_its_words_and_noise() -> None:
+    language, tokenizer = load_language_model(
+        Pretrained(str(TOWERS / "language_model"), None, False)
+    )
+    model, dialogue = with_context(language), Dialogue(tokenizer, 128)
+    scenes = [make_scene(1, index) for index in range(2)]
+
+    def made(noise: float) -> torch.Tensor:
+        random = np.random.default_rng(0)
+        with torch.no_grad():
+            return context_tokens(model, dialogue, scenes, noise, 8, random)
+
+    random, tokens = np.random.default_rng(0), made(noise=0)
+    for scene, context in zip(scenes, tokens, strict=True):
+        listed = token_words(scene, 8, random)
+        assert listed != sorted(listed)
+        for words, token in zip(listed, context, strict=True):
+            ids = [tokenizer.get_vocab()[f"Ġ{word}"] for word in words]
+            summed = language.get_input_embeddings().weight[ids].sum(dim=0)
+            assert torch.allclose(token, functional.normalize(summed, dim=0) * 128**0.5, atol=1e-5)
+    assert (made(noise=0.5) - tokens).std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_words_of_a_scene_are_in_random_order_and_place_its_objects() -> None:
+    full = make_scene(1, next(i for i in range(50) if len(make_scene(1, i).objects) == 4))
+    turned = [roll_scene(full, degrees) for degrees in range(360)]
+    between = next(scene for scene in turned if not has_answer(scene, "around"))
+    for scene in (full, between):
+        words = token_words(scene, 8, np.random.default_rng(0))
+        assert words[:20] != [[]] * 20 and len({tuple(token) for token in words[:20]}) > 3
+        for item in scene.objects:
+            (token,) = {tuple(token) for token in words if item.color in token}
+            near = [name for name in DIRECTIONS if name in token]
+            offsets = {name: offset(item.yaw, name) for name in DIRECTIONS}
+            assert len(near) == (1 if min(offsets.values()) <= 30 else 2)
+            assert all(offsets[name] < 60 for name in near)
+            assert ("largest" in token) == (item is scene.largest)
+
+
+def test_lessons_have_different_scenes_and_roll_their_share(
+    settings: DemoSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the training itself."""
+    lessons = [Lesson(steps=3, places=8, turned=0.0), Lesson(steps=2, places=8, turned=0.5)]
+    parameters = change(settings.language_model, lessons=lessons, batch_size=4)
+    made: list[Scene] = []
+    rolls: list[float] = []
+
+    def fit(model: Any, loss_of_step: Any, steps: range, *_: Any) -> float:
+        return max(loss_of_step(step).item() for step in steps)
+
+    def make(seed: int, index: int) -> Scene:
+        scene = make_scene(seed, index)
+        if seed == settings.stream("language_model"):  # not those of the tokenizer
+            made.append(scene)
+        return scene
+
+    def turn(scene: Scene, degrees: float) -> Scene:
+        rolls.append(degrees)
+        return roll_scene(scene, degrees)
+
+    monkeypatch.setattr(language_model, "fit", fit)
+    monkeypatch.setattr(language_model, "make_scene", make)
+    monkeypatch.setattr(language_model, "roll_scene", turn)
+    monkeypatch.setattr(language_model, "accuracy", lambda *_, **__: 0.0)
+    make_language_model(change(settings, language_model=parameters), tmp_path)
+    assert len(made) == len(set(made)) == 5 * 4
+    assert len(rolls) == len(set(rolls)) == 2 * 2
 
 
 @pytest.mark.slow

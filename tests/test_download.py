@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, SHARED, write_rows
+from panollava.data import http_client
 from panollava.data.download import download
 from panollava.data.http_client import ATTEMPTS
 from panollava.data.rows import picture_file, plain_file, read_rows
@@ -134,6 +135,25 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._good()
 
+    def _hasty(self, first: bool) -> None:
+        if first:
+            self._send(b"", 408)
+        else:
+            self._good()
+
+    def _full(self, first: bool) -> None:
+        """Asks to wait more often than a download is attempted."""
+        if self.server.requested[self.path] <= ATTEMPTS + 1:
+            self._send(b"", 503, Retry_After="0")
+        else:
+            self._good()
+
+    def _closed(self, first: bool) -> None:
+        self._send(b"", 429, Retry_After="0")
+
+    def _tomorrow(self, first: bool) -> None:
+        self._send(b"", 429, Retry_After="86400")
+
     def _moved(self, first: bool) -> None:
         self._send(b"", 302, Location=self.path.replace("/moved/", "/to/"))
 
@@ -175,6 +195,9 @@ class Handler(BaseHTTPRequestHandler):
     def _spoilt(self, first: bool) -> None:
         self._send(content(self.path)[:500])
 
+    def _large(self, first: bool) -> None:
+        self._send(bytes(2 << 20))
+
     def _never(self, first: bool) -> None:
         self.close_connection = True
 
@@ -197,8 +220,14 @@ def write_links(folder: Path, links: list[str], rows: int = 1) -> None:
         write_rows(folder / f"{split}.csv", cells)
 
 
-def get(folder: Path, give_up: bool = False, connections: int = 8, rate: float = 1000) -> None:
-    download(folder, folder, connections, rate, pause=0.01, give_up=give_up)
+def get(
+    folder: Path,
+    give_up: bool = False,
+    connections: int = 8,
+    rate: float = 1000,
+    pause: float = 0.01,
+) -> None:
+    download(folder, folder, connections, rate, pause, give_up)
 
 
 def rejects(folder: Path) -> dict[str, str]:
@@ -223,7 +252,7 @@ def check_pictures(folder: Path, server: Server, links: list[str]) -> None:
 def test_each_link_is_downloaded_once_from_a_server_that_misbehaves(
     server: Server, tmp_path: Path
 ) -> None:
-    kinds = ["at", "drop", "late", "cut", "cutquietly", "error", "moved"]
+    kinds = ["at", "drop", "late", "cut", "cutquietly", "error", "hasty", "moved"]
     good = [f"{server.address}/{kind}/{name}.jpg" for kind in kinds for name in "abc"]
     dead = {
         "gone": "HTTP 404",
@@ -350,6 +379,32 @@ def test_no_requests_are_sent_while_a_server_asks_to_wait(server: Server, tmp_pa
     assert rejects(tmp_path) == {}
 
 
+def test_a_request_to_wait_is_no_failed_attempt_but_is_not_obeyed_for_ever(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [f"{server.address}/{place}.jpg" for place in ("full/a", "at/b", "at/c")]
+    write_links(tmp_path, good)
+    get(tmp_path)
+    check_pictures(tmp_path, server, good)
+    monkeypatch.setattr(http_client, "_MAX_WAITS", 3)
+    write_links(tmp_path, [*good, *(f"{server.address}/{k}/d.jpg" for k in ("closed", "tomorrow"))])
+    with pytest.raises(UserError, match="2 of 5 downloads failed .*HTTP 429"):
+        get(tmp_path)
+    assert server.requested["/closed/d.jpg"] == 4 and server.requested["/tomorrow/d.jpg"] == 1
+
+
+def test_a_file_may_be_neither_too_large_nor_too_slow(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_MAX_BYTES", 1 << 20), ("_DEADLINE", 0.2), ("ATTEMPTS", 2)):
+        monkeypatch.setattr(http_client, name, value)
+    good, large, late = (f"{server.address}/{kind}/a.jpg" for kind in ("at", "large", "late"))
+    write_links(tmp_path, [good, large, late])
+    get(tmp_path, give_up=True)
+    assert rejects(tmp_path) == {large: "more than 1 MB", late: "no complete response"}
+    assert server.requested["/large/a.jpg"] == 1 and server.requested["/late/a.jpg"] == 2
+
+
 def test_the_rate_limit_is_kept(server: Server, tmp_path: Path) -> None:
     write_links(tmp_path, [f"{server.address}/at/{name}.jpg" for name in range(30)])
     get(tmp_path, rate=20)
@@ -366,6 +421,7 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     good = [f"{server.address}/at/{name}.jpg" for name in range(5)]
     links = [*good, f"{server.address}/never/a.jpg"]
     write_links(tmp_path, links)
+    (tmp_path / "rejects.csv").write_text("of an earlier run")
     with pytest.raises(UserError, match=r"1 of 6 downloads failed after 6 .*/never/a.jpg.*re-run"):
         get(tmp_path)
     assert server.requested["/never/a.jpg"] == ATTEMPTS
@@ -376,10 +432,15 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     assert set(server.served.values()) == {1}
 
 
-@pytest.mark.parametrize(("connections", "rate"), [(0, 10), (1, 0)])
-def test_an_invalid_option_is_an_error(tmp_path: Path, connections: int, rate: float) -> None:
-    with pytest.raises(UserError, match=r"--(connections: expected at least 1|rate: .* than 0)"):
-        get(tmp_path, connections=connections, rate=rate)
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("connections", 0, "at least 1"), ("rate", 0, "greater than 0"), ("pause", -1, "at least 0")],
+)
+def test_an_invalid_option_is_an_error(
+    tmp_path: Path, option: str, value: float, expected: str
+) -> None:
+    with pytest.raises(UserError, match=f"--{option}: expected .*{expected}"):
+        get(tmp_path, **{option: value})  # type: ignore[arg-type]
 
 
 def published(server: Server) -> dict[str, list[tuple[str, str, str]]]:

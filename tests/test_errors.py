@@ -3,7 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from panollava.errors import UserError, as_user_error, system_errors_as_user_errors
+from panollava.errors import (
+    UserError,
+    as_user_error,
+    out_of_memory_reason,
+    system_errors_as_user_errors,
+)
 
 
 def test_a_system_error_names_its_file_and_what_to_do() -> None:
@@ -22,6 +27,7 @@ def test_a_system_error_names_its_file_and_what_to_do() -> None:
     [
         MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("Out of memory"),
         RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "),
     ],
 )
@@ -31,6 +37,15 @@ def test_too_little_memory_gives_the_hint(error: Exception) -> None:
         system_errors_as_user_errors("lower batch_size"),
     ):
         raise error
+
+
+def test_the_cause_of_an_error_may_be_too_little_memory() -> None:
+    """A loader's error only says that a worker exited; its cause names the signal."""
+    error = RuntimeError("DataLoader worker (pid(s) 3) exited unexpectedly")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+    assert "killed by signal" in str(out_of_memory_reason(error))
+    error.__cause__ = RuntimeError("DataLoader worker (pid 3) is killed by signal: Aborted. ")
+    assert out_of_memory_reason(error) is None
 
 
 def test_other_errors_are_raised_unchanged() -> None:

@@ -46,6 +46,28 @@ def test_an_array_written_in_pieces_is_the_file_that_numpy_writes(tmp_path: Path
     assert open_array(tmp_path / "empty.npy").shape == (0,)
 
 
+def test_an_array_of_any_memory_order_is_written_by_rows(tmp_path: Path) -> None:
+    array = np.asfortranarray(np.arange(12).reshape(4, 3))
+    with write_array(tmp_path / "views.npy") as append:
+        append(array)
+    assert np.array_equal(open_array(tmp_path / "views.npy"), array)
+
+
+def test_an_opened_array_cannot_change_its_file(tmp_path: Path) -> None:
+    with write_array(tmp_path / "views.npy") as append:
+        append(np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        open_array(tmp_path / "views.npy")[0] = 1
+
+
+def test_files_of_one_stem_can_be_written_at_once(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.csv") as one, atomic_write(tmp_path / "a.json") as other:
+        one.write_text("rows")
+        other.write_text("report")
+    assert (tmp_path / "a.csv").read_text() == "rows"
+    assert (tmp_path / "a.json").read_text() == "report"
+
+
 def test_rows_of_another_shape_or_type_are_refused(tmp_path: Path) -> None:
     for other in (np.zeros((1, 4), np.uint8), np.zeros((1, 3), np.int8)):
         with pytest.raises(ValueError), write_array(tmp_path / "views.npy") as append:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
 
-from panollava.data.images import PictureError, read_panorama
+from panollava.data.images import PictureError, read_panorama, roll
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -44,6 +44,18 @@ def test_odd_sizes_are_decoded_completely(tmp_path: Path, size: tuple[int, int])
         assert 200 <= picture.shape[1] < 400
         # A scale that does not divide the size stretches it by less than a pixel: 150 / 200.
         assert np.abs(picture.astype(int) - smooth(*picture.shape[:2])).max() <= 6
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_scale_beyond_an_eighth_is_averaged(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, smooth(400, 800))
+    assert [read_panorama(path, width).shape[1] for width in (50, 49, 33, 25)] == [50, 50, 34, 25]
+
+
+def test_a_roll_moves_the_front_to_the_right_by_the_nearest_column() -> None:
+    panorama = np.arange(16)[None].repeat(2, axis=0)  # its front is between columns 7 and 8
+    for degrees, columns in ((0, 0), (90, 4), (56, 2), (57, 3), (-90, -4), (350, 0)):
+        assert roll(panorama, degrees)[1, (8 + columns) % 16] == 8, degrees
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA", "YCbCr"])
@@ -97,7 +109,7 @@ def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> No
     assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
 
 
-@pytest.mark.parametrize("size", [(400, 400), (200, 420), (200, 390), (400, 200), (1, 1)])
+@pytest.mark.parametrize("size", [(400, 400), (200, 406), (200, 394), (400, 200), (1, 1)])
 def test_a_picture_that_is_not_2_to_1_is_rejected(tmp_path: Path, size: tuple[int, int]) -> None:
     path = save(tmp_path / "a.jpg", smooth(*size))
     with pytest.raises(PictureError, match=rf"a\.jpg: not 2:1: {size[1]} x {size[0]} pixels"):

@@ -53,6 +53,7 @@ def test_messages_go_to_the_console_plain_and_to_the_file_with_times(
     assert capsys.readouterr().err == f"log: {path}\n8 panoramas\nwarning: one is dark\n"
     lines = path.read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(r"[\d-]{10} [\d:,]{12} INFO panollava.test: 8 panoramas", lines[-2])
+    assert lines[1].endswith(f"command: {' '.join(sys.argv)}")
 
 
 def test_after_the_block_nothing_is_logged_or_changed(
@@ -149,6 +150,16 @@ def test_a_user_error_shows_its_message_last_and_leaves_its_traceback_in_the_fil
     assert result.stderr.splitlines()[1:] == [f"error: {message}"]
     text = only_log(tmp_path)
     assert "Traceback" in text and text.splitlines()[-1].endswith(f"ERROR panollava: {message}")
+
+
+def test_an_interrupted_command_says_how_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), logs.start("train", tmp_path):
+        raise KeyboardInterrupt
+    message = "interrupted; run the same command again to resume"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    assert only_log(tmp_path).splitlines()[-1].endswith(message)
 
 
 def test_an_internal_error_has_its_traceback_in_the_file_and_once_on_the_console(

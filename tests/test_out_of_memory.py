@@ -10,11 +10,21 @@ import pytest
 from helpers import ROOT, save_encoder, save_panorama, write_rows
 from panollava import paths
 from panollava.cli import main as cli
+from panollava.config import load_settings
+from panollava.errors import UserError
+from panollava.planning import out_of_memory
+from panollava.planning.plan import memory_with
+from panollava.stages import STAGES
 
 LIMITED = """
 import resource, sys
 import psutil
 from panollava.cli import main as cli
+from panollava.config import load_settings
+from panollava.errors import UserError
+from panollava.planning import out_of_memory
+from panollava.planning.plan import memory_with
+from panollava.stages import STAGES
 from panollava.planning import out_of_memory
 from panollava.training import train
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
@@ -73,3 +83,38 @@ def test_if_nothing_fits_the_smallest_need_is_reported(wide: Path) -> None:
     status, message = train(150_000_000)
     assert status == 1 and "lower stage.vision.batch_size" in message, message
     assert re.search(r"Even stage\.vision\.accumulate 16 with trainer\.gradient_check", message)
+
+
+def test_a_killed_loader_process_is_not_explained_by_the_size_of_the_step(project: Path) -> None:
+    settings = load_settings(paths.PARAMS)
+    killed = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+    with (
+        pytest.raises(RuntimeError) as raised,
+        out_of_memory.explain_out_of_memory(STAGES["vision"], settings),
+    ):
+        raise killed
+    assert raised.value is killed
+    with (
+        pytest.raises(UserError, match="peak use was .* out of memory"),
+        out_of_memory.explain_out_of_memory(STAGES["vision"], settings),
+    ):
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_the_advice_is_the_first_change_that_fits_beside_the_program(project: Path) -> None:
+    cli.main(["prepare"])
+    settings, stage, program = load_settings(paths.PARAMS), STAGES["vision"], 10**9
+    size = settings.stage.vision.batch_size
+    assert size == 4 and settings.stage.vision.accumulate == 1
+    needs = {parts: memory_with(settings, stage, parts, False).total for parts in (1, 2, 4)}
+    assert needs[1] > needs[2] > needs[4]
+    for parts in (2, 4):
+        available = round((program + needs[parts]) / 0.9) + 1
+        advice = out_of_memory._advice(stage, settings, available, program)
+        assert advice.startswith(f"Set stage.vision.accumulate to {parts} (now 1): this needs")
+    available = round((program + needs[4]) / 0.9) - 10
+    advice = out_of_memory._advice(stage, settings, available, program)
+    assert "accumulate to 4 (now 1) and trainer.gradient_checkpointing to true" in advice
+    assert "Even stage.vision.accumulate 4 " in out_of_memory._advice(
+        stage, settings, program, program
+    )

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from panollava.data.images import PictureError
-from panollava.data.rows import find_picture, read_rows
+from panollava.data.rows import find_picture, picture_file, plain_file, read_rows
 from panollava.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -87,6 +87,22 @@ def test_a_url_is_a_path_from_either_folder_or_a_link(folder: Path) -> None:
 def test_the_folder_of_the_csv_file_takes_precedence_over_the_project(folder: Path) -> None:
     (folder / "b.jpg").touch()
     assert find_picture("b.jpg", folder / "data", folder) == (folder / "data/b.jpg").resolve()
+
+
+def test_a_downloaded_picture_takes_precedence_over_one_that_links_may_share(folder: Path) -> None:
+    link = "https://example.org/a.jpg"
+    downloaded = picture_file(link, folder / "data")
+    assert plain_file(link, folder / "data").exists()
+    downloaded.touch()
+    assert find_picture(link, folder / "data", folder) == downloaded.resolve()
+
+
+def test_the_file_of_a_link_has_a_short_name_of_its_own() -> None:
+    long = "x" * 300
+    links = [f"https://example.org/{place}/{long}.jpg" for place in (1, 2)]
+    names = {picture_file(link, Path()).name for link in links}
+    assert len(names) == 2
+    assert all(len(name) < 150 and name.endswith(".jpg") for name in names)
 
 
 def test_different_paths_to_one_picture_are_one_picture(folder: Path) -> None:

@@ -21,5 +21,11 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
             pass
         with single_instance("features"):  # another command
             pass
-    with single_instance("prepare"):  # the first one has ended
+    # The first one has ended. Its process id, perhaps another one, is no longer named.
+    (tmp_path / ".resume/prepare.lock").write_text("123456")
+    with (
+        single_instance("prepare"),
+        pytest.raises(UserError, match=rf"\(pid {os.getpid()}\) is already running"),
+        single_instance("prepare"),
+    ):
         pass

@@ -6,6 +6,7 @@ import pytest
 from panollava.geometry.sphere import (
     Array,
     angles_from_rays,
+    cell_centers,
     encode_direction,
     rays_from_angles,
 )
@@ -49,6 +50,19 @@ def test_different_directions_have_different_encodings() -> None:
     apart = np.linalg.norm(features[:, None] - features[None], axis=-1)
     chord = np.linalg.norm(rays[:, None] - rays[None], axis=-1)
     assert (apart >= chord - 1e-12).all()
+
+
+def test_harmonic_k_turns_k_times_and_falls_off_to_the_poles_with_power_k() -> None:
+    yaw, pitch = np.radians(40), np.radians(60)
+    features = encode_direction(rays_from_angles(yaw, pitch), 4)
+    for k in (2, 3, 4):
+        sine, cosine = features[2 * k - 1 : 2 * k + 1]
+        assert np.hypot(sine, cosine) == pytest.approx(0.5**k)
+        assert np.arctan2(sine, cosine) == pytest.approx(np.radians(40 * k))
+
+
+def test_cells_are_named_by_their_centers() -> None:
+    assert cell_centers(4).tolist() == [0.125, 0.375, 0.625, 0.875]
 
 
 def test_direction_encoding_rotates_with_the_panorama() -> None:

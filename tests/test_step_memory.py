@@ -49,11 +49,25 @@ def test_the_estimate_is_what_a_real_step_holds(
         real.step([real.blank(part) for part in step], Tensor.backward)
     gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
     assert estimate.gradients == pytest.approx(gradients, rel=0.01)
+    assert estimate.optimizer == 2 * estimate.gradients  # AdamW's two moments
     # The scalar of a CPU's `mse_loss` keeps the memory of all its terms.
     assert estimate.gradients + estimate.activations == pytest.approx(
         storage.peak - before, rel=0.04
     )
     assert estimate.weights == sum(p.nbytes for p in real.parameters())
+
+
+def test_storage_is_counted_once_and_until_it_is_freed() -> None:
+    with LiveStorage() as storage:
+        one = torch.zeros(100)
+        view = one[:50].view(5, 10)
+        assert (storage.current, storage.peak) == (400, 400)
+        other = one + 1
+        assert (storage.current, storage.peak) == (800, 800)
+        del one, other
+        assert (storage.current, storage.peak) == (400, 800)
+        del view
+        assert (storage.current, storage.peak) == (0, 800)
 
 
 def test_half_precision_and_more_parts_need_less(project: Path) -> None:

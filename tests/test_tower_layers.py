@@ -104,6 +104,15 @@ def test_dropout_in_a_checkpointed_frozen_part_is_an_error() -> None:
     checkpoint_layers(model)
 
 
+def test_a_tower_that_cannot_be_checkpointed_is_an_error(
+    towers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = build(towers, STAGES["finetune"].trains)
+    monkeypatch.setattr(type(model.language_model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"gradient_checkpointing: .* do not support it; set it to"):
+        checkpoint_layers(model)
+
+
 @pytest.mark.parametrize("stage", ["vision", "resampler"])
 def test_checkpointing_stays_enabled_after_each_validation(
     settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch
