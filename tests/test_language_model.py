@@ -95,9 +95,12 @@ def test_losses_and_answers_equal_those_of_separate_sequences(
     monkeypatch.setattr(dialogue, "ends", frozenset())
     steps: list[torch.Tensor] = []
     logits_of = model.logits
-    monkeypatch.setattr(
-        model, "logits", lambda hidden: steps.append(logits_of(hidden)) or steps[-1]
-    )
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        steps.append(logits_of(hidden))
+        return steps[-1]
+
+    monkeypatch.setattr(model, "logits", recorded)
     queries = [[query for query, _ in rows] for rows in ROWS]
     with torch.no_grad():
         features = model.features(views)
