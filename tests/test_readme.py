@@ -63,7 +63,7 @@ def readers_project(tmp_path: Path, towers: Path, small_data: Path) -> Project:
     project = copy_project(tmp_path / "project", towers, small_data)
     shutil.copytree(small_data, project.folder / "data/mine")
     preset = (project.folder / "params.yaml").read_text().replace("small/data", "data/mine")
-    (project.folder / "presets/quic360.yaml").write_text(preset)
+    (project.folder / "presets/quic360-recommended.yaml").write_text(preset)
     project.commit("data")
     return project
 
