@@ -105,6 +105,16 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("seed: 0", "seed: -1", "seed: expected at least 0, found -1"),
+        ("seed: 0", f"seed: {2**32}", f"seed: expected less than {2**32}, found {2**32}"),
+        (
+            "max_rejected: 0.0",
+            "max_rejected: 1.1",
+            "data.max_rejected: expected at most 1, found 1.1",
+        ),
+        ("fov: 90", "fov: 361", "views.fov: expected at most 360, found 361"),
+        ("fov: 90", "fov: 0", "views.fov: expected greater than 0, found 0"),
+        ("pitch: 0", "pitch: 91", "views.pitch: expected at most 90, found 91"),
+        ("pitch: 0", "pitch: -91", "views.pitch: expected at least -90, found -91"),
         ("size: 64", "size: big", "views.size: expected an integer, found 'big'"),
         ("size: 64", "size: 0", "views.size: expected at least 1, found 0"),
         ("overlap: 0.5", "overlap: 1", "views.overlap: expected less than 1, found 1"),
@@ -259,3 +269,4 @@ def test_undeclared_parameters_cannot_be_read() -> None:
     for unread in (lambda: settings.data, lambda: settings.stage.finetune):
         with pytest.raises(AttributeError):
             unread()
+    assert vars(load_settings(ROOT / "params.yaml", ())).keys() == {"machine"}

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers import save_tokenizer
@@ -49,6 +50,8 @@ def test_a_prompt_is_wrapped_around_the_query_as_plain_text(tokenizer) -> None:
             text = prompt.replace("{query}", query)
             assert wrapped.query(query) == plain.query(text), (prompt, query)
             assert wrapped.row(query, "a box") == plain.row(text, "a box")
+            wrapped.query(query).clear()  # the list belongs to the caller
+            assert wrapped.query(query)
 
 
 def test_answers_end_with_an_end_token_of_the_language_model(tokenizer) -> None:
@@ -71,6 +74,20 @@ def test_answers_decode_to_the_same_text_and_end_with_the_stop_token(tokenizer) 
         assert row.answer[-1] == dialogue.stop == tokenizer.convert_tokens_to_ids("<|im_end|>")
         if "<" not in text:
             assert dialogue.decode(row.answer) == text
+    tokens = dialogue.row("what", "\n the box ").answer
+    start, pad = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<pad>"])
+    assert dialogue.decode([start, pad, *tokens, *tokens]) == "the box"
+
+
+def test_tokens_that_a_tokenizer_adds_to_every_text_are_left_out(tokenizer) -> None:
+    plain = Dialogue(tokenizer, 64)
+    expected = plain.text_prefix, plain.row("what", "the box")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", tokenizer.pad_token_id)]
+    )
+    assert tokenizer("what")["input_ids"][0] == tokenizer.pad_token_id
+    dialogue = Dialogue(tokenizer, 64)
+    assert (dialogue.text_prefix, dialogue.row("what", "the box")) == expected
 
 
 def test_long_answers_are_truncated_and_a_row_without_room_is_an_error(tokenizer) -> None:
@@ -79,6 +96,9 @@ def test_long_answers_are_truncated_and_a_row_without_room_is_an_error(tokenizer
     assert len(row) == query + 2 and row.answer[-1] != Dialogue(tokenizer).stop
     whole = Dialogue(tokenizer, query + 2).row("what", "the red box", truncate=False)
     assert whole == Dialogue(tokenizer, 64).row("what", "the red box")
+    assert len(Dialogue(tokenizer, query + 1).row("what", "the red box").answer) == 1
+    with pytest.raises(UserError, match=r"train.csv, row 7: the answer '' has no tokens"):
+        Dialogue(tokenizer, 64).row("what", "", place="train.csv, row 7")
     with pytest.raises(UserError, match=r"train.csv, row 7.*max_text_length"):
         Dialogue(tokenizer, query).row("what", "the red box", place="train.csv, row 7")
     prompt = "the blue {query}"
@@ -110,6 +130,9 @@ def test_without_a_template_answers_end_with_the_eos_token(tmp_path) -> None:
     row = dialogue.row("what", "the box")
     assert tokenizer.decode(row.query) == "\nwhat\nASSISTANT: "
     assert row.answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(dialogue.text_prefix) == "USER: "
+    tokenizer.bos_token = "<pad>"
+    assert tokenizer.decode(Dialogue(tokenizer, 64).text_prefix) == "<pad>USER: "
 
 
 def test_a_template_that_loses_text_is_an_error(tmp_path) -> None:

@@ -152,3 +152,12 @@ def test_every_query_has_to_leave_room_in_every_stage(
 def test_a_language_model_without_a_limit_fits(configure: Configure) -> None:
     configure(0, query="what")
     cli.main(["plan", "vision"])
+
+
+def test_a_missing_language_model_stops_the_first_command_too(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(32768)
+    shutil.rmtree("towers")
+    assert "cannot load 'towers'" in error("train vision", capsys)
+    assert not Path("runs").exists()

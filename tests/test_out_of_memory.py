@@ -19,14 +19,12 @@ from panollava.stages import STAGES
 LIMITED = """
 import resource, sys
 import psutil
+from panollava import config, paths
 from panollava.cli import main as cli
-from panollava.config import load_settings
-from panollava.errors import UserError
-from panollava.planning import out_of_memory
-from panollava.planning.plan import memory_with
-from panollava.stages import STAGES
-from panollava.planning import out_of_memory
+from panollava.planning import lengths, out_of_memory
 from panollava.training import train
+# Address space that the tokenizer's threads reserve, mostly without using it.
+lengths.check_lengths(config.load_settings(paths.PARAMS))
 limit = psutil.Process().memory_info().vms + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 cli.main(["train", "vision"])

@@ -29,12 +29,16 @@ def test_a_row_attends_only_to_the_prefix_and_to_itself(dialogue) -> None:
     assert (packed.segments[1] == PADDING).any()
     second = packed.positions[0][packed.segments[0] == 2]
     assert second.tolist() == list(range(start, start + len(rows[1])))
+    assert packed.positions[:, :start].tolist() == [list(range(start))] * 2
+    prefix = packed.tokens[:, : len(dialogue.text_prefix)]
+    assert prefix.tolist() == [dialogue.text_prefix] * 2
+    assert packed.tokens.shape == (2, start + len(rows[0]) + len(rows[1]))
 
 
 def test_only_answer_tokens_are_supervised(dialogue) -> None:
     rows = [dialogue.row("what", "the red box"), dialogue.row("where", "left")]
-    packed = pack(dialogue.text_prefix, 5, [rows], dialogue.pad)
-    assert packed.labels.tolist() == rows[0].answer + rows[1].answer
+    packed = pack(dialogue.text_prefix, 5, [rows[1:], rows], dialogue.pad)
+    assert packed.labels.tolist() == rows[1].answer + rows[0].answer + rows[1].answer
     following = packed.tokens.flatten()[packed.predicts + 1]
     assert torch.equal(following, packed.labels)
 

@@ -14,6 +14,8 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with single_instance("prepare"):
+        pass
+    with single_instance("prepare"):
         with (
             pytest.raises(UserError, match=rf"\(pid {os.getpid()}\) is already running"),
             single_instance("prepare"),
