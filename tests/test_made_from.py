@@ -97,6 +97,8 @@ def test_features_of_other_weights_or_settings_are_an_error(
     model = replace(settings.model, features="float16")
     with pytest.raises(UserError, match=r"model\.features float32, now float16"):
         check_features(replace(settings, model=model), encoder)
+    with pytest.raises(UserError, match=r"model\.resampler\.pool 2, now 4; run: dvc repro feat"):
+        check_features(change(settings, model__resampler__pool=4), encoder)
     trainer = replace(settings.trainer, precision="bf16-mixed")
     with pytest.raises(UserError, match=r"trainer\.precision 32-true, now bf16-mixed; run: dvc"):
         check_features(replace(settings, trainer=trainer), encoder)

@@ -54,6 +54,8 @@ def check_features(settings: config.Settings, encoder: "nn.Module") -> None:
 
 
 def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[str, Any]:
+    # The prepared views, of which `prepare` records rolls and split, are compared by content: rolls
+    # that only reorder views ask for no other features.
     return {
         "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
