@@ -195,3 +195,12 @@ def test_scores_per_caption_average_to_the_mean() -> None:
     result = captions.agreement({1: "a b", 2: "a", 3: ""}, {1: "a b", 2: "b", 3: "b"})
     assert result.each == {"identical": {1: 1, 2: 0, 3: 0}, "rouge_l": {1: 1, 2: 0}}
     assert result.values == {"identical": pytest.approx(1 / 3), "rouge_l": 0.5}
+
+
+def test_agreement_weighs_what_is_missing_as_rouge_does() -> None:
+    """ROUGE-L of unequal lengths is not symmetric; the second answers are its references."""
+    answers, others = {1: "a red ball", 2: "a"}, {1: "a", 2: "a red ball"}
+    expected = captions.score(answers, {key: [text] for key, text in others.items()})
+    result = captions.agreement(answers, others)
+    assert result.each["rouge_l"] == expected.each["rouge_l"]
+    assert result.each["rouge_l"][1] > result.each["rouge_l"][2]

@@ -39,6 +39,14 @@ def test_facts_roll_with_the_scene(quarters: int) -> None:
     assert READER.roll(stated(SCENES), 90.0 * quarters) == expected
 
 
+def test_f1_falls_with_missing_and_with_wrong_facts() -> None:
+    def facts(*words: str) -> PanoramaFacts:
+        return {0: {("colors", (word,)) for word in words}}
+
+    result = compare([facts("red", "blue")], facts("red", "green", "yellow"))
+    assert result["colors"]["f1"] == 2 * 1 / (2 + 3) and result["colors"]["facts"] == 3
+
+
 def test_the_interval_of_a_rare_fact_leaves_out_resamples_without_it() -> None:
     nothing: PanoramaFacts = {index: set() for index in range(100)}
     rare: PanoramaFacts = {**nothing, 3: {("colors", ("red",))}}
