@@ -343,6 +343,20 @@ def test_the_towers_are_the_output_that_dvc_lock_records() -> None:
             assert not out.changed_checksum(), f"{out}: not what data/demo/dvc.lock records"
 
 
+def test_the_loss_is_lowest_for_the_captions_that_match() -> None:
+    torch.manual_seed(0)
+    model = encoder._build_model().eval()
+    texts = [("room", "red", "ball", "left"), ("desert",), ("hall", "blue", "cone", "middle")]
+    ids = torch.tensor([[encoder._WORDS.index(w) for w in t] + [0] * (10 - len(t)) for t in texts])
+    with torch.no_grad():
+        features = model.text_model(ids).pooler_output
+        right, wrong = (
+            encoder._sigmoid_loss(model, features, texts, matches)
+            for matches in ([0, 1, 2], [1, 2, 0])
+        )
+    assert right < wrong
+
+
 def test_a_wrong_caption_differs_in_one_word_of_the_same_kind() -> None:
     random = np.random.default_rng(0)
     caption = ("room", "red", "ball", "left", "blue", "box", "middle")
@@ -359,7 +373,7 @@ def test_the_encoder_represents_color_and_shape(settings: DemoSettings) -> None:
     measured = probe(tower.eval(), settings)
     report = json.loads((TOWERS / "encoder/report.json").read_text())
     for name in ("probe_color", "probe_shape"):
-        assert measured[name] == pytest.approx(report[name], abs=0.01)
+        assert measured[name] == pytest.approx(report[name], abs=0.008)  # two objects
         assert measured[name] >= 0.94
 
 

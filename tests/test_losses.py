@@ -59,5 +59,8 @@ def test_retrieval_accuracy_is_the_share_of_nearest_counterparts() -> None:
     alike = infonce(x, 2 * x, 0.05)
     assert alike["retrieval_accuracy"] == 1 and alike["loss"] < 1e-3
     assert infonce(x, x.roll(1, dims=1), 0.05)["retrieval_accuracy"] == 0
+    angles = torch.deg2rad(torch.tensor([[0.0, 63.0], [-46.0, 37.0]]))
+    x_only, y_only = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None]
+    assert top1_retrieval(x_only, y_only) == 0.5 and top1_retrieval(y_only, x_only) == 1
     half = torch.cat([x[:, :3], x[:, 3:].flip(1)], dim=1)  # 3 and 5 exchanged
     assert torch.allclose(top1_retrieval(x, half), torch.tensor(4 / 6))

@@ -113,6 +113,14 @@ def test_a_tower_that_cannot_be_checkpointed_is_an_error(
         checkpoint_layers(model)
 
 
+def test_exactly_the_layers_of_the_towers_are_compiled(towers: Path) -> None:
+    model, _ = build(towers, STAGES["finetune"].trains)
+    compile_layers(model)
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    kinds = {type(module).__name__ for module in compiled}
+    assert kinds == {"SiglipEncoderLayer", "Qwen2DecoderLayer"}
+
+
 @pytest.mark.parametrize("stage", ["vision", "resampler"])
 def test_checkpointing_stays_enabled_after_each_validation(
     settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch
