@@ -67,7 +67,8 @@ class NextEpoch(pl.Callback):
     """What `Checkpoints` does in addition to saving."""
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
-        module.epoch, module.epoch_step = module.epoch + 1, 0
+        if not trainer.sanity_checking:
+            module.epoch, module.epoch_step = module.epoch + 1, 0
 
 
 def main() -> None:

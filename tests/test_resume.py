@@ -60,7 +60,7 @@ def test_resuming_without_work_is_an_error_that_deletes_nothing() -> None:
 
 def test_resuming_before_the_first_save_is_an_error() -> None:
     work_folder("vision", "aaaa")
-    with pytest.raises(UserError, match="stopped before its first save .*machine.save_every"):
+    with pytest.raises(UserError, match="stopped before its first save, .*leave out --resume"):
         check_unfinished("vision", "aaaa")
 
 

@@ -30,7 +30,7 @@ from panollava.training.vicreg_objective import Objective
 
 
 def test_three_stages_and_an_evaluation_follow_from_each_other(settings: Settings) -> None:
-    settings = change(settings, stage__resampler__epochs=8, stage__finetune__epochs=4)
+    settings = change(settings, stage__resampler__epochs=1, stage__finetune__epochs=4)
     run_stage("vision", settings)
     run_stage("resampler", settings)
     write_features(settings)

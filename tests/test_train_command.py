@@ -301,10 +301,10 @@ def test_resume_fails_without_unfinished_work_of_the_same_run(
             with pytest.raises((Killed, SystemExit)):
                 train("vision", "--epochs", "2")
 
-    stop_at("on_train_start")
+    stop_at("on_sanity_check_start")
     message = fails("vision", "--epochs", "2", "--resume")
     assert "stopped before its first save" in message
-    stop_at("on_validation_start")
+    stop_at("on_train_batch_end")
     (work,) = paths.RESUME.glob("vision-*")
     assert f"{work} belongs to other parameters" in fails("vision", "--resume", "--epochs", "3")
     assert work.is_dir()  # and is still there

@@ -34,8 +34,8 @@ def check_unfinished(stage: str, fingerprint: str) -> None:
         return
     if folder.is_dir():
         raise UserError(
-            f"--resume: stage '{stage}' was stopped before its first save (every "
-            "machine.save_every steps, and at Ctrl-C); leave out --resume to start again"
+            f"--resume: stage '{stage}' was stopped before its first save, which follows the "
+            "validation of its start; leave out --resume to start again"
         )
     others = ", ".join(map(str, _others(folder, stage)))
     raise UserError(
