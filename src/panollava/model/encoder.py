@@ -77,7 +77,7 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
             "image size; use a vision encoder such as google/siglip-base-patch16-224"
         )
     model = load_model(AutoModel, pretrained, weights)
-    tower = getattr(model, "vision_model", model)
+    tower = getattr(model, "vision_model", model).float()
     _check_view_size(tower, pretrained.path, view_size, vision.image_size)
     if vision.image_size != view_size and tower.config.model_type in _INTERPOLATED:
         _interpolate_positions(tower, view_size)
@@ -89,7 +89,7 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
             f"{pretrained.path}: preprocessor_config.json needs image_mean and image_std of three "
             f"values, found {mean!r} and {std!r}; images must be normalized as in pretraining"
         )
-    return Encoder(tower.float(), layer, mean, std)
+    return Encoder(tower, layer, mean, std)
 
 
 def _check_view_size(tower: Any, path: str, size: int, pretrained_size: int) -> None:
@@ -98,10 +98,8 @@ def _check_view_size(tower: Any, path: str, size: int, pretrained_size: int) -> 
     other_size = size != pretrained_size
     try:
         tokens, _ = _trace(tower, size)
-        if other_size:
-            _trace(
-                tower, size + patch
-            )  # a larger view may only fit because its grid is rounded down
+        if other_size:  # it may fit by chance, because its grid is rounded down
+            _trace(tower, size + patch)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         if other_size:
             raise UserError(
@@ -163,9 +161,8 @@ def _trace(tower: Any, size: int, start: nn.Module | None = None) -> tuple[Tenso
     buffers = {name: buffer.to("meta") for name, buffer in tower.named_buffers()}
     view = torch.empty(1, 3, size, size, device="meta")
     hooks = [start.register_forward_hook(_detach)] if start else []
-    output = torch.func.functional_call(
-        tower, {**parameters, **buffers}, kwargs={"pixel_values": view}
-    )
+    inputs = {"pixel_values": view}
+    output = torch.func.functional_call(tower, {**parameters, **buffers}, kwargs=inputs)
     for hook in hooks:
         hook.remove()
     tokens = output.last_hidden_state
