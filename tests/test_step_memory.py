@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +56,26 @@ def test_the_estimate_is_what_a_real_step_holds(
         storage.peak - before, rel=0.04
     )
     assert estimate.weights == sum(p.nbytes for p in real.parameters())
+    optimizer = torch.optim.AdamW(p for p in real.parameters() if p.grad is not None)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    assert estimate.optimizer == pytest.approx(sum(t.nbytes for t in moments), rel=0.01)
+
+
+def test_the_heaviest_steps_have_the_longest_sequence_or_the_most_answer_tokens(
+    project: Path,
+) -> None:
+    settings, stage = load_settings(paths.PARAMS), STAGES["finetune"]
+    objective = objective_of(stage, settings, False, False)
+    long = "the red box is left ."
+    texts = [[(f"{long} {long}", "a box")] * 3, [("what", long)] * 3, [("what", "a box")] * 3]
+    table = [(p, f"{p}.jpg", *text) for p, rows in enumerate(texts) for text in rows]
+    train = pd.DataFrame(table, columns=["panorama", "url", "query", "annotation"])
+    work = find_workload(objective, settings, stage, 1, train.assign(row=train.index))
+    rows = [[objective.dialogue.row(*text) for text in panorama] for panorama in texts]
+    assert work.heaviest == [[[rows[0]]], [[rows[1]]]]  # of each step, its one part
+    before = objective.text_prefix + objective.vision_tokens
+    assert work.longest_sequence == before + sum(map(len, rows[0]))
 
 
 def test_storage_is_counted_once_and_until_it_is_freed() -> None:
