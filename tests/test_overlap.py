@@ -11,9 +11,9 @@ from torch import Tensor
 from panollava import config
 from panollava.errors import UserError
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.geometry.projections import panorama_rays
+from panollava.geometry.projections import Gnomonic, panorama_rays
 from panollava.geometry.sphere import cell_centers
-from panollava.geometry.views import Sampler, layout, token_rays
+from panollava.geometry.views import Layout, Sampler, layout, token_rays
 from panollava.model.encoder import token_centers
 from panollava.model.resampler import pool_tokens
 from panollava.training.losses import vicreg
@@ -270,3 +270,11 @@ def test_views_without_matches_are_an_error(
 ) -> None:
     with pytest.raises(UserError, match=message):
         correspondences(layout(settings(**values)), cell_centers(14), mode)
+
+
+def test_views_that_match_in_one_direction_only_are_an_error() -> None:
+    """The tokens of a narrow view are inside a wide one, whose own lie outside the narrow one."""
+    narrow, wide = Gnomonic(0, 0, 4), Gnomonic(0, 0, 90)
+    for pair in ((0, 1), (1, 0)):
+        with pytest.raises(UserError, match="share no token"):
+            correspondences(Layout((narrow, wide), (pair,)), cell_centers(2), "exact")

@@ -73,3 +73,11 @@ def test_direction_encoding_rotates_with_the_panorama() -> None:
     assert rotated[:, [0, 1, 2]] == pytest.approx(plain[:, [2, 1, 0]] * [1, 1, -1])
     assert rotated[:, [3, 4]] == pytest.approx(-plain[:, [3, 4]])  # k = 2: 180 degrees
     assert rotated[:, [7, 8]] == pytest.approx(plain[:, [7, 8]])  # k = 4: 360 degrees
+
+
+def test_a_harmonic_fades_towards_the_poles_by_its_power_of_the_cosine() -> None:
+    yaw, pitch = angles_from_rays(random_rays(100))
+    encoding = encode_direction(rays_from_angles(yaw, pitch), 4)
+    for k, columns in ((2, [3, 4]), (3, [5, 6]), (4, [7, 8])):
+        length = np.linalg.norm(encoding[:, columns], axis=1)
+        assert length == pytest.approx(np.cos(pitch) ** k)
