@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panollava.evaluation.confidence import interval, interval_of_mean
+from panollava.evaluation.confidence import interval_of_mean
 
 
 def test_queries_of_one_panorama_are_not_independent_samples() -> None:
@@ -26,9 +26,9 @@ def test_the_interval_of_one_panorama_is_its_value() -> None:
 
 
 def test_a_panorama_counts_by_its_number_of_queries() -> None:
-    """Nine correct answers about one panorama and one wrong answer about another: 0.9."""
-    values = {(0, f"q{query}"): 1.0 for query in range(9)} | {(1, "q"): 0.0}
+    """Nine correct answers about each of five panoramas, and a wrong one about each of five more:
+    0.9 of the answers are correct, about half of the panoramas."""
+    values = {(panorama, f"q{query}"): 1.0 for panorama in range(5) for query in range(9)}
+    values |= {(panorama, "q"): 0.0 for panorama in range(5, 10)}
     result = interval_of_mean(values)
-    assert result == {"low": 0, "high": 1} == interval_of_mean(values)
-    counts = np.array([[[9, 9], [0, 1]]])
-    assert interval(lambda sums: sums[0, ..., 0] / sums[0, ..., 1], counts)["value"] == 0.9
+    assert result["low"] is not None and result["low"] > 0.6 and result == interval_of_mean(values)

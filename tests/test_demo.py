@@ -163,8 +163,8 @@ def test_objects_of_a_scene_are_45_degrees_apart() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_nearer_object_hides_the_other(order: int) -> None:
-    near = Object("red", "ball", "front", yaw=5, distance=2.5, size=1, rotation=0)
-    far = dataclasses.replace(near, color="blue", distance=4)
+    near = Object("red", "ball", "front", yaw=5, distance=2.5, size=2.4, rotation=0)
+    far = dataclasses.replace(near, color="blue", distance=6)
     scene = Scene("room", (near, far)[::order], light=(0, 45), shade=1)
     assert nearest_color(render(scene, 128)[place(near, 128)]) == "red"
 

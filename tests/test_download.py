@@ -379,6 +379,7 @@ def test_no_requests_are_sent_while_a_server_asks_to_wait(server: Server, tmp_pa
     assert rejects(tmp_path) == {}
 
 
+@pytest.mark.timeout(60)  # a client that obeys waits for a day
 def test_a_request_to_wait_is_no_failed_attempt_but_is_not_obeyed_for_ever(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from panollava import paths
 from panollava.config import Settings, load_settings
+from panollava.data.packing import Row
 from panollava.planning.plan import read_split
-from panollava.planning.step_memory import LiveStorage, Part, find_workload, step_memory
+from panollava.planning.step_memory import (
+    LiveStorage,
+    Part,
+    _heaviest,
+    find_workload,
+    step_memory,
+)
 from panollava.stages import STAGES, Stage
 from panollava.training.objective import freeze_all_but
 from panollava.training.tower_layers import checkpoint_layers
@@ -89,6 +96,16 @@ def test_storage_is_counted_once_and_until_it_is_freed() -> None:
         assert (storage.current, storage.peak) == (400, 800)
         del view
         assert (storage.current, storage.peak) == (0, 800)
+
+
+def test_the_heaviest_steps_have_the_largest_part_and_the_most_answer_tokens() -> None:
+    def part(*answers: int) -> Part:
+        return [[Row([0], [0] * tokens)] for tokens in answers]
+
+    even, uneven = [part(1, 1), part(1, 1)], [part(1, 1, 1), part(1)]
+    long = [part(9), part(1)]
+    assert _heaviest([even, uneven, long], prefix=10) == [uneven, long]
+    assert _heaviest([even, uneven], prefix=10) == [uneven]
 
 
 def test_half_precision_and_more_parts_need_less(project: Path) -> None:
