@@ -169,7 +169,7 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
                 ('"{query} or {query}"', "'{query} or {query}'"),
                 ('"{ query }"', "'{ query }'"),
                 ("{query}", "{'query': None}"),  # without quotes, a mapping of YAML
-                ("null", "None"),
+                ("null", "null"),
             )
         ),
         ("devices: 1", "devices: true", "trainer.devices: expected an integer, found True"),
