@@ -78,7 +78,7 @@ def test_a_training_that_ran_out_of_memory_fits_with_the_suggested_value(wide: P
 
 
 def test_if_nothing_fits_the_smallest_need_is_reported(wide: Path) -> None:
-    status, message = train(150_000_000)
+    status, message = train(280_000_000)
     assert status == 1 and "lower stage.vision.batch_size" in message, message
     assert re.search(r"Even stage\.vision\.accumulate 16 with trainer\.gradient_check", message)
 
