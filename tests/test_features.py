@@ -15,10 +15,10 @@ from panollava.data.batches import gather
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
+from panollava.model import resampler
 from panollava.model.panollava import build_model
 from panollava.model.weights import load_weights
 from panollava.stages import STAGES
-from panollava.training import features
 from panollava.training.features import write_features
 
 
@@ -54,8 +54,8 @@ def test_features_are_stored_in_the_precision_of_model_features(
         assert batch.dtype == torch.float32
         assert np.array_equal(batch, arrays["float16"][name][[1, 0]])
     assert len(arrays["float32"]) == 4
-    pool = features.pool_tokens
-    monkeypatch.setattr(features, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
+    pool = resampler.pool_tokens
+    monkeypatch.setattr(resampler, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
     message = r"panoramas 0-5 are not finite in float16; set model\.features to float32"
     with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match=message):
         write_features(change(settings, model__features="float16"))
