@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,19 @@ from panollava.stages import STAGES
 from panollava.training.features import write_features
 
 
-def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, (8, 2, 2)),
+        ({"model__tokens": "sphere"}, (64,)),
+        ({"model__tokens": "sphere", "model__sphere_rows": 2, "model__sphere_columns": 8}, (16,)),
+    ],
+    ids=str,
+)
+def test_features_equal_what_the_encoder_computes(
+    settings: Settings, changes: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    settings = change(settings, **changes)
     run_stage("vision", settings)
     run_stage("resampler", settings)
     write_features(settings)
@@ -32,9 +45,9 @@ def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
     for split in ("train", "valid", "test"):
         views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
         expected = model.eval().features(views)
-        assert torch.allclose(
-            torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy")), expected, atol=1e-5
-        )
+        written = torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy"))
+        assert written.shape == (len(views), *shape, model.encoder.width)
+        assert torch.allclose(written, expected, atol=1e-5)
 
 
 def test_features_are_stored_in_the_precision_of_model_features(

@@ -1,20 +1,24 @@
 """Tokens merged on the sphere: each cell reads its direction, whatever the views."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from helpers import ROOT, change
-from panollava import config
+from helpers import ROOT, change, weights
+from panollava import config, paths
+from panollava.cli import main as cli
 from panollava.config import load_settings
 from panollava.errors import UserError
 from panollava.geometry.projections import panorama_rays
 from panollava.geometry.sphere import Array, angles_from_rays, rays_from_angles
 from panollava.geometry.token_sphere import merge_matrix
 from panollava.geometry.views import Sampler, layout, token_centers
-from panollava.model.resampler import Pooling
+from panollava.model.resampler import MLPResampler, Pooling
+from panollava.model.weights import read_header
 
 DEMO = load_settings(ROOT / "params.yaml")
 
@@ -180,3 +184,30 @@ def test_views_that_cannot_be_merged_are_an_error(
         Pooling(*settings_of(values, sphere_columns=columns), 8)
     assert len(str(error.value).split()) <= 30
     Pooling(*settings_of(values, sphere_columns=columns, tokens="views"), 8)
+
+
+def test_the_stages_train_and_answer_with_merged_tokens(project: Path) -> None:
+    text = paths.PARAMS.read_text()
+    paths.PARAMS.write_text(text.replace("tokens: views", "tokens: sphere"))
+    cli.main(["train", "all"])
+    cli.main(["evaluate"])
+    assert np.load(paths.FEATURES / "test.npy").shape == (3, 64, 32)
+    assert np.load(paths.PREPARED / "test/views.npy").shape == (3, 8, 32, 32, 3)
+    saved = read_header(paths.weights_file("finetune"))["settings"]["model"]
+    assert (saved["tokens"], saved["sphere_rows"], saved["sphere_columns"]) == ("sphere", 4, 16)
+    assert not [name for name in weights("finetune") if "pooling" in name]
+    assert len(pd.read_csv(paths.PREDICTIONS)) == 6
+    merged = weights("vision")
+    paths.PARAMS.write_text(text)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate"])
+    cli.main(["train", "vision"])  # which compares views
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in weights("vision").items())
+
+
+def test_a_vector_for_each_view_is_an_error() -> None:
+    pooling = Pooling(*settings_of({}), 8)
+    with pytest.raises(UserError, match=r"^model\.resampler\.position: .*set it to ray") as error:
+        MLPResampler(16, 32, pooling, "view", 4)
+    assert len(str(error.value).split()) <= 30
+    MLPResampler(16, 32, pooling, "none", 4)
