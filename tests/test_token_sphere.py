@@ -158,7 +158,7 @@ def test_features_in_half_precision_are_merged_in_float32() -> None:
     grids = torch.randn(1, 8, 8, 8, 3).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         merged = pooling(grids)
-    assert torch.equal(merged, pooling(grids.float()))
+    assert merged.dtype == torch.float32 and torch.equal(merged, pooling(grids.float()))
 
 
 @pytest.mark.parametrize(
