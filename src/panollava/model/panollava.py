@@ -76,10 +76,13 @@ class PanoLLaVA(nn.Module):
         """Raises UserError if a sequence of `tokens` is longer than the window."""
         if tokens > self.window:
             kind = self.language_model.config.get_text_config().model_type
+            merged = self.resampler.pooling.matrix is not None
+            fewer = "use fewer views, raise model.resampler.pool"
+            fewer = "lower model.sphere_rows" if merged else fewer
             raise UserError(
                 f"model.language_model.path: a '{kind}' model attends to {self.window} "
-                f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer vision "
-                "tokens (views, model.tokens, model.resampler.pool), or another language model"
+                f"tokens, but a panorama with its text has {tokens}; {remedy}, {fewer}, or use "
+                "another language model"
             )
 
     def loss_sum(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
