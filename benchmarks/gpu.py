@@ -27,7 +27,7 @@ from measure import ROOT, Line, options_parser, report, time_alternately
 from panollava import config, paths
 from panollava.files import write_array, write_csv
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.model.encoder import token_centers
+from panollava.geometry.views import token_centers
 from panollava.model.precision import autocast, cast_frozen_linears
 from panollava.stages import STAGES
 from panollava.training import losses
@@ -128,7 +128,7 @@ def vision_loss(steps: Steps) -> Callable[[], Tensor]:
     """VICReg of the encoder on exact overlaps."""
     encoder: Any = steps.model.encoder
     vision = config.load_settings(PROFILE).stage.vision
-    centers = token_centers(encoder, real_size.SIZE)
+    centers = token_centers(encoder.patch, real_size.SIZE)
     pairs = correspondences(real_size.LAYOUT, centers, vision.overlap).to(steps.device)
     del steps.model.language_model  # this stage does not load it
     steps.trained = list(encoder.parameters())

@@ -1,7 +1,9 @@
 """The real profile's model, SigLIP-base-patch16-224 and Qwen2.5-0.5B, with random weights, and
 panoramas with three rows each; the loss in our way and in the usual way."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +11,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, Sigl
 
 from panollava import config
 from panollava.data.packing import Packed, Row, pack
-from panollava.geometry import sphere, views
-from panollava.model.encoder import Encoder, token_centers
+from panollava.geometry import views
+from panollava.model.encoder import Encoder
 from panollava.model.panollava import PanoLLaVA
-from panollava.model.resampler import MLPResampler
+from panollava.model.resampler import MLPResampler, Pooling
 
-SIZE, POOL, WIDTH = 224, 2, 896
-LAYOUT = views.layout(config.Views("e2p", SIZE, 90.0, 0.5, 0.0, False))
+PROFILE = Path(__file__).parents[1] / "presets/quic360.yaml"
+MODEL, VIEWS = (getattr(config.load_settings(PROFILE), name) for name in ("model", "views"))
+SIZE, PATCH = VIEWS.size, 16
+LAYOUT = views.layout(VIEWS)
 VOCABULARY = 151_936
 # Tokens of Qwen's chat template before the image, and of rows like QuIC-360's: a query of one word
 # with the template around it, and answers of 20 words on average with the stop token.
@@ -37,16 +41,20 @@ def language_config() -> Qwen2Config:
     )
 
 
-def build(layout: views.Layout = LAYOUT, device: torch.device | None = None) -> PanoLLaVA:
+def build(
+    settings: config.Model = MODEL,
+    view_settings: config.Views = VIEWS,
+    device: torch.device | None = None,
+) -> PanoLLaVA:
     torch.manual_seed(0)
     with device or torch.device("cpu"):
         tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
         language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, -1, [0.5] * 3, [0.5] * 3)
-    rays = views.token_rays(layout, token_centers(encoder, SIZE, POOL))
-    directions = torch.from_numpy(sphere.encode_direction(rays, 4))
-    resampler = MLPResampler(encoder.width, WIDTH, directions, "ray")
-    model = PanoLLaVA(encoder, resampler, nn.Linear(WIDTH, 896), language, POOL)
+    pooling, width = Pooling(settings, view_settings, PATCH), settings.resampler.width
+    degree = settings.resampler.direction_degree
+    resampler = MLPResampler(encoder.width, width, pooling, "ray", degree)
+    model = PanoLLaVA(encoder, resampler, nn.Linear(width, 896), language)
     model.language_model.requires_grad_(False).eval()
     return model.to(device)
 
@@ -70,10 +78,14 @@ class Example:
 
 
 def make_example(
-    panoramas: int = 1, rows: int = len(ANSWERS), layout: views.Layout = LAYOUT
+    panoramas: int = 1,
+    rows: int = len(ANSWERS),
+    settings: config.Model = MODEL,
+    view_settings: config.Views = VIEWS,
 ) -> Example:
     torch.manual_seed(1)
-    sampled = torch.randint(256, (panoramas, len(layout.projections), SIZE, SIZE, 3))
+    view_count = len(views.layout(view_settings).projections)
+    sampled = torch.randint(256, (panoramas, view_count, SIZE, SIZE, 3))
 
     def tokens(count: int) -> list[int]:
         return torch.randint(VOCABULARY, (count,)).tolist()
@@ -83,7 +95,7 @@ def make_example(
         [Row(tokens(QUERY), tokens(ANSWERS[row % len(ANSWERS)])) for row in range(rows)]
         for _ in range(panoramas)
     ]
-    vision = len(layout.projections) * (SIZE // 16 // POOL) ** 2
+    vision = math.prod(Pooling(settings, view_settings, PATCH).shape)
     packed = pack(prefix, vision, row_tokens, pad=0)
     return Example(sampled.to(torch.uint8), prefix, row_tokens, packed)
 

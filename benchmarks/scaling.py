@@ -5,6 +5,7 @@ rows of a panorama, and with its views. Each point is measured in a process of i
 
 Points are kept in a file next to `--out`, so that parts can be measured separately."""
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -26,8 +27,7 @@ import pipeline
 import prepare
 import real_size
 from measure import PANOLLAVA, Line, options_parser, report, run, time_alternately
-from panollava import config, paths
-from panollava.geometry import views
+from panollava import paths
 from photos import save_photos
 from training import Steps
 
@@ -148,8 +148,9 @@ def run_step(
 
 def seconds_of_step(stage: str, rows: int, view_count: int, repeats: int) -> float:
     overlap = OVERLAPS[view_count]
-    layout = views.layout(config.Views("e2p", real_size.SIZE, 90.0, overlap, 0.0, False))
-    steps = Steps(stage, real_size.make_example(1, rows, layout), layout)
+    views = dataclasses.replace(real_size.VIEWS, overlap=overlap)
+    example = real_size.make_example(1, rows, view_settings=views)
+    steps = Steps(stage, example, view_settings=views)
     return time_alternately(partial(steps.take, steps.our_loss), repeats=repeats)[0]
 
 

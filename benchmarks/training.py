@@ -17,7 +17,7 @@ from torch.utils.flop_counter import (
 
 import real_size
 from measure import Line, options_parser, report, time_alternately
-from panollava.geometry.views import Layout
+from panollava import config
 from panollava.model.device import keep_freed_memory
 from panollava.model.precision import autocast
 from real_size import Example
@@ -50,15 +50,18 @@ class Steps:
         self,
         stage: str,
         example: Example | None = None,
-        layout: Layout = real_size.LAYOUT,
+        settings: config.Model = real_size.MODEL,
+        view_settings: config.Views = real_size.VIEWS,
         device: torch.device | None = None,
         precision: str = "32-true",
     ) -> None:
         torch.set_num_threads(THREADS)
         keep_freed_memory()
         self.device, self.precision = device or torch.device("cpu"), precision
-        self.model = real_size.build(layout, self.device)
-        self.example = (example or real_size.make_example()).to(self.device)
+        self.model = real_size.build(settings, view_settings, self.device)
+        self.example = (
+            example or real_size.make_example(settings=settings, view_settings=view_settings)
+        ).to(self.device)
         # Rows per panorama: how often the usual way encodes it.
         self.row_counts = torch.tensor([len(r) for r in self.example.rows], device=self.device)
         self.rows = int(self.row_counts.sum())

@@ -299,8 +299,8 @@ CODE_EDITS = {
     ),
     "a line of overlap.py": CodeEdit(
         "geometry/overlap.py",
-        "return grid * position - 0.5, inside",
-        "return grid * position - 0.51, inside",
+        "return position.place, position.between",
+        "return position.place - 0.01, position.between",
         {"vision"},
         set(PIPELINE) - {"prepare"},
     ),

@@ -85,12 +85,16 @@ def epoch_of(reader: Any, epoch: int | None, parts: int = 1) -> list[list[TextBa
 
 
 @pytest.mark.parametrize("stage", ["resampler", "finetune"])
-@pytest.mark.parametrize("views", [{"pitch": 20.0}, {"strategy": "sliding_window"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"views__pitch": 20.0}, {"views__strategy": "sliding_window"}, {"model__tokens": "sphere"}],
+    ids=str,
+)
 def test_the_loss_of_a_turned_panorama_is_that_of_a_rolled_one(
-    settings: Settings, stage: str, views: dict[str, Any]
+    settings: Settings, stage: str, changes: dict[str, Any]
 ) -> None:
     """Of views in `resampler`, of cached features in `finetune`."""
-    settings = change(settings, **{f"views__{name}": value for name, value in views.items()})
+    settings = change(settings, **changes)
     settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
     # Large random weights, with which the answers depend on the panorama.
     language_model = str(save_language_model(Path("language_model"), spread=0.3))

@@ -83,7 +83,7 @@ def test_the_parts_of_a_step_contain_all_its_rows() -> None:
 
 def test_turns_are_a_function_of_seed_epoch_and_panorama() -> None:
     panoramas = list(range(400))
-    drawn = turns(5, 1, panoramas, views=8)
+    drawn = turns(5, 1, panoramas, strides=8)
     assert turns(5, 1, panoramas[::-3], 8) == drawn[::-3]  # of nothing else that is in the step
     for seed, epoch in ((5, 2), (6, 1), (1, 5)):
         equal = sum(a == b for a, b in zip(drawn, turns(seed, epoch, panoramas, 8), strict=True))

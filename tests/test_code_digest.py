@@ -272,9 +272,9 @@ def test_an_edit_of_the_project_changes_these_digests(
         ("training.losses", "vision"),
         ("training.answer_objective", "resampler finetune"),
         ("model.encoder", "vision resampler features finetune evaluate demo-language-model"),
-        (
-            "model.resampler",
-            "resampler features finetune evaluate demo-encoder demo-language-model",
+        *(
+            (module, "resampler features finetune evaluate demo-encoder demo-language-model")
+            for module in ("model.resampler", "geometry.token_sphere")
         ),
         ("model.panollava", "resampler finetune evaluate demo-language-model"),
         ("model.generate", "evaluate demo-language-model"),

@@ -166,36 +166,42 @@ def test_one_panorama_has_no_grounding_gap(
 
 
 @pytest.mark.parametrize(
-    "views",
+    "changes",
     [
         {},
-        {"pitch": 25.0},
-        {"pitch": -60.0, "fov": 120.0},
-        {"strategy": "sliding_window"},
-        {"strategy": "cubemap"},
-        {"global_view": True},
+        {"views__pitch": 25.0},
+        {"views__pitch": -60.0, "views__fov": 120.0},
+        {"views__strategy": "sliding_window"},
+        {"views__strategy": "cubemap"},
+        {"views__global_view": True},
+        {"model__tokens": "sphere"},
+        {"model__tokens": "sphere", "views__pitch": 25.0},
+        {"model__tokens": "sphere", "views__strategy": "cubemap"},
+        {"model__tokens": "sphere", "views__global_view": True},
     ],
     ids=str,
 )
 def test_answers_to_a_roll_are_about_the_rolled_panorama(
-    settings: Settings, views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    settings: Settings, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of answers, the mean of each view's features, against those of panoramas that are
-    really rolled, sampled and encoded."""
+    """In place of answers, the mean features of each view (or of the cells at each yaw), against
+    those of panoramas that are really rolled, sampled and encoded."""
+
+    def means(features: torch.Tensor) -> list[list[float]]:
+        """A view has 2 x 2 tokens, a yaw 4 cells."""
+        return features.reshape(-1, 4, features.shape[-1]).mean(dim=1)[:, :4].tolist()
 
     def describe(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
         if features is None:  # without a picture
             return [[generate.Answer("", False)] * len(asked) for asked in queries]
-        means = [json.dumps(vision.mean((1, 2))[:, :4].tolist()) for vision in features]
         return [
-            [generate.Answer(mean, False)] * len(asked)
-            for mean, asked in zip(means, queries, strict=True)
+            [generate.Answer(json.dumps(means(vision)), False)] * len(asked)
+            for vision, asked in zip(features, queries, strict=True)
         ]
 
     rolls = [20.0, 45.0, -90.0, 200.0, 180.0, 270.0]
     settings = change(settings, evaluate__rolls=rolls, trainer__threads=1)
-    settings = change(settings, **{f"views__{name}": value for name, value in views.items()})
-    settings = change(settings, **{f"stage__{name}__epochs": 0 for name in STAGES})
+    settings = change(settings, **changes, **{f"stage__{name}__epochs": 0 for name in STAGES})
     prepare_project(settings)
     run_stage("vision", settings)
     run_stage("resampler", settings)
@@ -213,6 +219,6 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
         for degrees in (0, *rolls):
             rolled = torch.from_numpy(sampler.sample(roll(panorama, degrees)))
             with torch.inference_mode():
-                expected = model.eval().features(rolled[None])[0].mean((1, 2))[:, :4]
+                expected = means(model.eval().features(rolled[None])[0])
             answer = row[f"turned by {degrees:g}" if degrees else "prediction"]
-            assert np.abs(np.array(json.loads(answer)) - expected.numpy()).max() < 1e-3
+            assert np.abs(np.array(json.loads(answer)) - expected).max() < 1e-3

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,26 @@ from panollava.data.batches import gather
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
+from panollava.model import resampler
 from panollava.model.panollava import build_model
 from panollava.model.weights import load_weights
 from panollava.stages import STAGES
-from panollava.training import features
 from panollava.training.features import write_features
 
 
-def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, (8, 2, 2)),
+        ({"model__tokens": "sphere"}, (64,)),
+        ({"model__tokens": "sphere", "model__sphere_rows": 2, "model__sphere_columns": 8}, (16,)),
+    ],
+    ids=str,
+)
+def test_features_equal_what_the_encoder_computes(
+    settings: Settings, changes: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    settings = change(settings, **changes)
     run_stage("vision", settings)
     run_stage("resampler", settings)
     write_features(settings)
@@ -32,9 +45,9 @@ def test_features_equal_what_the_encoder_computes(settings: Settings) -> None:
     for split in ("train", "valid", "test"):
         views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
         expected = model.eval().features(views)
-        assert torch.allclose(
-            torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy")), expected, atol=1e-5
-        )
+        written = torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy"))
+        assert written.shape == (len(views), *shape, model.encoder.width)
+        assert torch.allclose(written, expected, atol=1e-5)
 
 
 def test_features_are_stored_in_the_precision_of_model_features(
@@ -54,8 +67,8 @@ def test_features_are_stored_in_the_precision_of_model_features(
         assert batch.dtype == torch.float32
         assert np.array_equal(batch, arrays["float16"][name][[1, 0]])
     assert len(arrays["float32"]) == 4
-    pool = features.pool_tokens
-    monkeypatch.setattr(features, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
+    pool = resampler.pool_tokens
+    monkeypatch.setattr(resampler, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
     message = r"panoramas 0-5 are not finite in float16; set model\.features to float32"
     with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match=message):
         write_features(change(settings, model__features="float16"))

@@ -162,3 +162,15 @@ def test_a_missing_language_model_stops_the_first_command_too(
     Path("towers/config.json").unlink()
     assert "cannot load 'towers'" in error("train vision", capsys)
     assert not Path("runs").exists()
+
+
+def test_merged_tokens_fit_where_those_of_the_views_do_not(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = {"model__tokens": "sphere", "model__sphere_columns": 8}
+    configure(BEFORE_ROWS + LONGEST, query="what", model__sphere_rows=5, **merged)
+    message = error("plan", capsys)
+    assert f"has {BEFORE_ROWS + LONGEST + 8}; lower stage.finetune" in message
+    assert "(99), lower model.sphere_rows, or use another language model" in message
+    configure(BEFORE_ROWS + LONGEST - 1, model__sphere_rows=2, **merged)
+    cli.main(["plan"])

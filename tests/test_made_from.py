@@ -94,9 +94,15 @@ def test_features_of_other_rolled_panoramas_are_an_error(
 def test_features_of_other_weights_or_settings_are_an_error(
     settings: Settings, encoder: torch.nn.Module
 ) -> None:
-    model = replace(settings.model, features="float16")
-    with pytest.raises(UserError, match=r"model\.features float32, now float16"):
-        check_features(replace(settings, model=model), encoder)
+    for name, before, now in (
+        ("features", "float32", "float16"),
+        ("tokens", "views", "sphere"),
+        ("sphere_rows", 4, 5),
+        ("sphere_columns", 16, 24),
+    ):
+        model = change(settings.model, **{name: now})
+        with pytest.raises(UserError, match=rf"with model\.{name} {before}, now {now}; run: dvc"):
+            check_features(replace(settings, model=model), encoder)
     with pytest.raises(UserError, match=r"model\.resampler\.pool 2, now 4; run: dvc repro feat"):
         check_features(change(settings, model__resampler__pool=4), encoder)
     trainer = replace(settings.trainer, precision="bf16-mixed")

@@ -1,6 +1,5 @@
 """Tokens of neighboring views are matched by exact direction, all around the horizon."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from panollava.errors import UserError
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.geometry.projections import Gnomonic, panorama_rays
 from panollava.geometry.sphere import cell_centers
-from panollava.geometry.views import Layout, Sampler, layout, token_rays
-from panollava.model.encoder import token_centers
+from panollava.geometry.views import Layout, Sampler, layout, token_centers, token_rays
 from panollava.model.resampler import pool_tokens
 from panollava.training.losses import vicreg
 
@@ -82,14 +80,13 @@ def test_token_directions_are_right_if_tokens_do_not_fill_a_view(
     """The view has a margin outside all patches, and the last token has fewer patches."""
     values = settings(size=size)
     panorama = panorama_rays(751, 1502).astype(np.float32)
-    encoder: Any = SimpleNamespace(patch=patch)
     tokens = what_tokens_see(values, size // patch, panorama)
     pooled = pool_tokens(tokens, pool)
-    rays = torch.from_numpy(token_rays(layout(values), token_centers(encoder, size, pool)))
+    rays = torch.from_numpy(token_rays(layout(values), token_centers(patch, size, pool)))
     assert pooled.shape[1:] == rays.shape
     # The average over a square seen at an angle is slightly nearer to the view's center.
     assert degrees_apart(pooled, rays[None]).max() < 0.03 * (patch * pool / size * 90)
-    pairs = correspondences(layout(values), token_centers(encoder, size), "exact")
+    pairs = correspondences(layout(values), token_centers(patch, size), "exact")
     assert degrees_apart(*matched_tokens(tokens, pairs)).max() < 0.5
 
 

@@ -104,6 +104,10 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         edit("params.yaml", "rolls: [20, 45", "rolls: [20, 135"),
         {"prepare", "evaluate"},
     ),
+    "the sphere's cells": (
+        edit("params.yaml", "sphere_rows: 4", "sphere_rows: 5"),
+        AFTER_VISION,
+    ),
     "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
     "all that belongs to the machine": (edit_machine, set()),
     **{

@@ -25,12 +25,15 @@ def add_rows(file: Path, rows: list[tuple[str, str, str]]) -> None:
         csv.writer(lines).writerows(rows)
 
 
+@pytest.mark.parametrize(("tokens", "count"), [("views", 8 * 2 * 2), ("sphere", 4 * 16)])
 def test_a_training_needs_what_the_plan_states(
-    project: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, capsys: pytest.CaptureFixture[str], tokens: str, count: int
 ) -> None:
-    text = Path("params.yaml").read_text()
+    text = Path("params.yaml").read_text().replace("tokens: views", f"tokens: {tokens}")
     Path("params.yaml").write_text(text.replace("labeled: 1.0", "labeled: 0.5"))
     before = plan()
+    tokens_of = {name: stage["vision_tokens"] for name, stage in before["stages"].items()}
+    assert tokens_of == {"vision": 0, "resampler": count, "finetune": count}
     output = capsys.readouterr().err
     for word in ("language_model", "activations", "model_final"):
         assert word in output

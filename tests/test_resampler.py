@@ -1,42 +1,46 @@
 """The resampler's first layer: features of any scale, and the weight of directions among them."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, change
 from panollava.config import load_settings
-from panollava.geometry.sphere import cell_centers, encode_direction
-from panollava.geometry.views import layout, token_rays
-from panollava.model.resampler import MLPResampler
+from panollava.model.resampler import MLPResampler, Pooling
 
 GRID = 7
 
 
-@pytest.fixture(scope="module")
-def directions() -> torch.Tensor:
-    views = layout(load_settings(ROOT / "params.yaml").views)
-    return torch.from_numpy(encode_direction(token_rays(views, cell_centers(GRID)), 4))
+def make_pooling(**changes: Any) -> Pooling:
+    """Of the demo's views with GRID x GRID tokens, of which each is 2 x 2 patches."""
+    settings = change(load_settings(ROOT / "params.yaml"), views__size=2 * GRID, **changes)
+    return Pooling(settings.model, settings.views, patch=1)
 
 
+@pytest.mark.parametrize("tokens", ["views", "sphere"])
 @pytest.mark.parametrize("features", [16, 768])
 @pytest.mark.parametrize("scale", [0.1, 10.0])
 def test_directions_weigh_the_same_among_features_of_any_number_and_scale(
-    directions: torch.Tensor, features: int, scale: float
+    features: int, scale: float, tokens: str
 ) -> None:
     torch.manual_seed(0)
-    resampler = MLPResampler(features, 256, directions, "ray")
+    pooling = make_pooling(model__tokens=tokens)
+    resampler = MLPResampler(features, 256, pooling, "ray", 4)
     assert resampler.position is not None
     with torch.no_grad():
-        content = resampler.content(scale * torch.randn(4, *directions.shape[:3], features)).var()
+        content = resampler.content(scale * torch.randn(4, *pooling.shape, features)).var()
         position = resampler.position(resampler.directions).var()
     assert 0.05 < float(position / (position + content)) < 0.2
 
 
-def test_outputs_are_normalized(directions: torch.Tensor) -> None:
+@pytest.mark.parametrize(("merged", "count"), [("views", 8 * GRID**2), ("sphere", 4 * 16)])
+def test_outputs_are_normalized(merged: str, count: int) -> None:
     torch.manual_seed(0)
-    resampler = MLPResampler(16, 256, directions, "ray")
+    pooling = make_pooling(model__tokens=merged)
+    resampler = MLPResampler(16, 256, pooling, "ray", 4)
     with torch.no_grad():
-        tokens = resampler(torch.randn(2, *directions.shape[:3], 16))
-    assert tokens.shape == (2, len(directions) * GRID**2, 256)
+        tokens = resampler(torch.randn(2, *pooling.shape, 16))
+    assert tokens.shape == (2, count, 256)
     assert torch.allclose(tokens.mean(dim=-1), torch.zeros(tokens.shape[:2]), atol=1e-5)
     assert torch.allclose(tokens.var(dim=-1), torch.ones(tokens.shape[:2]), atol=0.01)

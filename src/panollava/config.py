@@ -95,7 +95,7 @@ class PretrainedEncoder(Pretrained):
 class Resampler(Section):
     type: Literal["mlp"]
     width: Count  # features of its hidden layer
-    pool: Count  # patch tokens are averaged pool x pool
+    pool: Count  # patch tokens of views that are not merged are averaged pool x pool
     position: Literal["ray", "view", "none"]  # encoding of each token's direction
     direction_degree: Count  # harmonics in the encoding of a ray
 
@@ -106,6 +106,9 @@ class Model(Section):
     encoder: PretrainedEncoder
     language_model: Pretrained
     prompt: Prompt  # text around a query, inside the chat template
+    tokens: Literal["views", "sphere"]  # pooled in each view, or merged in cells of the sphere
+    sphere_rows: Count  # cells from top to bottom; not used with views
+    sphere_columns: Count  # cells around the horizon, a multiple of the views; the same
     resampler: Resampler
     features: Literal["float32", "float16"]  # precision of the encoder's cached features
 

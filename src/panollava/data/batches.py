@@ -167,7 +167,7 @@ class ViewReader:
 
 
 class TextBatch(NamedTuple):
-    vision: Tensor  # views or features, (panoramas, views, ...)
+    vision: Tensor  # views or features of each panorama
     packed: Packed
     rows: int
 
@@ -185,15 +185,16 @@ class TextReader:
         seed: int,
         labeled: float,
         truncate: bool,
-        turn: bool,
+        strides: int | None,
     ) -> None:
-        """Tokenizes the rows of a share `labeled` of the panoramas. `turn`: roll each panorama by
-        `turns` in training. Raises UserError for a row without an answer token, or to `truncate`
-        without room for one."""
+        """Tokenizes the rows of a share `labeled` of the panoramas. `strides`: between views all
+        around; roll each panorama by a number of them in training, see `turns`. None: do not.
+        Raises UserError for a row without an answer token, or to `truncate` without room for
+        one."""
         self.files = (vision, rows)
         self.array = open_array(vision)
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
-        self.batch_size, self.seed, self.turn = batch_size, seed, turn
+        self.batch_size, self.seed, self.strides = batch_size, seed, strides
         table = labeled_rows(read_prepared_rows(rows), labeled)
         self.rows: list[Row] = [
             dialogue.row(row.query, row.annotation, f"{rows}, row {row.row} ({row.url})", truncate)
@@ -223,17 +224,19 @@ class TextReader:
         count = sum(len(rows) for _, rows in part)
         panoramas = [panorama for panorama, _ in part]
         vision = gather(self.array, panoramas)
-        if self.turn and epoch is not None:
-            shifts = turns(self.seed, epoch, panoramas, vision.shape[1])
-            vision = torch.stack([x.roll(n, 0) for x, n in zip(vision, shifts, strict=True)])
+        if self.strides and epoch is not None:
+            shifts = turns(self.seed, epoch, panoramas, self.strides)
+            stride = vision.shape[1] // self.strides  # one view, or the tokens of its columns
+            turned = [x.roll(n * stride, 0) for x, n in zip(vision, shifts, strict=True)]
+            vision = torch.stack(turned)
         return TextBatch(vision, packed, count)
 
 
-def turns(seed: int, epoch: int, panoramas: list[int], views: int) -> list[int]:
-    """By how many view strides each panorama is rolled in an epoch: uniform in 0 to `views` - 1, a
-    function of (seed, epoch, panorama)."""
+def turns(seed: int, epoch: int, panoramas: list[int], strides: int) -> list[int]:
+    """By how many view strides each panorama is rolled in an epoch: uniform in 0 to `strides` - 1,
+    a function of (seed, epoch, panorama)."""
     generators = (np.random.default_rng((seed, epoch, p, _TURN_STREAM)) for p in panoramas)
-    return [int(generator.integers(views)) for generator in generators]
+    return [int(generator.integers(strides)) for generator in generators]
 
 
 def gather(array: NDArray, index: list[int]) -> Tensor:

@@ -94,7 +94,7 @@ def _build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def with_context(language_model: PreTrainedModel) -> PanoLLaVA:
     """The language model in a PanoLLaVA that takes context tokens as its vision tokens."""
-    return PanoLLaVA(nn.Identity(), nn.Identity(), nn.Identity(), language_model, pool=1)
+    return PanoLLaVA(nn.Identity(), nn.Identity(), nn.Identity(), language_model)
 
 
 def _train(

@@ -23,7 +23,7 @@ from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
 from panollava.files import open_array, write_csv, write_json
-from panollava.geometry.views import resampled, view_shift
+from panollava.geometry.views import layout, resampled, view_shift
 from panollava.model.device import choose_device, configure_cpu
 from panollava.model.generate import Answer, answer
 from panollava.model.language_model import end_tokens
@@ -40,8 +40,8 @@ _EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
-    """What the model sees: for panorama p, `features[indices[p]]`, with views moved by `shift`; no
-    picture without `features`."""
+    """What the model sees: for panorama p, `features[indices[p]]`, moved by `shift` along the first
+    axis; no picture without `features`."""
 
     name: str
     features: NDArray | None
@@ -94,6 +94,8 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
     its own."""
     features = open_array(paths.FEATURES / f"{settings.evaluate.split}.npy")
     indices = np.arange(len(features))
+    views = len(layout(settings.views).projections)
+    stride = features.shape[1] // views  # in a ring: one view, or the tokens of its columns
     inputs = [Inputs(PREDICTION, features, indices)]
     rolled = open_array(paths.FEATURES / "rolled.npy")
     sampled = resampled(settings.views, settings.evaluate.rolls)
@@ -103,7 +105,7 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
             places = indices * len(sampled) + sampled.index(degrees)
             inputs.append(Inputs(name, rolled, places))
         else:
-            inputs.append(Inputs(name, features, indices, shift))
+            inputs.append(Inputs(name, features, indices, shift * stride))
     return inputs
 
 

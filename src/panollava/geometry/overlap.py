@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from panollava.errors import UserError
+from panollava.geometry.projections import bilinear_weights, grid_position
 from panollava.geometry.sphere import Array, angles_from_rays, cell_centers
 from panollava.geometry.views import Layout
 
@@ -35,7 +36,7 @@ class Correspondences(NamedTuple):
 
 def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondences:
     """Match the tokens of neighboring views in both directions. `centers`: of a view's tokens, as
-    fractions of its side, see `encoder.token_centers`.
+    fractions of its side, see `views.token_centers`.
 
     `mode` exact: project the ray of each source token into the target. naive: pair the right half
     of a view's columns with the left half of the next view's, index by index. That is right for
@@ -56,7 +57,7 @@ def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondence
         )
     source, target = torch.tensor(ordered).unbind(dim=1)
     mask = np.stack([mask for _, mask in pairs])
-    weights = np.stack([_bilinear_weights(*pair) for pair in pairs]).astype(np.float32)
+    weights = np.stack([_weights(*pair) for pair in pairs]).astype(np.float32)
     matches = torch.from_numpy(np.flatnonzero(mask))
     counts = int(forward), int(backward)
     return Correspondences(
@@ -64,26 +65,17 @@ def correspondences(layout: Layout, centers: Array, mode: str) -> Correspondence
     )
 
 
-def _bilinear_weights(position: Array, mask: NDArray[np.bool_]) -> Array:
+def _weights(position: Array, mask: NDArray[np.bool_]) -> Array:
     """(grid, grid, 2) positions (x, y), in tokens from the first one's center -> (tokens, tokens):
     a row of weights for each position. Rows sum to 1; those of masked positions are 0."""
-    grid = len(mask)
-    along_x, along_y = (
-        np.maximum(0, 1 - np.abs(position[..., axis, None] - np.arange(grid))) for axis in (0, 1)
-    )
-    weights = along_y[..., :, None] * along_x[..., None, :] * mask[..., None, None]
-    return weights.reshape(grid * grid, grid * grid)
+    weights = bilinear_weights(position, len(mask)) * mask[..., None]
+    return weights.reshape(mask.size, mask.size)
 
 
 def _exact(layout: Layout, pair: tuple[int, int], centers: Array) -> Match:
     source, target = (layout.projections[view] for view in pair)
-    position, inside = target.position(source.rays(centers, centers))
-    grid = len(centers)
-    position /= 2 * grid * centers[0]  # of the view -> of its tokens, which may leave a margin
-    # Bilinear interpolation needs four tokens: stay within the centers of the outermost ones.
-    edge = 0.5 / grid - 1e-9
-    inside &= ((position >= edge) & (position <= 1 - edge)).all(axis=-1)
-    return grid * position - 0.5, inside
+    position = grid_position(target, source.rays(centers, centers), centers)
+    return position.place, position.between
 
 
 def _naive(layout: Layout, pair: tuple[int, int], centers: Array) -> Match:

@@ -3,7 +3,7 @@
 Their fields (yaw, pitch, fov, extents) are in degrees."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,35 @@ class Window:
         position = np.stack([x, y], axis=-1)
         inside: NDArray[np.bool_] = np.all((position >= 0) & (position <= 1), axis=-1)
         return position, inside
+
+
+class GridPosition(NamedTuple):
+    """Where rays, (...), fall in a view's grid of tokens."""
+
+    place: Array  # (..., 2): x and y in tokens, from the first one's center
+    seen: NDArray[np.bool_]  # inside the view
+    # Within the centers of the outer tokens: bilinear interpolation needs four tokens.
+    between: NDArray[np.bool_]
+
+
+def grid_position(projection: Projection, rays: Array, centers: Array) -> GridPosition:
+    """`centers`: of a view's tokens, as fractions of its side, see `views.token_centers`."""
+    position, seen = projection.position(rays)
+    grid = len(centers)
+    position /= 2 * grid * centers[0]  # of the view -> of its tokens, which may leave a margin
+    edge = 0.5 / grid - 1e-9
+    between = seen & ((position >= edge) & (position <= 1 - edge)).all(axis=-1)
+    return GridPosition(grid * position - 0.5, seen, between)
+
+
+def bilinear_weights(place: Array, grid: int) -> Array:
+    """Places (..., 2) in a grid of tokens, see `GridPosition` -> (..., grid * grid): the weight of
+    each token. They sum to 1 within the centers of the outer tokens."""
+    along_x, along_y = (
+        np.maximum(0, 1 - np.abs(place[..., axis, None] - np.arange(grid))) for axis in (0, 1)
+    )
+    weights = along_y[..., :, None] * along_x[..., None, :]
+    return weights.reshape(*place.shape[:-1], grid * grid)
 
 
 PANORAMA = Window(0, 0, 360, 180)

@@ -125,6 +125,16 @@ def resampled(settings: config.Views, rolls: Sequence[float]) -> list[float]:
     return [degrees for degrees in rolls if view_shift(settings, degrees) is None]
 
 
+def token_centers(patch: int, size: int, pool: int = 1) -> Array:
+    """Centers of the tokens along the side of a view of `size` pixels, pooled pool x pool, as
+    fractions of the side from its left or upper end. Patches that do not fill the view leave a
+    margin at the other end, and the last token may cover fewer patches."""
+    patches = size // patch
+    first = np.arange(0, patches, pool)
+    last = np.minimum(first + pool, patches)
+    return (first + last) / 2 / (size / patch)
+
+
 def token_rays(layout: Layout, centers: Array) -> Array:
     """Rays of tokens (or pixels) with these centers, as fractions of a view's side, in x and y:
     (views, len(centers), len(centers), 3)."""

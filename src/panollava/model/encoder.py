@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -11,7 +10,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from panollava.config import PretrainedEncoder
 from panollava.errors import UserError
-from panollava.geometry.sphere import Array
 from panollava.model.pretrained import describe_config, layer_stacks, load_from, load_model
 
 # Towers pretrained by their class token alone: their last layer never trained its patch tokens.
@@ -188,18 +186,3 @@ def _remove(tower: nn.Module, names: set[str]) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         setattr(tower.get_submodule(path), leaf, None)
-
-
-def encoder_grid(encoder: Encoder, view_size: int, pool: int = 1) -> int:
-    """Tokens along a view's side, after pooling."""
-    return len(token_centers(encoder, view_size, pool))
-
-
-def token_centers(encoder: Encoder, view_size: int, pool: int = 1) -> Array:
-    """Centers of the tokens along a view's side, after pooling, as fractions of the side from its
-    left or upper end. Patches that do not fill the view leave a margin at the other end, and the
-    last token may cover fewer patches."""
-    patches = view_size // encoder.patch
-    first = np.arange(0, patches, pool)
-    last = np.minimum(first + pool, patches)
-    return (first + last) / 2 / (view_size / encoder.patch)

@@ -27,7 +27,7 @@ def answer(
 ) -> list[list[Answer]]:
     """Answer every query of every panorama.
 
-    `features`: (panoramas, views, grid, grid, features), or None to ask without vision tokens;
+    `features`: (panoramas, ...), see `PanoLLaVA.features`, or None to ask without vision tokens;
     `queries[i]` are those of panorama i. The result has the same nesting."""
     prefix = _embed_prefix(model, dialogue, features, len(queries))
     prompts = [dialogue.query(text) for texts in queries for text in texts]

@@ -11,10 +11,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from panollava import config
 from panollava.data.packing import Packed, Row, attention_mask, pack
 from panollava.errors import UserError
-from panollava.geometry import sphere, views
-from panollava.model.encoder import load_encoder, token_centers
+from panollava.model.encoder import load_encoder
 from panollava.model.language_model import load_language_model
-from panollava.model.resampler import RESAMPLERS, pool_tokens
+from panollava.model.resampler import RESAMPLERS, Pooling
 
 
 class PanoLLaVA(nn.Module):
@@ -25,24 +24,22 @@ class PanoLLaVA(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        resampler: nn.Module,
+        resampler: Any,  # one of RESAMPLERS
         projector: nn.Module,
         language_model: PreTrainedModel,
-        pool: int,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.resampler = resampler
         self.projector = projector
         self.language_model = language_model
-        self.pool = pool
 
     def features(self, views: Tensor) -> Tensor:
-        """uint8 (batch, views, size, size, 3) -> (batch, views, grid, grid, features), pooled."""
-        return pool_tokens(self.encoder(views), self.pool)
+        """uint8 (batch, views, size, size, 3) -> (batch, *shape, features), see `Pooling`."""
+        return self.resampler.pooling(self.encoder(views))
 
     def vision_tokens(self, features: Tensor) -> Tensor:
-        """(batch, views, grid, grid, features) -> (batch, tokens, hidden)."""
+        """(batch, *shape, features) -> (batch, tokens, hidden)."""
         return self.projector(self.resampler(features))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -79,10 +76,13 @@ class PanoLLaVA(nn.Module):
         """Raises UserError if a sequence of `tokens` is longer than the window."""
         if tokens > self.window:
             kind = self.language_model.config.get_text_config().model_type
+            merged = self.resampler.pooling.matrix is not None
+            fewer = "use fewer views, raise model.resampler.pool"
+            fewer = "lower model.sphere_rows" if merged else fewer
             raise UserError(
                 f"model.language_model.path: a '{kind}' model attends to {self.window} "
-                f"tokens, but a panorama with its text has {tokens}; {remedy}, use fewer views, "
-                "raise model.resampler.pool, or use another language model"
+                f"tokens, but a panorama with its text has {tokens}; {remedy}, {fewer}, or use "
+                "another language model"
             )
 
     def loss_sum(self, features: Tensor, packed: Packed, text_prefix: int) -> Tensor:
@@ -138,21 +138,18 @@ def build_model(
     loaded or do not fit."""
     encoder = load_encoder(settings.encoder, view_settings.size, weights)
     language_model, tokenizer = load_language_model(settings.language_model, weights)
-    centers = token_centers(encoder, view_settings.size, settings.resampler.pool)
-    rays = views.token_rays(views.layout(view_settings), centers)
-    directions = torch.from_numpy(
-        sphere.encode_direction(rays, settings.resampler.direction_degree)
-    )
+    pooling = Pooling(settings, view_settings, encoder.patch)
     hidden = language_model.get_input_embeddings().weight.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resampler = RESAMPLERS[settings.resampler.type](
-            encoder.width, settings.resampler.width, directions, settings.resampler.position
+        shape = settings.resampler
+        resampler = RESAMPLERS[shape.type](
+            encoder.width, shape.width, pooling, shape.position, shape.direction_degree
         )
-        projector = nn.Linear(settings.resampler.width, hidden)
+        projector = nn.Linear(shape.width, hidden)
         if weights:
             _scale_to_text(projector, language_model)
-    model = PanoLLaVA(encoder, resampler, projector, language_model, settings.resampler.pool)
+    model = PanoLLaVA(encoder, resampler, projector, language_model)
     if weights:
         _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer

@@ -1,9 +1,54 @@
 """The resampler: pools patch tokens, and maps them and their directions to features for the
 projector."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from panollava import config
+from panollava.errors import UserError
+from panollava.geometry.sphere import encode_direction
+from panollava.geometry.token_sphere import merge_matrix
+from panollava.geometry.views import layout, token_centers, token_rays
+
+
+class Pooling(nn.Module):
+    """From the patch tokens of a panorama's views to its vision tokens: averages over squares of
+    each view, or cells of the sphere, which merge the views (model.tokens: views or sphere).
+
+    No cells merge a global view: its pooled tokens follow them. `rays` are those of the tokens,
+    (*shape, 3), where the shape is (views, grid, grid) or (tokens,)."""
+
+    matrix: Tensor | None  # (tokens, patch tokens of all views) float32; None: views are pooled
+
+    def __init__(self, settings: config.Model, views: config.Views, patch: int) -> None:
+        """`patch`: pixels along a patch of the encoder. Raises UserError for views that cannot be
+        merged."""
+        super().__init__()
+        self.side = settings.resampler.pool
+        views_layout, matrix = layout(views), None
+        rays = token_rays(views_layout, token_centers(patch, views.size, self.side))
+        if settings.tokens == "sphere":
+            centers = token_centers(patch, views.size)
+            cells, cell_rays = merge_matrix(
+                views_layout.projections, settings.sphere_rows, settings.sphere_columns, centers
+            )
+            merged = cells.shape[1] // len(centers) ** 2  # views
+            each = torch.eye(len(centers) ** 2).unflatten(0, (len(centers), len(centers)))
+            pooled = [pool_tokens(each, self.side).flatten(0, 1)] * (len(rays) - merged)
+            matrix = torch.block_diag(torch.from_numpy(cells).float(), *pooled)
+            rays = np.concatenate([cell_rays, rays[merged:].reshape(-1, 3)])
+        self.rays, self.shape = rays, rays.shape[:-1]
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def forward(self, grids: Tensor) -> Tensor:
+        """(batch, views, grid, grid, features) -> (batch, *shape, features)."""
+        if self.matrix is None:
+            return pool_tokens(grids, self.side)
+        # In half precision, rounded weights would read at other places.
+        with torch.autocast(grids.device.type, enabled=False):
+            return self.matrix @ grids.flatten(1, 3).float()
 
 
 class MLPResampler(nn.Module):
@@ -16,10 +61,19 @@ class MLPResampler(nn.Module):
 
     directions: Tensor
 
-    def __init__(self, features: int, width: int, directions: Tensor, position: str) -> None:
-        """`directions`: (views, grid, grid, encoding), see `sphere.encode_direction`."""
+    def __init__(
+        self, features: int, width: int, pooling: Pooling, position: str, degree: int
+    ) -> None:
+        """`degree`: of the encoding of directions, see `sphere.encode_direction`."""
         super().__init__()
+        self.pooling = pooling
+        directions = torch.from_numpy(encode_direction(pooling.rays, degree))
         if position == "view":
+            if pooling.matrix is not None:
+                raise UserError(
+                    "model.resampler.position: tokens merged on the sphere belong to no view; set "
+                    "it to ray, or model.tokens to views"
+                )
             learned = torch.randn(len(directions), 1, 1, directions.shape[-1])
             self.directions = nn.Parameter(learned)
         else:
@@ -31,12 +85,12 @@ class MLPResampler(nn.Module):
         self.output = nn.Sequential(nn.GELU(), nn.LayerNorm(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, views, grid, grid, features) -> (batch, views * grid * grid, width). Before
-        training, each token has mean 0 and variance 1."""
+        """Pooled features (batch, *shape, features) -> (batch, tokens, width). Before training,
+        each token has mean 0 and variance 1."""
         hidden = self.content(features)
         if self.position is not None:
             hidden = hidden + self.position(self.directions)
-        return self.output(hidden).flatten(1, 3)
+        return self.output(hidden).flatten(1, -2)
 
 
 RESAMPLERS = {"mlp": MLPResampler}

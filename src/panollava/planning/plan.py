@@ -2,6 +2,7 @@
 towers' configurations and, if there are any, the rows. No weights are loaded."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from panollava.data.batches import read_prepared_rows
 from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, SPLITS, read_rows
 from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
-from panollava.model.encoder import encoder_grid, load_encoder
+from panollava.model.encoder import load_encoder
+from panollava.model.resampler import Pooling
 from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
 from panollava.stages import STAGES, Stage
 from panollava.training.objective import load_objective, prepare_parts
@@ -73,12 +75,12 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     }
     size, views = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
-    grid = encoder_grid(encoder, size, settings.model.resampler.pool)
+    tokens = math.prod(Pooling(settings.model, settings.views, encoder.patch).shape)
     feature = encoder.width * np.dtype(settings.model.features).itemsize
     evaluated = splits.get(settings.evaluate.split)
     rolls = len(resampled(settings.views, settings.evaluate.rolls))
     rolled = rolls * evaluated.panoramas if evaluated else 0
-    images = (sum(split.panoramas for split in splits.values()) + rolled) * views
+    panoramas = sum(split.panoramas for split in splits.values()) + rolled
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
         stages={stage.name: _plan_stage(settings, stage, tables["train"][0]) for stage in stages},
@@ -86,8 +88,8 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device == "cpu" else 0,
         splits=splits,
-        views=images * size * size * 3,
-        features=images * grid * grid * feature,
+        views=panoramas * views * size * size * 3,
+        features=panoramas * tokens * feature,
     )
 
 

@@ -59,6 +59,9 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
     return {
         "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
+        "model.tokens": settings.model.tokens,
+        "model.sphere_rows": settings.model.sphere_rows,
+        "model.sphere_columns": settings.model.sphere_columns,
         "model.resampler.pool": settings.model.resampler.pool,
         "model.features": settings.model.features,
         "trainer.precision": settings.trainer.precision,

@@ -1,6 +1,7 @@
 """Stage objective: cross-entropy on the answer tokens of rows packed behind their panorama."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
 from panollava.errors import UserError
 from panollava.geometry.views import forms_ring, layout
-from panollava.model.encoder import encoder_grid
 from panollava.model.language_model import end_tokens
 from panollava.model.panollava import build_model
 from panollava.model.pretrained import describe_config
@@ -48,10 +48,11 @@ class Objective(nn.Module):
         self.reads_features = stage.reads_features  # instead of views
         encoder: Any = self.model.encoder
         size, views = settings.views.size, len(layout(settings.views).projections)
-        grid = encoder_grid(encoder, size, settings.model.resampler.pool)
-        self.vision_tokens = views * grid * grid
-        features, pixels = (grid, grid, encoder.width), (size, size, 3)
-        self.vision_shape = (views, *(features if self.reads_features else pixels))
+        shape = self.model.resampler.pooling.shape
+        self.vision_tokens = math.prod(shape)
+        pixels, features = (views, size, size, 3), (*shape, encoder.width)
+        self.vision_shape = features if self.reads_features else pixels
+        self.strides = views if self.stage_settings.turn else None  # of a turn
 
     def open_readers(self) -> None:
         """Raises UserError for a missing file, and for a row without an answer token."""
@@ -69,7 +70,7 @@ class Objective(nn.Module):
                 *(vision, rows, self.dialogue, self.vision_tokens),
                 *(batch_size, self.seed, labeled),
                 truncate,
-                settings.turn,
+                self.strides,
             )
             if reader.truncated:
                 log.warning(
@@ -138,5 +139,4 @@ class Objective(nn.Module):
         return {"loss": loss, "accuracy": correct}, sum(len(part.packed.labels) for part in parts)
 
     def _features(self, part: TextBatch) -> Tensor:
-        """(panoramas, views, grid, grid, features)."""
         return part.vision if self.reads_features else self.model.features(part.vision)

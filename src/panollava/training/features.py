@@ -16,21 +16,24 @@ from panollava.files import open_array, write_array
 from panollava.model.device import choose_device, configure_cpu
 from panollava.model.encoder import Encoder, EncoderOnly, load_encoder
 from panollava.model.precision import autocast
-from panollava.model.resampler import pool_tokens
+from panollava.model.resampler import Pooling
 from panollava.model.weights import load_start
 from panollava.provenance import made_from
 from panollava.stages import INFERENCE, STAGES
 
 log = logging.getLogger(__name__)
 
-READS = ("views", "model.encoder", "model.resampler.pool", "model.features", *INFERENCE)
+READS = (
+    *("views", "model.encoder", "model.tokens", "model.sphere_rows", "model.sphere_columns"),
+    *("model.resampler.pool", "model.features", *INFERENCE),
+)
 _BATCH = 8  # panoramas
 _TRAINED_BY = STAGES["resampler"]  # the last stage that trains the encoder
 
 
 def write_features(settings: Settings, start: Path | None = None) -> None:
     """Write runs/features/<split>.npy for all splits, and rolled.npy for the rolled panoramas:
-    (panoramas, views, grid, grid, features).
+    (panoramas, *shape, features), see `Pooling`.
 
     `start`: weights that hold the encoder (default: the result of the resampler stage)."""
     device = choose_device(settings.trainer.accelerator)
@@ -40,24 +43,26 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
     model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
     load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
     model.eval().requires_grad_(False).to(device)
+    pooling = Pooling(settings.model, settings.views, model.encoder.patch).to(device)
     inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
     for name, file in {**inputs, "rolled": paths.ROLLED}.items():
         views = open_array(file)
         out = paths.FEATURES / f"{name}.npy"
-        _write(model.encoder, views, out, settings)
+        _write(model.encoder, pooling, views, out, settings)
         log.info("features of %d panoramas: %s", len(views), out)
     made_from.record_features(settings, model.encoder)
 
 
 @torch.inference_mode()
-def _write(encoder: Encoder, views: NDArray, out: Path, settings: Settings) -> None:
-    pool, dtype = settings.model.resampler.pool, settings.model.features
-    device = encoder.mean.device
+def _write(
+    encoder: Encoder, pooling: Pooling, views: NDArray, out: Path, settings: Settings
+) -> None:
+    dtype, device = settings.model.features, encoder.mean.device
     with write_array(out) as append:
         for first in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
             index = list(range(first, min(first + _BATCH, len(views))))
             with autocast(device, settings.trainer.precision):
-                features = pool_tokens(encoder(gather(views, index).to(device)), pool)
+                features = pooling(encoder(gather(views, index).to(device)))
             values = features.float().cpu().numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UserError(

@@ -12,7 +12,7 @@ from panollava.data.batches import ViewReader
 from panollava.data.packing import Row
 from panollava.geometry import views
 from panollava.geometry.overlap import correspondences, matched_tokens
-from panollava.model.encoder import EncoderOnly, load_encoder, token_centers
+from panollava.model.encoder import EncoderOnly, load_encoder
 from panollava.stages import Stage
 from panollava.training import losses
 
@@ -33,7 +33,7 @@ class Objective(nn.Module):
         self.view_shape = (len(layout.projections), size, size, 3)
         self.model = EncoderOnly(encoder)
         if self.stage_settings.epochs:  # without training, views need not overlap
-            centers = token_centers(encoder, size)
+            centers = views.token_centers(encoder.patch, size)
             self.pairs = correspondences(layout, centers, self.stage_settings.overlap)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
