@@ -45,7 +45,7 @@ def fails(project: Project, *command: str, limit: str = "") -> str:
 
 FILES = {  # command: (outputs that DVC removes first, largest file in kB, the file that is named)
     "prepare": ("runs/prepared", 50, r"runs/prepared/train/views\.npy"),
-    "train vision": ("runs/vlm_vision", 100, r"\.resume/vision-\w+/progress\.ckpt"),
+    "train vision": ("runs/vlm_vision", 100, r"\.resume/vision-\w+/start\.ckpt"),
     "features": ("runs/features", 10, r"runs/features/train\.npy"),
 }
 
