@@ -157,12 +157,15 @@ def build_model(
 
 @torch.no_grad()
 def _scale_to_text(projector: nn.Linear, language_model: PreTrainedModel) -> None:
-    """Initialize `projector` so that features of variance 1 become vision tokens with the standard
-    deviation of the text embeddings, which is about 0.02 in many language models."""
+    """Initialize `projector` so that vision tokens have the standard deviation of the text
+    embeddings, which is about 0.02 in many language models."""
     embeddings: Any = language_model.get_input_embeddings()  # some scale their weights
     vocabulary = len(embeddings.weight)
     text = embeddings(torch.arange(0, vocabulary, max(1, vocabulary // 4096)))
-    nn.init.normal_(projector.weight, std=text.std().item() / projector.in_features**0.5)
+    square = 0.43  # of its inputs, on average: the GELU of normally distributed values
+    nn.init.normal_(
+        projector.weight, std=text.std().item() / (square * projector.in_features) ** 0.5
+    )
     nn.init.zeros_(projector.bias)
 
 

@@ -52,8 +52,8 @@ class Pooling(nn.Module):
 
 
 class MLPResampler(nn.Module):
-    """The first layer of an MLP, whose second one is the projector: linear, layer norm, GELU and
-    layer norm, for each token.
+    """The first layer of an MLP, whose second one is the projector: linear, layer norm and GELU, for
+    each token.
 
     A position is added to the normalized features, so that its weight does not depend on their
     number and scale. ray: the encoding of a token's direction, which depends on neither the order
@@ -82,15 +82,13 @@ class MLPResampler(nn.Module):
         self.position = None
         if position != "none":
             self.position = nn.Linear(directions.shape[-1], width, bias=False)
-        self.output = nn.Sequential(nn.GELU(), nn.LayerNorm(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Pooled features (batch, *shape, features) -> (batch, tokens, width). Before training,
-        each token has mean 0 and variance 1."""
+        """Pooled features (batch, *shape, features) -> (batch, tokens, width)."""
         hidden = self.content(features)
         if self.position is not None:
             hidden = hidden + self.position(self.directions)
-        return self.output(hidden).flatten(1, -2)
+        return functional.gelu(hidden).flatten(1, -2)
 
 
 RESAMPLERS = {"mlp": MLPResampler}
