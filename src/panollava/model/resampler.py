@@ -52,8 +52,8 @@ class Pooling(nn.Module):
 
 
 class MLPResampler(nn.Module):
-    """The first layer of an MLP, whose second one is the projector: linear, layer norm and GELU, for
-    each token.
+    """The first layer of an MLP, whose second one is the projector: linear, layer norm and GELU,
+    for each token.
 
     A position is added to the normalized features, so that its weight does not depend on their
     number and scale. ray: the encoding of a token's direction, which depends on neither the order
