@@ -36,7 +36,7 @@ def main() -> None:
         for step, value in zip(curve["step"], curve["accuracy"], strict=True):
             axis.annotate(f"{value:.3f}", (step, value), (-10, 6), textcoords="offset points")
         axis.set_title(f"{stage}: {meaning}", fontsize=8)
-        axis.set_xlim(0, 1.15 * curve["step"].max())
+        axis.set_xlim(-0.15 * curve["step"].max(), 1.15 * curve["step"].max())
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1.1)
