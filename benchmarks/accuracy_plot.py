@@ -34,7 +34,9 @@ def main() -> None:
         curve = pd.read_csv(file, sep="\t")
         axis.plot(curve["step"], curve["accuracy"], "o-")
         for step, value in zip(curve["step"], curve["accuracy"], strict=True):
-            axis.annotate(f"{value:.3f}", (step, value), (-10, 6), textcoords="offset points")
+            axis.annotate(
+                f"{value:.3f}", (step, value), (-10, 6), textcoords="offset points", size=7
+            )
         axis.set_title(f"{stage}: {meaning}", fontsize=8)
         axis.set_xlim(-0.15 * curve["step"].max(), 1.15 * curve["step"].max())
         axis.set_xlabel("step", fontsize=8)
