@@ -285,8 +285,8 @@ CODE_EDITS = {
     ),
     "a line of resampler.py": CodeEdit(
         "model/resampler.py",
-        "nn.GELU()",
-        "nn.SiLU()",
+        "functional.gelu(",
+        "functional.silu(",
         {"resampler", "features", "finetune", "evaluate"},
         {"resampler", "features", "finetune", "evaluate"},
     ),
