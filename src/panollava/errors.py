@@ -23,7 +23,7 @@ _REMEDIES = {
 }
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory"
-    r"|could not create a primitive"  # oneDNN, if its own allocation fails
+    r"|could not create a primitive"  # oneDNN without memory
     r"|DataLoader worker .* is killed by signal: (Killed|Bus error)|insufficient shared memory",
     re.IGNORECASE,
 )

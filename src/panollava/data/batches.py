@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -226,10 +227,14 @@ class TextReader:
         vision = gather(self.array, panoramas)
         if self.strides and epoch is not None:
             shifts = turns(self.seed, epoch, panoramas, self.strides)
-            stride = vision.shape[1] // self.strides  # one view, or the tokens of its columns
-            turned = [x.roll(n * stride, 0) for x, n in zip(vision, shifts, strict=True)]
-            vision = torch.stack(turned)
+            vision = torch.stack([*map(roll_views, vision, shifts, repeat(self.strides))])
         return TextBatch(vision, packed, count)
+
+
+def roll_views(vision: Tensor, shift: int, count: int) -> Tensor:
+    """The views of one panorama, or its features, after a roll by `shift` strides of the ring of
+    `count` views. A stride is one view, or the tokens of its columns: (views or tokens, ...)."""
+    return vision.roll(shift * (len(vision) // count), dims=0)
 
 
 def turns(seed: int, epoch: int, panoramas: list[int], strides: int) -> list[int]:

@@ -101,7 +101,7 @@ class Dialogue:
             pieces = self.tokenizer.convert_ids_to_tokens(tokens)  # None: not in the vocabulary
             reader.decode(b"".join(map(_bytes, filter(None, pieces))))
             unfinished, _ = reader.getstate()
-            if not unfinished:  # the last character is a replacement character, and whole
+            if not unfinished:  # the text itself ends in a replacement character
                 break
             tokens = tokens[:-1]
         return tokens

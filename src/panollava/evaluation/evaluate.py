@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import gather, read_prepared_rows
+from panollava.data.batches import gather, read_prepared_rows, roll_views
 from panollava.data.dialogue import Dialogue
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
@@ -40,8 +41,8 @@ _EVALUATED = STAGES["finetune"]
 
 
 class Inputs(NamedTuple):
-    """What the model sees: for panorama p, `features[indices[p]]`, moved by `shift` along the first
-    axis; no picture without `features`."""
+    """What the model sees: for panorama p, `features[indices[p]]`, rolled by `shift` view strides;
+    no picture without `features`."""
 
     name: str
     features: NDArray | None
@@ -90,12 +91,10 @@ def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
 
 
 def _find_inputs(settings: Settings) -> list[Inputs]:
-    """Each panorama itself, and each roll. A roll that only reorders the views has no features of
-    its own."""
+    """Each panorama itself, and each roll. A roll that only reorders the views reads the features
+    of the panorama itself."""
     features = open_array(paths.FEATURES / f"{settings.evaluate.split}.npy")
     indices = np.arange(len(features))
-    views = len(layout(settings.views).projections)
-    stride = features.shape[1] // views  # in a ring: one view, or the tokens of its columns
     inputs = [Inputs(PREDICTION, features, indices)]
     rolled = open_array(paths.FEATURES / "rolled.npy")
     sampled = resampled(settings.views, settings.evaluate.rolls)
@@ -105,7 +104,7 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
             places = indices * len(sampled) + sampled.index(degrees)
             inputs.append(Inputs(name, rolled, places))
         else:
-            inputs.append(Inputs(name, features, indices, shift * stride))
+            inputs.append(Inputs(name, features, indices, shift))
     return inputs
 
 
@@ -114,6 +113,7 @@ def _answer_all(
 ) -> dict[Key, Answer]:
     """The model's answers to all (panorama, query) in `keys`, in batches of panoramas."""
     device = next(model.parameters()).device
+    views = len(layout(settings.views).projections)
     queries_of: dict[int, list[str]] = {}
     for panorama, query in keys:
         queries_of.setdefault(panorama, []).append(query)
@@ -126,7 +126,8 @@ def _answer_all(
             features = None
             if inputs.features is not None:
                 features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
-                features = features.roll(inputs.shift, dims=1).to(device)
+                rolled = [roll_views(each, inputs.shift, views) for each in features]
+                features = torch.stack(rolled).to(device)
             queries = [queries_of[panorama] for panorama in batch]
             texts = answer(model, dialogue, features, queries, settings.evaluate.max_new_tokens)
             for panorama, answered in zip(batch, texts, strict=True):
@@ -138,7 +139,7 @@ def _answer_all(
 def _answer_without_picture(
     model: PanoLLaVA, dialogue: Dialogue, keys: list[Key], settings: Settings
 ) -> dict[Key, Answer]:
-    """The model's answers to the queries alone: the same one for every panorama."""
+    """The model's answers to queries without a picture: one per query, for all panoramas."""
     queries = dict.fromkeys(query for _, query in keys)
     once = [(number, query) for number, query in enumerate(queries)]
     inputs = Inputs(NO_PICTURE, None, np.arange(len(once)))

@@ -1,4 +1,4 @@
-"""The grounding gap: how much the scores drop if each answer is swapped for another panorama's own
+"""The grounding gap: how much the scores drop if each answer is swapped for another panorama's
 answer to the same query. It is near 0 for a model that ignores the panorama."""
 
 from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # Names of answers, by what the model saw; also the columns of predictions.csv.
 PREDICTION = "prediction"  # the panorama itself
-NO_PICTURE = "without picture"  # the query alone
+NO_PICTURE = "without picture"  # only the query
 
 Answers = Mapping[str, Mapping[Key, str]]  # by name
 References = Mapping[Key, list[str]]
@@ -79,9 +79,9 @@ def _grounding(
         log.warning("no query was asked of two panoramas: skipping the grounding gap")
         return {}
     shared = {key: texts for key, texts in references.items() if key in swaps[0]}
-    own = score({key: answers[key] for key in shared}, shared, quiet=True)
+    unswapped = score({key: answers[key] for key in shared}, shared, quiet=True)
     swapped = mean_scores([score(swap, shared, quiet=True) for swap in swaps])
-    gap = grounding_gap(own, swapped)
+    gap = grounding_gap(unswapped, swapped)
     facts = {}
     if reader is not None:
         reference = reader.read_all({key: texts[0] for key, texts in shared.items()})

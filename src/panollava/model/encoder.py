@@ -12,7 +12,7 @@ from panollava.config import PretrainedEncoder
 from panollava.errors import UserError
 from panollava.model.pretrained import describe_config, layer_stacks, load_from, load_model
 
-# Towers pretrained by their class token alone: their last layer never trained its patch tokens.
+# Towers pretrained only by their class token: the patch tokens of their last layer are untrained.
 _CLASS_TOKEN_ONLY = set(
     "altclip_vision_model chinese_clip_vision_model clip_vision_model clipseg_vision_model deit "
     "metaclip_2_vision_model mlcd_vision_model vit vit_msn".split()
@@ -76,10 +76,10 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
         )
     model = load_model(AutoModel, pretrained, weights)
     tower = getattr(model, "vision_model", model).float()
-    _check_view_size(tower, pretrained.path, view_size, vision.image_size)
+    used = _check_view_size(tower, pretrained.path, view_size, vision.image_size)
     if vision.image_size != view_size and tower.config.model_type in _INTERPOLATED:
         _interpolate_positions(tower, view_size)
-    layer = _drop_unread(tower, pretrained, view_size)
+    layer = _drop_unread(tower, pretrained, view_size, used)
     processor, _ = load_from(ImageProcessingMixin.get_image_processor_dict, pretrained)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not (mean and std and len(mean) == len(std) == 3):
@@ -90,12 +90,13 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
     return Encoder(tower, layer, mean, std)
 
 
-def _check_view_size(tower: Any, path: str, size: int, pretrained_size: int) -> None:
-    """Raises UserError if the tower does not give one token per patch of a view of this size."""
+def _check_view_size(tower: Any, path: str, size: int, pretrained_size: int) -> set[str]:
+    """The names of the parameters that change the patch tokens. Raises UserError if the tower does
+    not give one token per patch of a view of this size."""
     kind, patch = tower.config.model_type, tower.config.patch_size
     other_size = size != pretrained_size
     try:
-        tokens, _ = _trace(tower, size)
+        tokens, used = _trace(tower, size)
         if other_size:  # it may fit by chance, because its grid is rounded down
             _trace(tower, size + patch)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -117,6 +118,7 @@ def _check_view_size(tower: Any, path: str, size: int, pretrained_size: int) -> 
             f"{grid} x {grid} patches; use an encoder with one token per patch, such as "
             "google/siglip-base-patch16-224"
         )
+    return used
 
 
 def _interpolate_positions(tower: Any, size: int) -> None:
@@ -129,9 +131,10 @@ def _interpolate_positions(tower: Any, size: int) -> None:
     tower.embeddings.position_embeddings = nn.Parameter(positions)
 
 
-def _drop_unread(tower: Any, pretrained: PretrainedEncoder, size: int) -> int:
+def _drop_unread(tower: Any, pretrained: PretrainedEncoder, size: int, used: set[str]) -> int:
     """Remove the layers after `model.encoder.layer`, with the norm that follows the last one, and
-    all parameters that do not change the patch tokens. Returns the layer, counted from the end."""
+    all parameters that do not change the patch tokens. `used`: those that do before layers are
+    removed. Returns the layer, counted from the end."""
     class_token_only = tower.config.model_type in _CLASS_TOKEN_ONLY
     layer = pretrained.layer or (-2 if class_token_only else -1)
     if layer < -1:
@@ -145,8 +148,8 @@ def _drop_unread(tower: Any, pretrained: PretrainedEncoder, size: int) -> int:
         del stacks[0][count + layer + 1 :]
         _, names = _trace(tower, size, start=stacks[0][-1])
         _remove(tower, names)
-    _, names = _trace(tower, size)
-    _remove(tower, {name for name, _ in tower.named_parameters()} - names)
+        _, used = _trace(tower, size)
+    _remove(tower, {name for name, _ in tower.named_parameters()} - used)
     return layer
 
 

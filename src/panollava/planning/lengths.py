@@ -1,8 +1,6 @@
 """Checks, before any work, that every panorama with its text fits the language model in all stages
 and in the evaluation. Each stage checks its own lengths as well, but may start hours later."""
 
-import sys
-
 import pandas as pd
 
 from panollava.config import Settings, TextStage
@@ -36,14 +34,13 @@ def check_lengths(settings: Settings) -> None:
             rows = labeled_rows(train, stage.labeled)
             if start + length <= model.window:
                 rows = rows.drop_duplicates("query")  # any answer is cut to a length that fits
-            length, _ = _longest(dialogue, rows, f"stage.{name}: {file}")
+            length, _ = _longest(dialogue, rows, f"stage.{name}: {file}", truncate=True)
         remedy = f"lower stage.{name}.max_text_length ({stage.max_text_length})"
         needs.append((start + length, remedy))
 
-    dialogue.max_text_length = sys.maxsize  # validation rows are not cut
     valid, file = tables["valid"]
     if valid is not None:
-        length, place = _longest(dialogue, valid, str(file))
+        length, place = _longest(dialogue, valid, str(file), truncate=False)
         needs.append((start + length, f"shorten {place}"))
 
     evaluation = settings.evaluate
@@ -56,10 +53,11 @@ def check_lengths(settings: Settings) -> None:
     model.check_length(max(tokens for tokens, _ in needs), " and ".join(remedies))
 
 
-def _longest(dialogue: Dialogue, rows: pd.DataFrame, file: str) -> tuple[int, str]:
+def _longest(dialogue: Dialogue, rows: pd.DataFrame, file: str, truncate: bool) -> tuple[int, str]:
     """Tokens of the longest row, and its place."""
     lengths = []
     for row in rows.itertuples():
         place = f"{file}, row {row.row} ({row.url})"
-        lengths.append((len(dialogue.row(row.query, row.annotation, place)), place))
+        tokens = len(dialogue.row(row.query, row.annotation, place, truncate))
+        lengths.append((tokens, place))
     return max(lengths, default=(0, file))

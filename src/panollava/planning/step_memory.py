@@ -30,7 +30,7 @@ class Workload:
     """What a stage trains on."""
 
     size: PlanSize | None  # of all epochs; None: unknown without rows
-    reads_rows: bool  # otherwise panoramas alone
+    reads_rows: bool  # otherwise only panoramas
     heaviest: list[list[Part]]  # candidate steps; which one needs most memory depends on the model
     prefix: int  # tokens before the rows of a sequence; 0: the stage has no sequences
 

@@ -5,6 +5,7 @@ DVC reruns what is outdated. Commands that run without DVC rely on these checks.
 
 import dataclasses
 import json
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,11 @@ from panollava.files import write_json
 from panollava.provenance.fingerprint import file_sha256, fingerprint
 
 _NAME = "provenance.json"
+# That determine the features, besides views and encoder.
+_FEATURE_PARAMETERS = (
+    *("model.tokens", "model.sphere_rows", "model.sphere_columns", "model.resampler.pool"),
+    *("model.features", "trainer.precision"),
+)
 
 
 def invalidate(folder: Path) -> None:
@@ -59,12 +65,7 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
     return {
         "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
-        "model.tokens": settings.model.tokens,
-        "model.sphere_rows": settings.model.sphere_rows,
-        "model.sphere_columns": settings.model.sphere_columns,
-        "model.resampler.pool": settings.model.resampler.pool,
-        "model.features": settings.model.features,
-        "trainer.precision": settings.trainer.precision,
+        **{key: operator.attrgetter(key)(settings) for key in _FEATURE_PARAMETERS},
         "prepared views": _read(paths.PREPARED, "prepare")["files"],
     }
 
