@@ -148,7 +148,6 @@ def _drop_unread(tower: Any, pretrained: PretrainedEncoder, size: int, used: set
         del stacks[0][count + layer + 1 :]
         _, names = _trace(tower, size, start=stacks[0][-1])
         _remove(tower, names)
-        _, used = _trace(tower, size)
     _remove(tower, {name for name, _ in tower.named_parameters()} - used)
     return layer
 
