@@ -108,7 +108,7 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
         edit("params.yaml", "sphere_rows: 4", "sphere_rows: 5"),
         AFTER_VISION,
     ),
-    "the resampler's width": (edit("params.yaml", "width: 256", "width: 128"), AFTER_VISION),
+    "the resampler's width": (edit("params.yaml", "width: 512", "width: 128"), AFTER_VISION),
     "all that belongs to the machine": (edit_machine, set()),
     **{
         name: (edit(f"src/panollava/{code.file}", code.old, code.new), code.reruns)
