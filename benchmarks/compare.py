@@ -21,6 +21,7 @@ SECTIONS = {  # the script and its arguments
     "memory": ("memory.py",),
     "answers": ("evaluation.py", "demo"),
     "answers-real": ("evaluation.py", "real"),
+    "sphere": ("sphere_tokens.py",),
     "pipeline": ("pipeline.py",),
     "scaling": ("scaling.py",),
     "gpu": ("gpu.py",),  # measures nothing without a GPU
