@@ -36,6 +36,7 @@ FEW = {  # the rows of 200 panoramas; the vision stage uses all 800
     "stage.finetune.labeled": 0.25,
     "stage.resampler.epochs": 10,
 }
+VIEWS = {"model.tokens": "views"}  # pooled in each view; merging needs perspective views and rays
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "few": FEW,
@@ -43,18 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap-naive": {"stage.vision.overlap": "naive"},
     "overlap-none": {"stage.vision.epochs": 0},
     # The time of stage 1 is spent on stage 2.
-    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 6},
+    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 4},
     "finetune-none": {"stage.finetune.epochs": 0},
     # The time of stage 3 is spent on stage 2.
-    "finetune-none-longer": {"stage.finetune.epochs": 0, "stage.resampler.epochs": 6},
+    "finetune-none-longer": {"stage.finetune.epochs": 0, "stage.resampler.epochs": 4},
     "loss-infonce": {"stage.vision.objective": "infonce"},
-    "position-view": {"model.resampler.position": "view"},
+    "tokens-views": VIEWS,
+    "few-tokens-views": {**FEW, **VIEWS},
+    "position-view": {**VIEWS, "model.resampler.position": "view"},
     "position-none": {"model.resampler.position": "none"},
     "views-global": {"views.global_view": "true"},
     # Wider than 90 degrees, because faces of 90 degrees share no token.
     "views-cubemap": {"views.strategy": "cubemap", "views.fov": 100},
-    "views-sliding-window": {"views.strategy": "sliding_window"},
-    "views-resize": {"views.strategy": "resize", "stage.vision.epochs": 0},
+    "views-sliding-window": {**VIEWS, "views.strategy": "sliding_window"},
+    "views-resize": {**VIEWS, "views.strategy": "resize", "stage.vision.epochs": 0},
     "few-overlap-naive": {**FEW, "stage.vision.overlap": "naive"},
     "few-loss-infonce": {**FEW, "stage.vision.objective": "infonce"},
     "loss-vicreg-expander": {"stage.vision.expander": 512},

@@ -210,9 +210,11 @@ def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -
 
 
 def settings_for(towers: Path) -> Settings:
+    """The project's, for `save_towers`, with tokens pooled in views, as every strategy allows."""
     settings = load_settings(ROOT / "params.yaml")
     model = dataclasses.replace(
         settings.model,
+        tokens="views",
         encoder=dataclasses.replace(settings.model.encoder, path=str(towers / "encoder")),
         language_model=dataclasses.replace(
             settings.model.language_model, path=str(towers / "language_model")

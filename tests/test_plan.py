@@ -29,7 +29,7 @@ def add_rows(file: Path, rows: list[tuple[str, str, str]]) -> None:
 def test_a_training_needs_what_the_plan_states(
     project: Path, capsys: pytest.CaptureFixture[str], tokens: str, count: int
 ) -> None:
-    text = Path("params.yaml").read_text().replace("tokens: views", f"tokens: {tokens}")
+    text = Path("params.yaml").read_text().replace("tokens: sphere\n", f"tokens: {tokens}\n")
     Path("params.yaml").write_text(text.replace("labeled: 1.0", "labeled: 0.5"))
     before = plan()
     tokens_of = {name: stage["vision_tokens"] for name, stage in before["stages"].items()}
