@@ -18,7 +18,7 @@ from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.geometry.views import Sampler, layout
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.precision import autocast
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective

@@ -22,7 +22,7 @@ from panollava.data.prepare import prepare_project
 from panollava.evaluation.evaluate import evaluate
 from panollava.geometry.views import Sampler, layout
 from panollava.model import generate
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.weights import load_weights, read_header
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
@@ -84,9 +84,11 @@ def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(
         asked.extend(dialogue.tokenizer.decode(dialogue.query(q)) for qs in queries for q in qs)
         return generate.answer(model, dialogue, features, queries, *arguments, **options)
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", answer)
-    cli.main(["evaluate"])
+    monkeypatch.setattr("panollava.model.panollava.answer", answer)
+    cli.main(["train", "resampler"])
+    cli.main(["features"])
     cli.main(["train", "finetune"])
+    cli.main(["evaluate"])
     header = read_header(paths.weights_file("finetune"))
     assert header["settings"]["model"]["prompt"] == prompt
     settings = load_settings(paths.PARAMS)
@@ -102,11 +104,11 @@ def test_swapped_answers_are_looked_up_and_queries_without_a_picture_asked_once(
 ) -> None:
     asked: list[tuple[bool, list[list[str]]]] = []
 
-    def record(model: Any, dialogue: Any, features: Any, queries: Any, limit: int) -> Any:
+    def record(model: Any, dialogue: Any, features: Any, queries: Any, *options: Any) -> Any:
         asked.append((features is None, queries))
-        return generate.answer(model, dialogue, features, queries, limit)
+        return generate.answer(model, dialogue, features, queries, *options)
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", record)
+    monkeypatch.setattr("panollava.model.panollava.answer", record)
     cli.main(["evaluate"])
     table = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
     queries = list(dict.fromkeys(table["query"]))
@@ -144,7 +146,7 @@ def test_answers_that_were_cut_are_counted(
             for pair in zip(queries, answers, strict=True)
         ]
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", cut_two)
+    monkeypatch.setattr("panollava.model.panollava.answer", cut_two)
     cli.main(["evaluate"])
     assert json.loads(paths.EVALUATION.read_text())["cut_answers"] == 2
     assert json.loads(paths.EVALUATION_DETAILS.read_text())["cut_answers"] == 2
@@ -191,7 +193,7 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
         """A view has 2 x 2 tokens, a yaw 4 cells."""
         return features.reshape(-1, 4, features.shape[-1]).mean(dim=1)[:, :4].tolist()
 
-    def describe(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+    def describe(model: Any, dialogue: Any, features: Any, queries: Any, *_: Any) -> Any:
         if features is None:  # without a picture
             return [[generate.Answer("", False)] * len(asked) for asked in queries]
         return [
@@ -207,7 +209,7 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
     run_stage("resampler", settings)
     write_features(settings)
     run_stage("finetune", settings)
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", describe)
+    monkeypatch.setattr("panollava.model.panollava.answer", describe)
     evaluate(settings)
     model, _ = build_model(settings.model, settings.views)
     stage = STAGES["finetune"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import train_command
+from panollava.cli import train_command, use_commands
 from panollava.cli.single_instance import single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -30,6 +30,9 @@ _FULL_PIPELINE = "full_pipeline"  # the log's name for `train all`
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = _log_name(options)
+    if options.logs is None:
+        _run_anywhere(options)
+        return
     try:
         with (
             logs.start(name, options.logs),
@@ -46,6 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _run_anywhere(options: argparse.Namespace) -> None:
+    """Run a command that only reads a trained model: it needs no project, and writes no log."""
+    try:
+        with logs.to_console(), system_errors_as_user_errors(_MORE_MEMORY):
+            options.run(options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def _log_name(options: argparse.Namespace) -> str:
     if options.command != "train":
         return options.command
@@ -58,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Run, help: str, folder: Path = paths.LOGS) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Run, help: str, folder: Path | None = paths.LOGS
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run, logs=folder)
         return command
@@ -73,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("features", features, "compute the frozen encoder's features (runs/features)")
     evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
+    use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (
