@@ -196,7 +196,7 @@ def test_a_panorama_of_two_addresses_is_one_panorama() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (THEIRS[2:], f"2 of 54 answers are missing, the first: {URL}, '{QUERY}'"),
+        (THEIRS[40:], f"40 of 54 answers are missing, the first: {URL}, '{QUERY}'"),
         (
             [*THEIRS, ("no.jpg", QUERY, TEXT), (URL, "what\nnow?", TEXT)],
             f"2 of 56 rows are unknown, the first: row 54 (no.jpg, '{QUERY}')",
