@@ -56,13 +56,14 @@ URL, QUERY, TEXT = THEIRS[0]
 
 @pytest.fixture(autouse=True)
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the demo's parameters and two references for each query of the test split."""
+    """A folder with the demo's parameters and two references for each query of the test split. The
+    second one describes another panorama, because facts are those of the first one."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", paths.PARAMS)
     table = [
-        (index, number, f"images/{index}.jpg", QUERIES[topic], answer(SCENES[index], topic, number))
+        (index, row, f"images/{index}.jpg", QUERIES[topic], answer(SCENES[index - row], topic, row))
         for index, topic in KEYS
-        for number in (0, 1)
+        for row in (0, 1)
     ]
     write_rows(table)
 
