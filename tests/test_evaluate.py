@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from helpers import change, run_stage, save_language_model
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import Settings, load_settings
-from panollava.data.batches import read_prepared_rows
 from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.evaluation.evaluate import evaluate
+from panollava.files import read_prepared_rows
 from panollava.geometry.views import Sampler, layout
 from panollava.model import generate
 from panollava.model.network import build_model
@@ -71,6 +72,25 @@ def test_an_evaluation_writes_answers_details_and_headline(
     metrics = json.loads(paths.EVALUATION.read_text())
     assert metrics["rouge_l"] == details["rouge_l"]
     assert re.search(rf"^rouge_l +{metrics['rouge_l']:.3f}$", output, re.MULTILINE), output
+
+
+def test_our_answers_scored_like_another_model_s_have_the_scores_of_the_evaluation(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = cycle(["the blue box is left.", *TEXTS, "", "the red box is"])
+
+    def speak(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+        return [[generate.Answer(next(answers), False) for _ in asked] for asked in queries]
+
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", speak)
+    cli.main(["evaluate"])
+    cli.main(["score", str(paths.PREDICTIONS), "--json", "scores.json"])
+    scores = json.loads(Path("scores.json").read_text())
+    details = json.loads(paths.EVALUATION_DETAILS.read_text())
+    assert details["rouge_l"] > 0 and details["cider_d"] > 0 and details["grounding_gap"]
+    for name in ("no_picture", "rotation", "seam", "cut_answers"):  # these need the model
+        del details[name]
+    assert scores == {"theirs": details, "ours": details}
 
 
 def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
     use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
+    _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (
@@ -157,6 +158,14 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 
+def _add_score(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    help = "CSV file with columns url,query,prediction: one answer for each url and query"
+    add("predictions", type=Path, metavar="PREDICTIONS", help=help)
+    help = "also write all scores, with their 95%% intervals, to a file"
+    add("--json", type=Path, metavar="FILE", help=help)
+
+
 def _download(options: argparse.Namespace) -> None:
     from panollava.data.download import download
 
@@ -195,6 +204,13 @@ def _plan(options: argparse.Namespace) -> None:
     show(plan, settings.trainer.gradient_checkpointing)
     if options.json:
         write_json(options.json, asdict(plan))
+
+
+def _score(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
+    from panollava.evaluation.score import READS, score_file
+
+    score_file(options.predictions, load_settings(paths.PARAMS, READS), options.json)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import gather, read_prepared_rows, roll_views
+from panollava.data.batches import gather, roll_views
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
-from panollava.files import open_array, write_csv, write_json
+from panollava.files import open_array, read_prepared_rows, write_csv, write_json
 from panollava.geometry.views import layout, resampled, view_shift
 from panollava.model.device import configure_cpu
 from panollava.model.generate import Answer
@@ -53,9 +53,7 @@ def evaluate(settings: Settings) -> None:
     configure_cpu(settings.trainer.threads)
     model = _load_model(settings)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
-    references: dict[Key, list[str]] = {}
-    for row in rows.itertuples():
-        references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
+    references = metrics.group_references(rows)
     answered = {
         inputs.name: _answer_all(model, inputs, [*references], settings)
         for inputs in _find_inputs(settings)

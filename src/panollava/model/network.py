@@ -131,11 +131,15 @@ class Network(nn.Module):
 
 
 def build_model(
-    settings: config.Model, view_settings: config.Views, seed: int = 0, weights: bool = True
+    settings: config.Model,
+    view_settings: config.Views,
+    seed: int = 0,
+    weights: bool = True,
+    trained: bool = False,
 ) -> tuple[Network, PreTrainedTokenizerBase]:
     """Load the pretrained towers, and make a resampler and a projector from `seed`. Without
-    `weights`, only the shapes of the towers' tensors. Raises UserError for towers that cannot be
-    loaded or do not fit."""
+    `weights`, only the shapes of the towers' tensors. `trained`: for a result, whose training has
+    checked the language model. Raises UserError for towers that cannot be loaded or do not fit."""
     encoder = load_encoder(settings.encoder, view_settings.size, weights)
     language_model, tokenizer = load_language_model(settings.language_model, weights)
     pooling = Pooling(settings, view_settings, encoder.patch)
@@ -150,7 +154,7 @@ def build_model(
         if weights:
             _scale_to_text(projector, language_model)
     model = Network(encoder, resampler, projector, language_model)
-    if weights:
+    if weights and not trained:
         _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer
 

@@ -70,7 +70,7 @@ class PanoLLaVA:
         places = {"encoder": encoder, "language_model": language_model}
         for name, place in places.items():
             header = with_tower(header, name, file, place, trust_remote_code)
-        network, tokenizer = build_model(header.model, header.views)
+        network, tokenizer = build_model(header.model, header.views, trained=True)
         load_weights(file, network, header.stage.saves, header.stage)
         network.eval().requires_grad_(False)
         precision = precision or (header.precision if device.type == "cuda" else "32-true")
