@@ -152,7 +152,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             devices=settings.devices,
             precision=settings.precision,
             max_epochs=epochs,
-            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=5)],
+            callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,
@@ -173,6 +173,12 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             if reason := _explain_unsupported(error):
                 raise UserError(reason) from error
             raise
+
+
+class _ProgressBar(TQDMProgressBar):
+    @property
+    def sanity_check_description(self) -> str:
+        return "Validation of the start"
 
 
 def _explain_unsupported(error: RuntimeError) -> str | None:
