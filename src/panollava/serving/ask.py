@@ -61,14 +61,15 @@ def ask(
     max_new_tokens: int,
     sampling: Sampling,
     as_json: bool = False,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> None:
-    """Print the answers, on a terminal word by word. `as_json`: an object per line.
+    """Write the answers to `out` (default: standard output), on a terminal word by word. `as_json`:
+    an object per line.
 
     Raises:
         UserError: a picture is not a panorama; those after it are answered first.
     """
-    faulty = 0
+    out, faulty = out or sys.stdout, 0
     for panorama in panoramas:
         try:
             features = model.features([panorama])
