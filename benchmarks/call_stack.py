@@ -27,7 +27,7 @@ from panollava.config import Settings, load_settings
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
 from panollava.geometry import views
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.stages import STAGES
 from panollava.training.features import write_features
 from panollava.training.objective import load_objective

@@ -22,6 +22,7 @@ SECTIONS = {  # the script and its arguments
     "answers": ("evaluation.py", "demo"),
     "answers-real": ("evaluation.py", "real"),
     "sphere": ("sphere_tokens.py",),
+    "ask": ("ask.py",),
     "pipeline": ("pipeline.py",),
     "scaling": ("scaling.py",),
     "gpu": ("gpu.py",),  # measures nothing without a GPU

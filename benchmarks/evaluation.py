@@ -19,7 +19,7 @@ from panollava.demo.scenes import make_scene
 from panollava.geometry import views
 from panollava.model.device import keep_freed_memory
 from panollava.model.generate import answer
-from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.network import Network, build_model
 
 THREADS = 2
 QUERIES_PER_PANORAMA = 3
@@ -71,7 +71,7 @@ def measure_real_size(repeats: int, panoramas: int = 8, device: torch.device | N
     return compare(name, model, TokenDialogue(tokenizer), features, length, repeats)
 
 
-def encode(model: PanoLLaVA, batch: Tensor) -> Tensor:
+def encode(model: Network, batch: Tensor) -> Tensor:
     model.eval().requires_grad_(False)
     with torch.inference_mode():
         return model.features(batch)
@@ -79,7 +79,7 @@ def encode(model: PanoLLaVA, batch: Tensor) -> Tensor:
 
 def compare(
     name: str,
-    model: PanoLLaVA,
+    model: Network,
     dialogue: Dialogue,
     features: Tensor,
     max_new_tokens: int,
@@ -101,7 +101,7 @@ def compare(
 
 @torch.inference_mode()
 def answer_one_by_one(
-    model: PanoLLaVA,
+    model: Network,
     dialogue: Dialogue,
     features: Tensor,
     queries: list[list[str]],

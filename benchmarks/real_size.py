@@ -13,7 +13,7 @@ from panollava import config
 from panollava.data.packing import Packed, Row, pack
 from panollava.geometry import views
 from panollava.model.encoder import Encoder
-from panollava.model.panollava import PanoLLaVA
+from panollava.model.network import Network
 from panollava.model.resampler import MLPResampler, Pooling
 
 PROFILE = Path(__file__).parents[1] / "presets/quic360.yaml"
@@ -45,7 +45,7 @@ def build(
     settings: config.Model = MODEL,
     view_settings: config.Views = VIEWS,
     device: torch.device | None = None,
-) -> PanoLLaVA:
+) -> Network:
     torch.manual_seed(0)
     with device or torch.device("cpu"):
         tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
@@ -54,7 +54,7 @@ def build(
     pooling, width = Pooling(settings, view_settings, PATCH), settings.resampler.width
     degree = settings.resampler.direction_degree
     resampler = MLPResampler(encoder.width, width, pooling, "ray", degree)
-    model = PanoLLaVA(encoder, resampler, nn.Linear(width, 896), language)
+    model = Network(encoder, resampler, nn.Linear(width, 896), language)
     model.language_model.requires_grad_(False).eval()
     return model.to(device)
 
@@ -100,11 +100,11 @@ def make_example(
     return Example(sampled.to(torch.uint8), prefix, row_tokens, packed)
 
 
-def our_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
+def our_loss(model: Network, features: Tensor, example: Example) -> Tensor:
     return model.loss_sum(features, example.packed, len(example.prefix)) / example.answers
 
 
-def usual_loss(model: PanoLLaVA, features: Tensor, example: Example) -> Tensor:
+def usual_loss(model: Network, features: Tensor, example: Example) -> Tensor:
     """One sequence per row, padded to the longest, with transformers' loss over logits at every
     position. `features`: those of each row's panorama, (rows, ...)."""
     rows = [row for of_panorama in example.rows for row in of_panorama]

@@ -12,7 +12,7 @@ from measure import ROOT, Line, options_parser, report, time_alternately
 from panollava.config import load_settings
 from panollava.demo.questions import QUERIES
 from panollava.model.generate import answer
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from training import Steps
 
 MODELS = {

@@ -29,7 +29,7 @@ from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
-from panollava.model.panollava import PanoLLaVA
+from panollava.model.network import Network
 from panollava.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def random_views(panoramas: int, seed: int = 0) -> torch.Tensor:
 
 
 def packed_loss(
-    model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor, rows: list
+    model: Network, dialogue: Dialogue, views: torch.Tensor, rows: list
 ) -> torch.Tensor:
     """Loss of packed rows, summed over answer tokens."""
     tokenized = [[dialogue.row(*row) for row in panorama] for panorama in rows]
@@ -191,7 +191,7 @@ def packed_loss(
     return model.loss_sum(features, packed, len(dialogue.text_prefix))
 
 
-def separate_losses(model: PanoLLaVA, dialogue: Dialogue, views: torch.Tensor) -> list[float]:
+def separate_losses(model: Network, dialogue: Dialogue, views: torch.Tensor) -> list[float]:
     """Losses of ROWS, one row per sequence, computed by transformers' causal model."""
     losses = []
     vision = model.vision_tokens(model.features(views))
@@ -280,7 +280,7 @@ class CodeEdit(NamedTuple):
 _TRAINING = {"vision", "resampler", "finetune"}
 CODE_EDITS = {
     "a comment in the model": CodeEdit(
-        "model/panollava.py", "class PanoLLaVA", "# A comment.\nclass PanoLLaVA", set(), set()
+        "model/network.py", "class Network", "# A comment.\nclass Network", set(), set()
     ),
     "a docstring of the training": CodeEdit(
         "training/train.py", '"""', '"""Changed: ', set(), set()

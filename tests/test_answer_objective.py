@@ -13,12 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers import change, pair_head_rows, run_stage, save_language_model, save_tokenizer
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import StepDataset, TextBatch, TextReader, read_prepared_rows, turns
+from panollava.data.batches import StepDataset, TextBatch, TextReader, turns
 from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
+from panollava.files import read_prepared_rows
 from panollava.geometry.views import Sampler, layout
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.precision import autocast
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective

@@ -276,7 +276,7 @@ def test_an_edit_of_the_project_changes_these_digests(
             (module, "resampler features finetune evaluate demo-encoder demo-language-model")
             for module in ("model.resampler", "geometry.token_sphere")
         ),
-        ("model.panollava", "resampler finetune evaluate demo-language-model"),
+        ("model.network", "resampler finetune evaluate demo-language-model"),
         ("model.generate", "evaluate demo-language-model"),
         ("evaluation.captions", "evaluate"),
         ("demo.facts", "evaluate"),

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from helpers import change, run_stage, save_language_model
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import Settings, load_settings
-from panollava.data.batches import read_prepared_rows
 from panollava.data.images import read_panorama, roll
 from panollava.data.prepare import prepare_project
 from panollava.evaluation.evaluate import evaluate
+from panollava.files import read_prepared_rows
 from panollava.geometry.views import Sampler, layout
 from panollava.model import generate
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.weights import load_weights, read_header
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
@@ -73,6 +74,25 @@ def test_an_evaluation_writes_answers_details_and_headline(
     assert re.search(rf"^rouge_l +{metrics['rouge_l']:.3f}$", output, re.MULTILINE), output
 
 
+def test_our_answers_scored_like_another_model_s_have_the_scores_of_the_evaluation(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = cycle(["the blue box is left.", *TEXTS, "", "the red box is"])
+
+    def speak(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+        return [[generate.Answer(next(answers), False) for _ in asked] for asked in queries]
+
+    monkeypatch.setattr("panollava.evaluation.evaluate.answer", speak)
+    cli.main(["evaluate"])
+    cli.main(["score", str(paths.PREDICTIONS), "--json", "scores.json"])
+    scores = json.loads(Path("scores.json").read_text())
+    details = json.loads(paths.EVALUATION_DETAILS.read_text())
+    assert details["rouge_l"] > 0 and details["cider_d"] > 0 and details["grounding_gap"]
+    for name in ("no_picture", "rotation", "seam", "cut_answers"):  # these need the model
+        del details[name]
+    assert scores == {"theirs": details, "ours": details}
+
+
 def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,9 +104,11 @@ def test_the_prompt_of_the_training_is_the_one_of_the_evaluation(
         asked.extend(dialogue.tokenizer.decode(dialogue.query(q)) for qs in queries for q in qs)
         return generate.answer(model, dialogue, features, queries, *arguments, **options)
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", answer)
-    cli.main(["evaluate"])
+    monkeypatch.setattr("panollava.model.panollava.answer", answer)
+    cli.main(["train", "resampler"])
+    cli.main(["features"])
     cli.main(["train", "finetune"])
+    cli.main(["evaluate"])
     header = read_header(paths.weights_file("finetune"))
     assert header["settings"]["model"]["prompt"] == prompt
     settings = load_settings(paths.PARAMS)
@@ -102,11 +124,11 @@ def test_swapped_answers_are_looked_up_and_queries_without_a_picture_asked_once(
 ) -> None:
     asked: list[tuple[bool, list[list[str]]]] = []
 
-    def record(model: Any, dialogue: Any, features: Any, queries: Any, limit: int) -> Any:
+    def record(model: Any, dialogue: Any, features: Any, queries: Any, *options: Any) -> Any:
         asked.append((features is None, queries))
-        return generate.answer(model, dialogue, features, queries, limit)
+        return generate.answer(model, dialogue, features, queries, *options)
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", record)
+    monkeypatch.setattr("panollava.model.panollava.answer", record)
     cli.main(["evaluate"])
     table = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
     queries = list(dict.fromkeys(table["query"]))
@@ -144,7 +166,7 @@ def test_answers_that_were_cut_are_counted(
             for pair in zip(queries, answers, strict=True)
         ]
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", cut_two)
+    monkeypatch.setattr("panollava.model.panollava.answer", cut_two)
     cli.main(["evaluate"])
     assert json.loads(paths.EVALUATION.read_text())["cut_answers"] == 2
     assert json.loads(paths.EVALUATION_DETAILS.read_text())["cut_answers"] == 2
@@ -191,7 +213,7 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
         """A view has 2 x 2 tokens, a yaw 4 cells."""
         return features.reshape(-1, 4, features.shape[-1]).mean(dim=1)[:, :4].tolist()
 
-    def describe(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+    def describe(model: Any, dialogue: Any, features: Any, queries: Any, *_: Any) -> Any:
         if features is None:  # without a picture
             return [[generate.Answer("", False)] * len(asked) for asked in queries]
         return [
@@ -207,7 +229,7 @@ def test_answers_to_a_roll_are_about_the_rolled_panorama(
     run_stage("resampler", settings)
     write_features(settings)
     run_stage("finetune", settings)
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", describe)
+    monkeypatch.setattr("panollava.model.panollava.answer", describe)
     evaluate(settings)
     model, _ = build_model(settings.model, settings.views)
     stage = STAGES["finetune"]

@@ -17,7 +17,7 @@ from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model import resampler
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.weights import load_weights
 from panollava.stages import STAGES
 from panollava.training.features import write_features

@@ -11,12 +11,12 @@ from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES
 from panollava.model import generate
 from panollava.model.generate import _PreallocatedLayer, answer
-from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> tuple[PanoLLaVA, Dialogue]:
+def demo(monkeypatch: pytest.MonkeyPatch) -> tuple[Network, Dialogue]:
     """The demo's towers, with an untrained resampler."""
     monkeypatch.chdir(ROOT)
     settings = load_settings(ROOT / "params.yaml")
@@ -24,7 +24,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> tuple[PanoLLaVA, Dialogue]:
     return model.eval(), Dialogue(tokenizer, 99)
 
 
-def random_features(model: PanoLLaVA) -> torch.Tensor:
+def random_features(model: Network) -> torch.Tensor:
     """Of three panoramas."""
     torch.manual_seed(0)
     return model.features(torch.randint(256, (3, 8, 64, 64, 3)).to(torch.uint8))
@@ -32,7 +32,7 @@ def random_features(model: PanoLLaVA) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_batched_answers_equal_those_of_generate_query_by_query(
-    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch, chunk: int
+    demo: tuple[Network, Dialogue], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Also when some end early and their rows are dropped."""
     monkeypatch.setattr(_PreallocatedLayer, "CHUNK", chunk)
@@ -86,7 +86,7 @@ def test_batched_answers_equal_those_of_generate_query_by_query(
 
 @pytest.mark.parametrize("before", [True, False], ids=["text before the image", "none"])
 def test_answers_without_a_picture_are_those_to_the_text_alone(
-    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch, before: bool
+    demo: tuple[Network, Dialogue], monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     model, dialogue = demo
     if not before:  # as chat templates that begin with the user's text
@@ -103,7 +103,7 @@ def test_answers_without_a_picture_are_those_to_the_text_alone(
     assert len({found for [(found, _)] in answers}) > 3
 
 
-def test_an_answer_is_cut_if_its_end_token_does_not_fit(demo: tuple[PanoLLaVA, Dialogue]) -> None:
+def test_an_answer_is_cut_if_its_end_token_does_not_fit(demo: tuple[Network, Dialogue]) -> None:
     model, dialogue = demo
     features, queries = random_features(model), [list(QUERIES.values())] * 3
     long = answer(model, dialogue, features, queries, max_new_tokens=48)
@@ -120,7 +120,7 @@ def test_an_answer_is_cut_if_its_end_token_does_not_fit(demo: tuple[PanoLLaVA, D
 
 
 def test_an_answer_that_is_cut_does_not_end_in_half_a_character(
-    demo: tuple[PanoLLaVA, Dialogue], monkeypatch: pytest.MonkeyPatch
+    demo: tuple[Network, Dialogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, dialogue = demo
     box = dialogue._tokens("빨")

@@ -22,7 +22,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
 from panollava.model.generate import answer
-from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 
 SMALL = {
@@ -75,7 +75,7 @@ def with_language_model(folder: Path, towers: Path, kind: str, **values: Any) ->
     return dataclasses.replace(settings, model=model)
 
 
-def built(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
+def built(settings: Settings) -> tuple[Network, Dialogue]:
     model, tokenizer = build_model(settings.model, settings.views, seed=0)
     return model.eval(), Dialogue(tokenizer, 99)
 
@@ -147,12 +147,12 @@ def test_a_language_model_that_ignores_the_mask_is_an_error(
 ) -> None:
     """As remote code from a hub may."""
     settings = with_language_model(tmp_path, towers, "gemma2", **SMALL)
-    hidden_states = PanoLLaVA.hidden_states
+    hidden_states = Network.hidden_states
 
-    def unmasked(self: PanoLLaVA, embedded: Any, mask: Any, positions: Any, **cache: Any) -> Any:
+    def unmasked(self: Network, embedded: Any, mask: Any, positions: Any, **cache: Any) -> Any:
         return hidden_states(self, embedded, torch.ones_like(mask), positions, **cache)
 
-    monkeypatch.setattr(PanoLLaVA, "hidden_states", unmasked)
+    monkeypatch.setattr(Network, "hidden_states", unmasked)
     with pytest.raises(
         UserError, match="computes different logits for packed rows than for separate"
     ):

@@ -1,124 +1,218 @@
-"""The model and its packed loss, on small real towers."""
+"""A result and its header alone rebuild the model, which answers as the evaluation does."""
 
-import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from helpers import ROWS, packed_loss, random_views, separate_losses, settings_for
-from panollava.data.dialogue import Dialogue
+import panollava
+from helpers import ROOT, save_language_model, save_towers
+from panollava import PanoLLaVA, paths
+from panollava.cli import main as cli
+from panollava.data.images import PictureError
 from panollava.errors import UserError
-from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.files import open_array
+from panollava.model.weights import read_header
 
 
 @pytest.fixture(scope="module")
-def built(towers: Path) -> tuple[PanoLLaVA, Dialogue]:
-    settings = settings_for(towers)
-    model, tokenizer = build_model(settings.model, settings.views, seed=0)
-    return model.eval(), Dialogue(tokenizer, 64)
-
-
-def test_packed_rows_have_the_loss_of_separate_rows(built) -> None:
-    model, dialogue = built
-    views = random_views(2)
-    with torch.no_grad():
-        packed = float(packed_loss(model, dialogue, views, ROWS))
-        separate = separate_losses(model, dialogue, views)
-        single = [float(packed_loss(model, dialogue, views[:1], [[row]])) for row in ROWS[0]]
-    assert packed == pytest.approx(sum(separate), abs=1e-5 * len(separate))
-    assert single == pytest.approx(separate[:3], abs=1e-5)
-
-
-def test_packed_rows_have_the_gradient_of_separate_rows(built) -> None:
-    model, dialogue = built
-    views = random_views(2)
-    parameter = model.projector.weight
-    packed = torch.autograd.grad(packed_loss(model, dialogue, views, ROWS), parameter)[0]
-    separate = sum(
-        torch.autograd.grad(packed_loss(model, dialogue, views[i : i + 1], [[row]]), parameter)[0]
-        for i, rows in enumerate(ROWS)
-        for row in rows
+def evaluated(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """A project with an evaluation, whose language model answers in words: its predictions, with
+    `attrs["folder"]`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    save_towers(folder / "towers")
+    save_language_model(folder / "towers/language_model", spread=0.2)
+    shutil.copytree(small_data, folder / "data")
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in (
+        ("dir: data/demo", "dir: data"),
+        ("data/demo/towers", "towers"),
+        ("size: 64", "size: 32"),
+        ("features: float32", "features: float16"),
+        ("max_new_tokens: 48", "max_new_tokens: 6"),
+        ("rolls: [20, 45, 90, 180, 270]", "rolls: []"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    text = re.sub(r"epochs: \d+", "epochs: 0", text)
+    (folder / "params.yaml").write_text(
+        re.sub(r"max_text_length: \d+", "max_text_length: 99", text)
     )
-    assert torch.allclose(packed, separate, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.main(["train", "all"])
+        cli.main(["evaluate"])
+        table = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
+    table.attrs["folder"] = folder
+    return table
 
 
-def test_a_panorama_does_not_depend_on_the_others_in_the_batch(built) -> None:
-    model, _ = built
-    views = random_views(3)
-    with torch.no_grad():
-        together = model.vision_tokens(model.features(views))
-        single = model.vision_tokens(model.features(views[1:2]))
-    assert torch.allclose(together[1:2], single, atol=1e-5)
+def folder_of(table: pd.DataFrame) -> Path:
+    return Path(table.attrs["folder"])
 
 
-def test_rolling_the_views_by_one_stride_only_shifts_their_directions(built) -> None:
-    """The same view, one stride further, differs only by its direction."""
-    model, _ = built
-    features = model.features(random_views(1))
-    rolled = torch.roll(features, 1, dims=1)
-    plain, shifted = model.resampler(features), model.resampler(rolled)
-    view = plain.shape[1] // 8  # tokens
-    assert not torch.allclose(plain.roll(view, 1), shifted, atol=1e-3)
-    directions = model.resampler.directions
-    model.resampler.directions = torch.roll(directions, 1, dims=0)
+def ask_all(model: PanoLLaVA, table: pd.DataFrame) -> list[str]:
+    """As a user would, one picture after the other."""
+    answers: dict[tuple[str, str], str] = {}
+    for url, rows in table.groupby("url"):
+        queries = rows["query"].tolist()
+        texts = model.answer(folder_of(table) / "data" / str(url), queries, max_new_tokens=6)
+        answers |= {(str(url), q): text for q, text in zip(queries, texts, strict=True)}
+    return [answers[url, q] for url, q in zip(table["url"], table["query"], strict=True)]
+
+
+@pytest.mark.parametrize("stage", ["finetune", "resampler"])
+def test_a_result_alone_answers_as_the_evaluation_does(
+    evaluated: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Without params.yaml and from another working directory. After 0 epochs both stages hold the
+    same weights."""
+    monkeypatch.chdir(tmp_path)
+    model = PanoLLaVA.from_pretrained(folder_of(evaluated) / f"runs/vlm_{stage}")
+    predictions = evaluated["prediction"].tolist()
+    assert ask_all(model, evaluated) == predictions and len(set(predictions)) > 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_features_are_those_of_the_command(evaluated: pd.DataFrame) -> None:
+    """Rounded to float16 as there."""
+    folder = folder_of(evaluated)
+    model = PanoLLaVA.from_pretrained(folder / "runs/vlm_finetune/model_final.safetensors")
+    pictures = [folder / "data" / url for url in dict.fromkeys(evaluated["url"])]
+    views = np.stack([model.views(picture) for picture in pictures])
+    assert np.array_equal(views, open_array(folder / "runs/prepared/test/views.npy"))
+    expected = np.array(open_array(folder / "runs/features/test.npy"))
+    features = model.features(pictures).numpy()
+    assert expected.dtype == np.float16 and np.abs(features - expected).max() < 2e-3
+    assert np.array_equal(features, features.astype(np.float16))
+
+
+def test_a_panorama_may_be_a_file_an_image_or_an_array(evaluated: pd.DataFrame) -> None:
+    model = PanoLLaVA.from_pretrained(folder_of(evaluated) / "runs/vlm_finetune")
+    file = folder_of(evaluated) / "data/images/test_0.jpg"
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    before = image.tobytes()
+    given = [str(file), file, image, np.asarray(image)]
+    answers = {tuple(model.answer(each, ["what"], max_new_tokens=6)) for each in given}
+    assert len(answers) == 1 and image.tobytes() == before
+    with pytest.raises(PictureError, match="picture: not 2:1: 90 x 90 pixels"):
+        model.answer(Image.new("RGB", (90, 90)), ["what"])
+    for wrong in (np.zeros((4, 8)), np.zeros((4, 8, 3)), np.zeros((4, 8, 4), np.uint8)):
+        with pytest.raises(UserError, match="panorama: expected a file, a PIL image or a uint8"):
+            model.answer(wrong, ["what"])
+    with pytest.raises(PictureError, match="nowhere.jpg: picture missing"):
+        model.answer("nowhere.jpg", ["what"])
+
+
+def test_another_tower_is_an_error_that_names_the_file(
+    evaluated: pd.DataFrame, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(folder_of(evaluated), project)
+    result = project / "runs/vlm_finetune"
+    config = project / "towers/encoder/config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError, match=r"config.json: SHA-256 \w{16}, expected \w{16}: not the"):
+        PanoLLaVA.from_pretrained(result)
+    (project / "towers/encoder").rename(tmp_path / "encoder")
+    with pytest.raises(UserError, match="towers/encoder: no such folder; .* pass encoder="):
+        PanoLLaVA.from_pretrained(result)
+    with pytest.raises(UserError, match="config.json: SHA-256"):
+        PanoLLaVA.from_pretrained(result, encoder=tmp_path / "encoder")
+    config = tmp_path / "encoder/config.json"
+    config.write_text(config.read_text()[:-1])
+    (project / "towers/encoder").mkdir()  # the given place counts, not the one of the training
+    model = PanoLLaVA.from_pretrained(result, encoder=tmp_path / "encoder")
+    assert ask_all(model, evaluated) == evaluated["prediction"].tolist()
+    extra = project / "towers/language_model/added_tokens.json"
+    extra.write_text("{}")
+    with pytest.raises(UserError, match="added_tokens.json: SHA-256 .*, expected no such file"):
+        PanoLLaVA.from_pretrained(result, encoder=tmp_path / "encoder")
+
+
+def test_results_that_cannot_answer_are_errors(evaluated: pd.DataFrame, tmp_path: Path) -> None:
+    folder = folder_of(evaluated)
+    with pytest.raises(UserError, match="result of stage 'vision' has no language model"):
+        PanoLLaVA.from_pretrained(folder / "runs/vlm_vision")
+    with pytest.raises(UserError, match="no such file"):
+        PanoLLaVA.from_pretrained(tmp_path / "nowhere")
+    file = folder / "runs/vlm_finetune/model_final.safetensors"
+    header = read_header(file)
+    del header["settings"]["model"]["prompt"]
+    with pytest.raises(UserError, match="the header is of another version"):
+        PanoLLaVA.from_pretrained(copy_with(header, file, tmp_path))
+    header = read_header(file)
+    header["settings"]["model"]["encoder"]["trust_remote_code"] = True
+    changed = copy_with(header, file, folder / "runs/vlm_finetune", "code.safetensors")
+    with pytest.raises(UserError, match="runs code that comes with its weights; .* pass trust"):
+        PanoLLaVA.from_pretrained(changed)
+    assert PanoLLaVA.from_pretrained(changed, trust_remote_code=True)
+    changed.unlink()
+
+
+def copy_with(header: dict, file: Path, folder: Path, name: str = paths.WEIGHTS) -> Path:
+    with safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(tensors, folder / name, metadata={"panollava": json.dumps(header)})
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("fov: 90", "fov: 80", "trained with views.fov 90.0, params.yaml has 80.0"),
+        ('"{query}"', '"a {query}"', "trained with model.prompt '{query}', params.yaml has"),
+        ("degree: 4", "degree: 3", "trained with model.resampler.direction_degree 4"),
+    ],
+)
+def test_an_evaluation_with_other_settings_is_an_error(
+    evaluated: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(folder_of(evaluated))
+    text = paths.PARAMS.read_text()
+    assert old in text
+    paths.PARAMS.write_text(text.replace(old, new))
     try:
-        assert torch.allclose(
-            plain.view(1, 8, -1).roll(1, 1).flatten(), model.resampler(rolled).flatten(), atol=1e-5
-        )
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate"])
     finally:
-        model.resampler.directions = directions
+        paths.PARAMS.write_text(text)
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("position", ["view", "none"])
-def test_positions_view_and_none(towers: Path, position: str) -> None:
-    """view distinguishes views by a learned vector; none does not distinguish them."""
-    settings = settings_for(towers)
-    resampler = dataclasses.replace(settings.model.resampler, position=position)  # type: ignore[arg-type]
-    model_settings = dataclasses.replace(settings.model, resampler=resampler)
-    model, _ = build_model(model_settings, settings.views, seed=0)
-    features = model.features(random_views(1))
-    plain, shifted = model.resampler(features), model.resampler(features.roll(1, dims=1))
-    view = plain.shape[1] // 8  # tokens
-    assert torch.allclose(plain.roll(view, 1), shifted, atol=1e-5) == (position == "none")
-    learned = [name for name, _ in model.resampler.named_parameters() if "directions" in name]
-    assert learned == (["directions"] if position == "view" else [])
+def test_importing_the_package_imports_no_library_of_models() -> None:
+    code = (
+        "import sys, panollava; assert not {'torch', 'transformers'} & sys.modules.keys(); "
+        "panollava.PanoLLaVA.from_pretrained; assert 'transformers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT / "src")})
+    with pytest.raises(AttributeError, match="no attribute 'PanoLLama'"):
+        panollava.PanoLLama  # noqa: B018
 
 
-def test_vision_tokens_start_at_the_scale_of_the_text_embeddings(built) -> None:
-    model, _ = built
-    with torch.no_grad():
-        embeddings = model.language_model.get_input_embeddings().weight
-        # Of any scale, because the features are normalized.
-        for scale in (0.01, 1.0, 100.0):
-            features = scale * torch.randn(4, 8, 2, 2, model.encoder.width)
-            tokens = model.vision_tokens(features)
-            assert float(tokens.std() / embeddings.std()) == pytest.approx(1, abs=0.25)
-            assert float(tokens.mean() / embeddings.std()) == pytest.approx(0, abs=0.25)
-
-
-def test_initial_weights_depend_on_the_seed_only(towers: Path) -> None:
-    settings = settings_for(towers)
-
-    def weights(seed: int) -> torch.Tensor:
-        torch.rand(seed + 3)  # other random numbers drawn before
-        return build_model(settings.model, settings.views, seed)[0].projector.get_parameter(
-            "weight"
-        )
-
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
-
-
-def test_views_of_a_size_that_the_encoder_does_not_take_are_an_error(towers: Path) -> None:
-    settings = settings_for(towers)
-    views = dataclasses.replace(settings.views, size=224)
-    with pytest.raises(UserError, match=r"views.size is 224.*32 x 32"):
-        build_model(settings.model, views)
-
-
-def test_a_tower_that_cannot_be_loaded_is_an_error(towers: Path) -> None:
-    settings = settings_for(towers)
-    nowhere = dataclasses.replace(settings.model.encoder, path="data/nowhere/encoder")
-    with pytest.raises(UserError, match="cannot load 'data/nowhere/encoder'"):
-        build_model(dataclasses.replace(settings.model, encoder=nowhere), settings.views)
+def test_the_model_stays_in_single_precision_on_a_processor(evaluated: pd.DataFrame) -> None:
+    file = folder_of(evaluated) / "runs/vlm_finetune/model_final.safetensors"
+    header = {**read_header(file), "precision": "bf16-mixed"}
+    changed = copy_with(header, file, file.parent, "half.safetensors")
+    model = PanoLLaVA.from_pretrained(changed, accelerator="cpu")
+    assert model.precision == "32-true"
+    assert {p.dtype for p in model.network.parameters()} == {torch.float32}
+    half = PanoLLaVA.from_pretrained(changed, accelerator="cpu", precision="bf16-mixed")
+    assert torch.bfloat16 in {p.dtype for p in half.network.parameters()}
+    changed.unlink()

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from helpers import ROWS, packed_loss, random_views, settings_for
 from panollava.data.dialogue import Dialogue
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 
 TRAINS = ("encoder", "resampler", "projector")

@@ -24,6 +24,7 @@ PAGES = [
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/README.md")),
 ]
 BLOCK = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 SHELL_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"(?:^|[ \t]+)#+ .*", re.M)
 CODE = re.compile(r"`[^`]+`")
@@ -64,8 +65,16 @@ def readers_project(tmp_path: Path, towers: Path, small_data: Path) -> Project:
     shutil.copytree(small_data, project.folder / "data/mine")
     preset = (project.folder / "params.yaml").read_text().replace("small/data", "data/mine")
     (project.folder / "presets/quic360-recommended.yaml").write_text(preset)
+    copy_first_panorama(project.folder)
     project.commit("data")
     return project
+
+
+def copy_first_panorama(folder: Path) -> None:
+    """Where the demo has it."""
+    target = folder / "data/demo/images/test_0000.jpg"
+    target.parent.mkdir(parents=True)
+    shutil.copy(folder / "small/data/images/test_0.jpg", target)
 
 
 def run(project: Project, command: str) -> str:
@@ -86,8 +95,21 @@ def test_the_readme_s_commands_run_in_their_order(readers_project: Project) -> N
 
 def test_the_readme_s_commands_for_own_data_run(readers_project: Project) -> None:
     for command in commands():
-        if command.startswith(("panollava ", "cp ")):
+        if command.startswith(("panollava check", "panollava plan", "cp ")):
             run(readers_project, command)
+
+
+@pytest.mark.parametrize("page", [ENGLISH, "docs/use.md"])
+def test_the_python_code_runs_after_the_pipeline(finished: Project, page: str) -> None:
+    if not (finished.folder / "data/demo/images").is_dir():
+        copy_first_panorama(finished.folder)
+    blocks = PYTHON_BLOCK.findall(read(page))
+    assert blocks, f"{page} has no Python code"
+    for block in blocks:
+        *_, last = block.strip().splitlines()
+        check = f"assert all(isinstance(text, str) for text in {last}), 'no texts'\n"
+        check = "" if last.startswith("print(") else check
+        finished.run("python", "-c", block + check)
 
 
 @pytest.mark.parametrize("command", NOT_RUN)

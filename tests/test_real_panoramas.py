@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from helpers import ROOT, SHARED, save_encoder, save_language_model, save_tokenizer
+from panollava import PanoLLaVA
 from real_size import language_config
 
 MINI = SHARED / "quic360_mini"
@@ -121,3 +124,13 @@ def test_all_stages_run_over_all_rows_of_real_panoramas(tmp_path: Path) -> None:
         assert sum(losses[-quarter:]) < 0.95 * sum(losses[:quarter]), (stage, losses)
     details = json.loads((tmp_path / "runs/evaluate/details.json").read_text())
     assert details["panoramas"] == 2 and details["references"] == 33
+    # Asked about a picture file, the model answers as in the evaluation.
+    model = PanoLLaVA.from_pretrained(tmp_path / "runs/vlm_finetune")
+    asked = pd.read_csv(tmp_path / "runs/evaluate/predictions.csv", keep_default_na=False)
+    same = [
+        model.answer(MINI / url, [query])[0] == prediction
+        for url, query, prediction in zip(
+            asked["url"], asked["query"], asked["prediction"], strict=True
+        )
+    ]
+    assert np.mean(same) >= 0.99 and asked["prediction"].nunique() > 1, same

@@ -25,7 +25,7 @@ from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
 from panollava.errors import UserError
-from panollava.model.panollava import PanoLLaVA, build_model
+from panollava.model.network import Network, build_model
 from panollava.stages import STAGES
 from panollava.training import curves
 from panollava.training.lightning_module import LitStage
@@ -57,14 +57,14 @@ class Kept:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.storages.values())
 
 
-def build(towers: Path, trains: tuple[str, ...]) -> tuple[PanoLLaVA, Dialogue]:
+def build(towers: Path, trains: tuple[str, ...]) -> tuple[Network, Dialogue]:
     settings = settings_for(towers)
     model, tokenizer = build_model(settings.model, settings.views, seed=0)
     freeze_all_but(model, trains)
     return model, Dialogue(tokenizer, 64)
 
 
-def step(model: PanoLLaVA, dialogue: Dialogue, panoramas: int) -> tuple[float, dict, int]:
+def step(model: Network, dialogue: Dialogue, panoramas: int) -> tuple[float, dict, int]:
     """Loss, gradients and stored bytes of a step on the first `panoramas`."""
     model.zero_grad()
     rows = [[dialogue.row(*row) for row in each] for each in ROWS[:panoramas]]

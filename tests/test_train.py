@@ -22,7 +22,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
 from panollava.model.encoder import load_encoder
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.provenance.resume import remove_finished
 from panollava.training.features import write_features
 from panollava.training.train import check_deterministic

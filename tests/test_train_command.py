@@ -1,5 +1,6 @@
 """`panollava train`: the options of one run, without DVC."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -247,8 +248,10 @@ def test_a_hub_model_s_commit_is_in_the_weights_header(project: Path, towers: Pa
     environment = {**os.environ, "HF_HUB_CACHE": str(project / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment)
     for stage in STAGES:
-        assert read_header(paths.weights_file(stage))["commits"]["encoder"] == commit
-    assert read_header(paths.weights_file("finetune"))["commits"]["language_model"] is None
+        assert read_header(paths.weights_file(stage))["towers"]["encoder"] == {"commit": commit}
+    local = read_header(paths.weights_file("finetune"))["towers"]["language_model"]["files"]
+    weights = (towers / "language_model/model.safetensors").read_bytes()
+    assert local["model.safetensors"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_a_tower_that_dvc_does_not_track_gives_a_warning(project: Path, towers: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files written atomically (text, JSON, CSV, .npy arrays), and arrays read memory-mapped."""
+"""Files written atomically (text, JSON, CSV, .npy arrays), and reading prepared rows and arrays."""
 
 import contextlib
 import csv
@@ -99,3 +99,14 @@ def open_array(path: Path) -> "NDArray":
             f"{path}: not a complete .npy file ({error}); remove it and run: "
             "make verify, then dvc repro"
         ) from None
+
+
+def read_prepared_rows(path: Path) -> "pd.DataFrame":
+    """Columns panorama, row, url, query, annotation; all text unchanged."""
+    import pandas as pd
+
+    try:
+        texts = dict.fromkeys(("url", "query", "annotation"), str)
+        return pd.read_csv(path, dtype=texts, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run: dvc repro prepare") from None

@@ -32,10 +32,7 @@ def start(name: str, folder: Path = Path("logs")) -> Iterator[Path]:
     path = _create(folder, name)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(_ConsoleFormatter())
-    console.addFilter(_for_console)
-    with _all_messages_to(file, console), logging_redirect_tqdm(), _one_line_warnings():
+    with _all_messages_to(file, _console()), logging_redirect_tqdm(), _one_line_warnings():
         log.info("log: %s", path)
         _to_file("command: %s", " ".join(sys.argv))
         try:
@@ -44,6 +41,20 @@ def start(name: str, folder: Path = Path("logs")) -> Iterator[Path]:
             _to_file("the traceback:", exc_info=True)
             log.error("%s", _last_line(error, path))
             raise
+
+
+@contextlib.contextmanager
+def to_console() -> Iterator[None]:
+    """Log to the console only: the project's messages, and every warning."""
+    with _all_messages_to(_console()), _one_line_warnings():
+        yield
+
+
+def _console() -> logging.Handler:
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(_ConsoleFormatter())
+    console.addFilter(_for_console)
+    return console
 
 
 def _last_line(error: BaseException, path: Path) -> str:

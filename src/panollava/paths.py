@@ -14,13 +14,15 @@ PREDICTIONS = Path("runs/evaluate/predictions.csv")
 EVALUATION_DETAILS = Path("runs/evaluate/details.json")
 EVALUATION = Path("metrics/evaluate/metrics.json")  # the headline numbers
 
+WEIGHTS = "model_final.safetensors"  # of a training stage
+
 
 def run_folder(stage: str) -> Path:
     return Path(f"runs/vlm_{stage}")
 
 
 def weights_file(stage: str) -> Path:
-    return run_folder(stage) / "model_final.safetensors"
+    return run_folder(stage) / WEIGHTS
 
 
 def curves_folder(stage: str) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import train_command
+from panollava.cli import train_command, use_commands
 from panollava.cli.single_instance import single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -30,6 +30,9 @@ _FULL_PIPELINE = "full_pipeline"  # the log's name for `train all`
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     name = _log_name(options)
+    if options.logs is None:
+        _run_anywhere(options)
+        return
     try:
         with (
             logs.start(name, options.logs),
@@ -46,6 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _run_anywhere(options: argparse.Namespace) -> None:
+    """Run a command that only reads a trained model: it needs no project, and writes no log."""
+    try:
+        with logs.to_console(), system_errors_as_user_errors(_MORE_MEMORY):
+            options.run(options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def _log_name(options: argparse.Namespace) -> str:
     if options.command != "train":
         return options.command
@@ -58,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Run, help: str, folder: Path = paths.LOGS) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Run, help: str, folder: Path | None = paths.LOGS
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run, logs=folder)
         return command
@@ -73,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("features", features, "compute the frozen encoder's features (runs/features)")
     evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
+    use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
+    _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (
@@ -140,6 +158,14 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 
+def _add_score(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    help = "CSV file with columns url,query,prediction: one answer for each url and query"
+    add("predictions", type=Path, metavar="PREDICTIONS", help=help)
+    help = "also write all scores, with their 95%% intervals, to a file"
+    add("--json", type=Path, metavar="FILE", help=help)
+
+
 def _download(options: argparse.Namespace) -> None:
     from panollava.data.download import download
 
@@ -178,6 +204,13 @@ def _plan(options: argparse.Namespace) -> None:
     show(plan, settings.trainer.gradient_checkpointing)
     if options.json:
         write_json(options.json, asdict(plan))
+
+
+def _score(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
+    from panollava.evaluation.score import READS, score_file
+
+    score_file(options.predictions, load_settings(paths.PARAMS, READS), options.json)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from panollava.data.packing import Packed, Row, pack
 from panollava.errors import UserError
-from panollava.files import open_array
+from panollava.files import open_array, read_prepared_rows
 
 if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision stage
     from panollava.data.dialogue import Dialogue
@@ -131,15 +131,6 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
     def __getitem__(self, index: int) -> list[BatchT]:
         parts = divide(self.steps[index], self.accumulate)
         return [self.reader.load(part, self.epoch) for part in parts]
-
-
-def read_prepared_rows(path: Path) -> pd.DataFrame:
-    """Columns panorama, row, url, query, annotation; all text unchanged."""
-    try:
-        texts = dict.fromkeys(("url", "query", "annotation"), str)
-        return pd.read_csv(path, dtype=texts, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
 
 
 def labeled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:

@@ -72,6 +72,12 @@ def read_panorama(path: Path, width: int, visible_fraction: float = 1.0) -> NDAr
         raise PictureError(path, "broken picture", str(error)) from None
 
 
+def convert_panorama(picture: Image.Image, width: int) -> NDArray[np.uint8]:
+    """Like `read_panorama`, for a picture in memory, which stays as it is."""
+    _check(Path("picture"), picture)
+    return _decode(picture.copy(), width)
+
+
 def roll(panorama: NDArray, degrees: float) -> NDArray:
     """Rotate a panorama about the vertical axis, by whole pixels: its front moves to yaw
     `degrees`, which is to the right."""

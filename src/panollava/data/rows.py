@@ -35,8 +35,8 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         UserError: no file, not CSV in UTF-8, a missing column, or no rows.
     """
-    header, records = _read(file)
-    places = _find_columns(file, header)
+    hint = "data.dir must contain train.csv, valid.csv and test.csv"
+    header, places, records = read_records(file, COLUMNS, hint)
 
     @cache
     def locate(url: str) -> Path | PictureError:
@@ -130,8 +130,15 @@ def shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
     ]
 
 
-def _read(file: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and all other records, without blank lines."""
+def read_records(
+    file: Path, columns: tuple[str, ...], if_missing: str
+) -> tuple[list[str], dict[str, int], list[list[str]]]:
+    """The header, the index of each of `columns` in it, and all other records, without blank lines.
+
+    Raises:
+        UserError: no file (the message ends in `if_missing`), not CSV in UTF-8, no rows, or a
+            missing column.
+    """
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             first = lines.readline()
@@ -150,9 +157,7 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
             "look for a missing or extra quotation mark above it"
         ) from None
     except FileNotFoundError:
-        raise UserError(
-            f"{file}: no such file; data.dir must contain train.csv, valid.csv and test.csv"
-        ) from None
+        raise UserError(f"{file}: no such file; {if_missing}") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file}: not a CSV file in UTF-8: {error.reason} at byte {error.start}; "
@@ -161,23 +166,24 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     if len(records) < 2:
-        raise UserError(f"{file}: no rows; expected a header {','.join(COLUMNS)} and rows")
-    return records[0], records[1:]
+        raise UserError(f"{file}: no rows; expected a header {','.join(columns)} and rows")
+    header, *others = records
+    return header, _find_columns(file, header, columns), others
 
 
-def _find_columns(file: Path, header: list[str]) -> dict[str, int]:
-    """The index of each of COLUMNS."""
+def _find_columns(file: Path, header: list[str], columns: tuple[str, ...]) -> dict[str, int]:
     places = {}
-    for name in COLUMNS:
+    for name in columns:
         names = [name, _ALIASES.get(name, name)]
         title = next((title for title in names if title in header), None)
         if title is None:
             by_lower = {title.strip().lower(): title for title in header}
             near = [difflib.get_close_matches(known, by_lower, n=1) for known in names]
             hint = next((f" (is '{by_lower[match[0]]}' meant?)" for match in near if match), "")
+            aliases = ",".join(_ALIASES.get(column, column) for column in columns)
             raise UserError(
                 f"{file}: no column '{name}' among '{', '.join(header)}'{hint}; expected "
-                "url,query,annotation or url,instruction,response; rename the column"
+                f"{','.join(columns)} or {aliases}; rename the column"
             )
         if header.count(title) > 1:
             raise UserError(f"{file}: {header.count(title)} columns '{title}'; keep one")

@@ -12,11 +12,11 @@ from torch.nn import functional
 from panollava.data.dialogue import Dialogue
 from panollava.demo.scenes import CLEARANCE, DIRECTIONS, TOLERANCE, Object, Scene, offset
 from panollava.demo.settings import CONTEXT, MAX_SILENT
-from panollava.model.panollava import PanoLLaVA
+from panollava.model.network import Network
 
 
 def context_tokens(
-    model: PanoLLaVA,
+    model: Network,
     dialogue: Dialogue,
     scenes: list[Scene],
     noise: float,

@@ -152,7 +152,7 @@ def _normalize(pixels: NDArray[np.uint8]) -> Tensor:
 
 def _tokens_at(hidden: Tensor, regions: Tensor) -> Tensor:
     """(views, tokens, width) -> (objects, width): the tokens at the objects' centers, pooled as in
-    PanoLLaVA. `regions`: see `_region_index`."""
+    Network. `regions`: see `_region_index`."""
     side = VIEWS.size // _PATCH
     pooled = pool_tokens(hidden.unflatten(1, (side, side)), _POOL)
     return pooled[regions[:, 0], regions[:, 1], regions[:, 2]]

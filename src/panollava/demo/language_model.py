@@ -21,7 +21,7 @@ from panollava.demo.scenes import COLORS, DIRECTIONS, KINDS, SHAPES, Scene, make
 from panollava.demo.settings import CONTEXT, DemoSettings, Lesson
 from panollava.files import write_json
 from panollava.model.generate import answer
-from panollava.model.panollava import PanoLLaVA
+from panollava.model.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,13 @@ def _build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def with_context(language_model: PreTrainedModel) -> PanoLLaVA:
-    """The language model in a PanoLLaVA that takes context tokens as its vision tokens."""
-    return PanoLLaVA(nn.Identity(), nn.Identity(), nn.Identity(), language_model)
+def with_context(language_model: PreTrainedModel) -> Network:
+    """The language model in a Network that takes context tokens as its vision tokens."""
+    return Network(nn.Identity(), nn.Identity(), nn.Identity(), language_model)
 
 
 def _train(
-    model: PanoLLaVA, dialogue: Dialogue, lesson: Lesson, first_step: int, settings: DemoSettings
+    model: Network, dialogue: Dialogue, lesson: Lesson, first_step: int, settings: DemoSettings
 ) -> float:
     """Returns the last step's loss. `first_step`: number of steps of earlier lessons, so that no
     lesson repeats their scenes."""
@@ -118,7 +118,7 @@ def _train(
 
 
 def _loss(
-    model: PanoLLaVA,
+    model: Network,
     dialogue: Dialogue,
     scenes: list[Scene],
     context: Tensor,
@@ -133,7 +133,7 @@ def _loss(
 
 
 def accuracy(
-    model: PanoLLaVA, dialogue: Dialogue, settings: DemoSettings, rolled: bool, count: int = 50
+    model: Network, dialogue: Dialogue, settings: DemoSettings, rolled: bool, count: int = 50
 ) -> float:
     """Share of generated answers that equal a reference, given the true context of `count` scenes.
     `rolled`: scenes rolled by any angle, and only the queries that have an answer there."""

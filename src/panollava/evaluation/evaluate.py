@@ -17,20 +17,17 @@ from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import gather, read_prepared_rows, roll_views
-from panollava.data.dialogue import Dialogue
+from panollava.data.batches import gather, roll_views
 from panollava.evaluation import metrics
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
-from panollava.files import open_array, write_csv, write_json
+from panollava.files import open_array, read_prepared_rows, write_csv, write_json
 from panollava.geometry.views import layout, resampled, view_shift
-from panollava.model.device import choose_device, configure_cpu
-from panollava.model.generate import Answer, answer
-from panollava.model.language_model import end_tokens
-from panollava.model.panollava import PanoLLaVA, build_model
-from panollava.model.precision import autocast, cast_frozen_linears
-from panollava.model.weights import load_weights
+from panollava.model.device import configure_cpu
+from panollava.model.generate import Answer
+from panollava.model.header import check_header, load_header
+from panollava.model.panollava import PanoLLaVA
 from panollava.provenance.made_from import check_features, check_prepared
 from panollava.stages import INFERENCE, STAGES
 
@@ -54,16 +51,14 @@ def evaluate(settings: Settings) -> None:
     """Write the answers (runs/evaluate/predictions.csv), everything measured (details.json) and
     the headline numbers (metrics/evaluate/metrics.json)."""
     configure_cpu(settings.trainer.threads)
-    model, dialogue = _load_model(settings)
+    model = _load_model(settings)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
-    references: dict[Key, list[str]] = {}
-    for row in rows.itertuples():
-        references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
+    references = metrics.group_references(rows)
     answered = {
-        inputs.name: _answer_all(model, dialogue, inputs, [*references], settings)
+        inputs.name: _answer_all(model, inputs, [*references], settings)
         for inputs in _find_inputs(settings)
     }
-    answered[NO_PICTURE] = _answer_without_picture(model, dialogue, [*references], settings)
+    answered[NO_PICTURE] = _answer_without_picture(model, [*references], settings)
     answers = {n: {key: a.text for key, a in each.items()} for n, each in answered.items()}
     _write_predictions(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
     facts = settings.evaluate.facts
@@ -76,18 +71,19 @@ def evaluate(settings: Settings) -> None:
     write_json(paths.EVALUATION, headline)
 
 
-def _load_model(settings: Settings) -> tuple[PanoLLaVA, Dialogue]:
-    """The finetuned model on its device, after checking that it matches the features."""
-    device = choose_device(settings.trainer.accelerator)
-    model, tokenizer = build_model(settings.model, settings.views)
-    load_weights(paths.weights_file(_EVALUATED.name), model, _EVALUATED.saves, _EVALUATED)
+def _load_model(settings: Settings) -> PanoLLaVA:
+    """The finetuned model, after checking that it matches the settings and the features."""
+    file = paths.weights_file(_EVALUATED.name)
+    check_header(load_header(file), _EVALUATED, settings, file)
+    model = PanoLLaVA.from_pretrained(
+        file,
+        accelerator=settings.trainer.accelerator,
+        precision=settings.trainer.precision,
+        trust_remote_code=True,  # as the settings say
+    )
     check_prepared(settings.views, evaluate=settings.evaluate)
-    check_features(settings, model.encoder)
-    model.eval().requires_grad_(False)
-    cast_frozen_linears(model, settings.trainer.precision)
-    model.to(device)
-    ends = end_tokens(model.language_model)
-    return model, Dialogue(tokenizer, ends=ends, prompt=settings.model.prompt)
+    check_features(settings, model.network.encoder)
+    return model
 
 
 def _find_inputs(settings: Settings) -> list[Inputs]:
@@ -109,10 +105,9 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
 
 
 def _answer_all(
-    model: PanoLLaVA, dialogue: Dialogue, inputs: Inputs, keys: list[Key], settings: Settings
+    model: PanoLLaVA, inputs: Inputs, keys: list[Key], settings: Settings
 ) -> dict[Key, Answer]:
     """The model's answers to all (panorama, query) in `keys`, in batches of panoramas."""
-    device = next(model.parameters()).device
     views = len(layout(settings.views).projections)
     queries_of: dict[int, list[str]] = {}
     for panorama, query in keys:
@@ -120,30 +115,29 @@ def _answer_all(
     panoramas = list(queries_of)
     size = settings.evaluate.batch_size
     answers: dict[Key, Answer] = {}
-    with autocast(device, settings.trainer.precision):
-        for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
-            batch = panoramas[start : start + size]
-            features = None
-            if inputs.features is not None:
-                features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
-                rolled = [roll_views(each, inputs.shift, views) for each in features]
-                features = torch.stack(rolled).to(device)
-            queries = [queries_of[panorama] for panorama in batch]
-            texts = answer(model, dialogue, features, queries, settings.evaluate.max_new_tokens)
-            for panorama, answered in zip(batch, texts, strict=True):
-                pairs = zip(queries_of[panorama], answered, strict=True)
-                answers |= {(panorama, query): text for query, text in pairs}
+    for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
+        batch = panoramas[start : start + size]
+        features = None
+        if inputs.features is not None:
+            features = gather(inputs.features, [int(inputs.indices[p]) for p in batch])
+            rolled = [roll_views(each, inputs.shift, views) for each in features]
+            features = torch.stack(rolled).to(model.device)
+        queries = [queries_of[panorama] for panorama in batch]
+        texts = model.answer_features(features, queries, settings.evaluate.max_new_tokens)
+        for panorama, answered in zip(batch, texts, strict=True):
+            pairs = zip(queries_of[panorama], answered, strict=True)
+            answers |= {(panorama, query): text for query, text in pairs}
     return answers
 
 
 def _answer_without_picture(
-    model: PanoLLaVA, dialogue: Dialogue, keys: list[Key], settings: Settings
+    model: PanoLLaVA, keys: list[Key], settings: Settings
 ) -> dict[Key, Answer]:
     """The model's answers to queries without a picture: one per query, for all panoramas."""
     queries = dict.fromkeys(query for _, query in keys)
     once = [(number, query) for number, query in enumerate(queries)]
     inputs = Inputs(NO_PICTURE, None, np.arange(len(once)))
-    answers = _answer_all(model, dialogue, inputs, once, settings)
+    answers = _answer_all(model, inputs, once, settings)
     of_query = {query: answer for (_, query), answer in answers.items()}
     return {(panorama, query): of_query[query] for panorama, query in keys}
 

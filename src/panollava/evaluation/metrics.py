@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from panollava.evaluation.captions import Scores, agreement, score
 from panollava.evaluation.confidence import interval_of_mean
@@ -30,6 +31,14 @@ References = Mapping[Key, list[str]]
 def rolled_name(degrees: float) -> str:
     """The name of the answers for panoramas rolled by `degrees`."""
     return f"turned by {degrees:g}"
+
+
+def group_references(rows: pd.DataFrame) -> dict[Key, list[str]]:
+    """The annotations of prepared rows, by (panorama, query)."""
+    references: dict[Key, list[str]] = {}
+    for row in rows.itertuples():
+        references.setdefault((int(row.panorama), row.query), []).append(row.annotation)
+    return references
 
 
 def compute_details(

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class EncoderOnly(nn.Module):
-    """A model with an encoder only, under the name that it has in PanoLLaVA."""
+    """A model with an encoder only, under the name that it has in Network."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""Greedy decoding, batched: all queries of a panorama share its prefix's key-value cache."""
+"""Batched decoding: all queries of a panorama share its prefix's key-value cache."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from panollava.data.dialogue import Dialogue
-from panollava.model.panollava import PanoLLaVA
+from panollava.model.network import Network
 
 
 class Answer(NamedTuple):
@@ -17,18 +18,33 @@ class Answer(NamedTuple):
     cut: bool  # at `max_new_tokens`, without an end token
 
 
+class Sampling(NamedTuple):
+    """How the next token is chosen. The default is greedy: the one with the largest logit."""
+
+    temperature: float = 0.0  # divides the logits; 0: greedy
+    top_p: float = 1.0  # of the likeliest tokens, those that have this probability together
+    seed: int = 0  # of the first query; the next ones have the next seeds
+
+
+GREEDY = Sampling()
+Report = Callable[[int, list[int]], None]  # the index of an answer, and its tokens so far
+
+
 @torch.inference_mode()
 def answer(
-    model: PanoLLaVA,
+    model: Network,
     dialogue: Dialogue,
     features: Tensor | None,
     queries: list[list[str]],
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    report: Report | None = None,
 ) -> list[list[Answer]]:
     """Answer every query of every panorama.
 
-    `features`: (panoramas, ...), see `PanoLLaVA.features`, or None to ask without vision tokens;
-    `queries[i]` are those of panorama i. The result has the same nesting."""
+    `features`: (panoramas, ...), see `Network.features`, or None to ask without vision tokens;
+    `queries[i]` are those of panorama i. The result has the same nesting. `report` is called for
+    each new token, with the answers numbered through all panoramas."""
     prefix = _embed_prefix(model, dialogue, features, len(queries))
     prompts = [dialogue.query(text) for texts in queries for text in texts]
     longest = prefix.shape[1] + max(map(len, prompts), default=0) + max_new_tokens
@@ -41,7 +57,8 @@ def answer(
     tokens = pad_sequence(rows, batch_first=True, padding_value=dialogue.pad).to(prefix.device)
     lengths = torch.tensor(list(map(len, prompts)), device=prefix.device)
     last = sequences.read(model.embed(tokens), lengths)
-    answers = iter(_decode(sequences, last, dialogue.ends, max_new_tokens))
+    choose = _Greedy(model) if sampling.temperature == 0 else _Sampler(model, sampling, len(rows))
+    answers = iter(_decode(sequences, last, dialogue.ends, max_new_tokens, choose, report))
 
     def text_of(tokens: list[int]) -> Answer:
         cut = len(tokens) == max_new_tokens
@@ -51,7 +68,7 @@ def answer(
 
 
 def _embed_prefix(
-    model: PanoLLaVA, dialogue: Dialogue, features: Tensor | None, panoramas: int
+    model: Network, dialogue: Dialogue, features: Tensor | None, panoramas: int
 ) -> Tensor:
     """[text before the image][vision tokens]: (panoramas, length, hidden)."""
     device = model.language_model.device
@@ -92,7 +109,7 @@ class _PreallocatedLayer(DynamicLayer):
 class _Sequences:
     """A batch of sequences that tokens are appended to, and their key-value cache."""
 
-    def __init__(self, model: PanoLLaVA, batch: int) -> None:
+    def __init__(self, model: Network, batch: int) -> None:
         self.model, device = model, model.language_model.device
         self.cache = DynamicCache(config=model.language_model.config)
         self.cache.layers = [
@@ -124,8 +141,45 @@ class _Sequences:
         self.mask, self.positions = self.mask[index], self.positions[index]
 
 
+class _Greedy:
+    def __init__(self, model: Network) -> None:
+        self.model = model
+
+    def __call__(self, hidden: Tensor, batch: list[int]) -> Tensor:
+        """The next token of each row, (rows,); `batch`: of each row, the index of its answer."""
+        return self.model.logits(hidden).argmax(dim=-1)
+
+
+class _Sampler(_Greedy):
+    """Samples, with a random stream of its own for each answer, so that an answer does not depend
+    on those beside it."""
+
+    def __init__(self, model: Network, sampling: Sampling, answers: int) -> None:
+        super().__init__(model)
+        self.sampling = sampling
+        seeds = range(sampling.seed, sampling.seed + answers)
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, hidden: Tensor, batch: list[int]) -> Tensor:
+        scaled = self.model.logits(hidden).double() / self.sampling.temperature
+        likeliest, tokens = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        before = likeliest.cumsum(dim=-1) - likeliest
+        kept = likeliest.where(before < self.sampling.top_p, 0.0)  # the first one at least
+        kept[:, 0] = likeliest[:, 0]
+        drawn = [torch.rand((), generator=self.streams[index]).item() for index in batch]
+        sums = kept.cumsum(dim=-1)
+        place = torch.tensor(drawn, device=sums.device)[:, None] * sums[:, -1:]
+        chosen = (sums <= place).sum(dim=-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
+        return tokens.gather(-1, chosen).squeeze(-1)
+
+
 def _decode(
-    sequences: _Sequences, last: Tensor, ends: frozenset[int], max_new_tokens: int
+    sequences: _Sequences,
+    last: Tensor,
+    ends: frozenset[int],
+    max_new_tokens: int,
+    choose: _Greedy,
+    report: Report | None,
 ) -> list[list[int]]:
     """Tokens of each answer, without the one that ends it. `last`: hidden states of the prompts'
     last tokens."""
@@ -134,12 +188,14 @@ def _decode(
     finished: set[int] = set()
     batch = list(range(len(answers)))  # of each row, the index of its answer
     for step in range(max_new_tokens):
-        tokens = model.logits(last).argmax(dim=-1)
+        tokens = choose(last, batch)
         for index, token in zip(batch, tokens.tolist(), strict=True):
             if token in ends:
                 finished.add(index)
             elif index not in finished:
                 answers[index].append(token)
+                if report:
+                    report(index, answers[index])
         unfinished = [row for row, index in enumerate(batch) if index not in finished]
         if not unfinished or step + 1 == max_new_tokens:
             break

@@ -146,8 +146,8 @@ def copy_strictly(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
     ]
     if problems:
         raise UserError(
-            f"{path}: does not match the model of params.yaml: {min(problems)} ({len(problems)} "
-            "tensors differ); restore the settings it was trained with, or train it again"
+            f"{path}: does not match the model: {min(problems)} ({len(problems)} tensors differ); "
+            "restore the settings it was trained with, or train it again"
         )
     for key, tensor in expected.items():
         tensor.detach().copy_(saved[key])

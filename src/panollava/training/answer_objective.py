@@ -17,7 +17,7 @@ from panollava.data.packing import Row, pack
 from panollava.errors import UserError
 from panollava.geometry.views import forms_ring, layout
 from panollava.model.language_model import end_tokens
-from panollava.model.panollava import build_model
+from panollava.model.network import build_model
 from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
 

@@ -1,6 +1,5 @@
 """Train one stage: from its row in `stages` to runs/vlm_<stage>/model_final.safetensors."""
 
-import dataclasses
 import logging
 import operator
 import shutil
@@ -18,7 +17,7 @@ from panollava.config import Settings, Trainer
 from panollava.errors import UserError
 from panollava.files import write_json
 from panollava.model.device import choose_device, configure_cpu
-from panollava.model.pretrained import hub_commit
+from panollava.model.header import TOWERS, make_header
 from panollava.model.weights import load_start, read_checkpoint, save_weights
 from panollava.provenance import code_digest, made_from, resume
 from panollava.provenance.fingerprint import fingerprint
@@ -52,7 +51,8 @@ def train(
     configure_cpu(settings.trainer.threads)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = load_objective(stage, settings)
-    header = _header(stage, settings, objective.model)
+    towers = [name for name in TOWERS if hasattr(objective.model, name)]
+    header = make_header(stage, settings, towers)
     objective.open_readers()
     _load_start(stage, settings, objective.model, start)
     module = make_module(stage, settings, objective)
@@ -152,7 +152,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             devices=settings.devices,
             precision=settings.precision,
             max_epochs=epochs,
-            callbacks=[*callbacks, TQDMProgressBar(refresh_rate=5)],
+            callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,
@@ -173,6 +173,12 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             if reason := _explain_unsupported(error):
                 raise UserError(reason) from error
             raise
+
+
+class _ProgressBar(TQDMProgressBar):
+    @property
+    def sanity_check_description(self) -> str:
+        return "Validation of the start"
 
 
 def _explain_unsupported(error: RuntimeError) -> str | None:
@@ -223,19 +229,3 @@ def _load_best(module: LitStage, checkpoints: Checkpoints) -> dict[str, Any]:
         )
     values = {name.replace("/", "_"): value for name, value in validation.items()}
     return {"best": {"step": step}, **values}
-
-
-def _header(stage: Stage, settings: Settings, model: torch.nn.Module) -> dict[str, Any]:
-    """The stage, the settings that rebuild the model, and the hub commits of its towers."""
-    commits = {
-        name: hub_commit(getattr(settings.model, name))
-        for name in ("encoder", "language_model")
-        if hasattr(model, name)
-    }
-    described = {
-        "views": dataclasses.asdict(settings.views),
-        "encoder": dataclasses.asdict(settings.model.encoder),
-    }
-    if "resampler" in stage.saves:
-        described["model"] = dataclasses.asdict(settings.model)
-    return {"stage": stage.name, "settings": described, "commits": commits}

@@ -1,0 +1,89 @@
+"""The commands that use a trained model: their options, and calling them."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panollava import paths
+from panollava.errors import UserError
+
+if TYPE_CHECKING:  # torch is slow to import, and `--help` does not need it
+    from panollava.model.generate import Sampling
+    from panollava.model.panollava import PanoLLaVA
+
+_DEFAULT = paths.weights_file("finetune")
+
+
+def add_ask(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "arguments",
+        nargs="+",
+        metavar="PANORAMA|QUESTION",
+        help="panoramas (files or folders of them), and questions about each",
+    )
+    add_model_options(command)
+    add_sampling_options(command)
+    add("--json", action="store_true", help="print one JSON object per line")
+
+
+def ask(options: argparse.Namespace) -> None:
+    from panollava.serving.ask import ask, split_arguments
+
+    panoramas, questions = split_arguments(options.arguments)
+    sampling = sampling_of(options)
+    model = load(options)
+    ask(model, panoramas, questions, options.max_new_tokens, sampling, options.json)
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """The options of every command that loads a trained model."""
+    add = command.add_argument
+    help = f"a result of resampler or finetune (default: {_DEFAULT})"
+    add("--model", type=Path, default=_DEFAULT, metavar="PATH", help=help)
+    for name in ("encoder", "language-model"):
+        help = f"folder or hub id of the {name.replace('-', ' ')}, if it is elsewhere now"
+        add(f"--{name}", metavar="PATH", help=help)
+    add("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
+    help = "run code that comes with the weights of a tower"
+    add("--trust-remote-code", action="store_true", help=help)
+
+
+def add_sampling_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    help = "above 0: sample answers, the more varied the higher (default: 0, the likeliest words)"
+    add("--temperature", type=float, default=0.0, metavar="T", help=help)
+    help = "sample among the likeliest tokens of this probability together (default: 1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=help)
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+
+
+def load(options: argparse.Namespace) -> "PanoLLaVA":
+    from transformers.utils import logging
+
+    from panollava.model.panollava import PanoLLaVA
+
+    logging.disable_progress_bar()
+    return PanoLLaVA.from_pretrained(
+        options.model,
+        encoder=options.encoder,
+        language_model=options.language_model,
+        accelerator=options.accelerator,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def sampling_of(options: argparse.Namespace) -> "Sampling":
+    from panollava.model.generate import Sampling
+
+    for name, valid, expected in (
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= options.temperature < float("inf"), "a number from 0"),
+        ("top_p", 0 < options.top_p <= 1, "a number above 0, at most 1"),
+        ("seed", 0 <= options.seed < 2**32, "from 0 to 4294967295"),
+    ):
+        if not valid:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: expected {expected}, found {getattr(options, name)}")
+    return Sampling(options.temperature, options.top_p, options.seed)

@@ -1,0 +1,152 @@
+"""The header of a result: its stage, the settings that rebuild the model, and which pretrained
+towers it belongs to. Training writes it; `PanoLLaVA.from_pretrained` reads it."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from panollava import config
+from panollava.errors import UserError
+from panollava.model.pretrained import hub_commit
+from panollava.model.weights import read_header
+from panollava.provenance.fingerprint import file_sha256
+from panollava.stages import STAGES, Stage
+
+TOWERS = ("encoder", "language_model")
+# Files of a tower's folder that loading reads: weights, configurations, tokenizer and code.
+_READ = (
+    *("*.safetensors*", "*.bin*", "*config.json", "*token*", "vocab*", "merges.txt", "*.model"),
+    *("*.jinja", "*.py"),
+)
+
+
+class Header(NamedTuple):
+    stage: Stage
+    model: config.Model
+    views: config.Views
+    precision: str  # trainer.precision of the training
+    towers: dict[str, Any]  # of each tower, see `describe_tower`
+
+
+def make_header(stage: Stage, settings: config.Settings, towers: Iterable[str]) -> dict[str, Any]:
+    """The header as JSON values. `towers`: those that the stage's model has, already loaded."""
+    described = {
+        "views": dataclasses.asdict(settings.views),
+        "encoder": dataclasses.asdict(settings.model.encoder),
+    }
+    if "resampler" in stage.saves:
+        described["model"] = dataclasses.asdict(settings.model)
+    return {
+        "stage": stage.name,
+        "settings": described,
+        "precision": settings.trainer.precision,
+        "towers": {name: describe_tower(getattr(settings.model, name)) for name in towers},
+    }
+
+
+def describe_tower(pretrained: config.Pretrained) -> dict[str, Any]:
+    """Which tower has been loaded: the `commit` on the hub, or the SHA-256 of each of the `files`
+    of a local folder."""
+    folder = Path(pretrained.path)
+    if not folder.is_dir():
+        return {"commit": hub_commit(pretrained)}
+    return {"files": _hashes(folder)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: file_sha256(file) for file in sorted(files)}
+
+
+def load_header(path: Path) -> Header:
+    """The header of a text stage's result.
+
+    Raises:
+        UserError: the file is missing or unreadable, has no language model, or was written by a
+            version with other settings.
+    """
+    raw = read_header(path)
+    stage = STAGES.get(raw.get("stage", ""))
+    if stage is None or "resampler" not in stage.saves:
+        raise UserError(
+            f"{path}: a result of stage '{raw.get('stage')}' has no language model and cannot "
+            "answer; use one of resampler or finetune"
+        )
+    try:
+        settings, precision, towers = raw["settings"], raw["precision"], raw["towers"]
+        model = config.checked(config.Model, settings["model"], f"{path}: settings.model")
+        views = config.checked(config.Views, settings["views"], f"{path}: settings.views")
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"{path}: the header is of another version of PanoLLaVA ({error}); train it again, or "
+            "use that version"
+        ) from None
+    return Header(stage, model, views, precision, towers)
+
+
+def check_header(header: Header, stage: Stage, settings: config.Settings, path: Path) -> None:
+    """Raises UserError if the result in `path` is not of `stage`, or was trained with another model
+    or other views than `settings` name."""
+    if header.stage != stage:
+        raise UserError(f"{path}: a result of stage '{header.stage.name}', expected '{stage.name}'")
+    for section in ("views", "model"):
+        before, now = (_flatten(section, getattr(each, section)) for each in (header, settings))
+        for key, value in before.items():
+            if value != now[key]:
+                raise UserError(
+                    f"{path}: trained with {key} {value!r}, params.yaml has {now[key]!r}; restore "
+                    f"it, or train again: dvc repro {stage.name}"
+                )
+
+
+def _flatten(key: str, value: Any) -> dict[str, Any]:
+    """The values of nested sections, by their dotted keys."""
+    if not isinstance(value, config.Section):
+        return {key: value}
+    parts = [_flatten(f"{key}.{name}", part) for name, part in vars(value).items()]
+    return {name: each for part in parts for name, each in part.items()}
+
+
+def with_tower(
+    header: Header, name: str, file: Path, place: str | Path | None, trust: bool
+) -> Header:
+    """The header with the place to load the tower `name` from: `place` if it is given, otherwise
+    the hub, or the folder of the training, relative to the working directory or to a folder above
+    the result's `file`.
+
+    Raises:
+        UserError: the folder is missing or has other files than in training, or the tower needs
+            code that comes with its weights, and `trust` is False.
+    """
+    tower, recorded = getattr(header.model, name), header.towers[name]
+    if tower.trust_remote_code and not trust:
+        raise UserError(
+            f"{file}: its {name} '{tower.path}' runs code that comes with its weights; if you "
+            "trust that code, pass trust_remote_code=True"
+        )
+    path, revision = str(place or tower.path), recorded.get("commit")
+    if "files" in recorded:
+        above = file.absolute().parents
+        candidates = [Path(path), *([] if place else (folder / path for folder in above))]
+        found = next((folder for folder in candidates if folder.is_dir()), None)
+        if found is None:
+            raise UserError(
+                f"{path}: no such folder; expected the {name} that {file} was trained with; pass "
+                f"{name}= with its place"
+            )
+        _compare(name, recorded["files"], _hashes(found), found)
+        path = str(found)
+    tower = dataclasses.replace(tower, path=path, revision=revision)
+    return header._replace(model=dataclasses.replace(header.model, **{name: tower}))
+
+
+def _compare(name: str, expected: dict[str, str], found: dict[str, str], folder: Path) -> None:
+    """Raises UserError unless the files of a tower are the expected ones."""
+    for file in sorted(expected.keys() | found.keys()):
+        if expected.get(file) != found.get(file):
+            before, now = (hashes.get(file, "no such file")[:16] for hashes in (expected, found))
+            raise UserError(
+                f"{folder / file}: SHA-256 {now}, expected {before}: not the {name} of the "
+                f"training; restore it, or pass {name}= with its place"
+            )
