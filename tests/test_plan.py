@@ -150,6 +150,7 @@ def test_a_stage_without_epochs_needs_only_its_weights(project: Path) -> None:
 @pytest.mark.parametrize("position", ["view", "none"])
 def test_positions_of_every_kind_are_planned_and_trained(project: Path, position: str) -> None:
     text = paths.PARAMS.read_text()
+    text = text.replace("tokens: sphere\n", "tokens: views\n")  # merged ones belong to no view
     text = text.replace("position: ray", f"position: {position}")
     paths.PARAMS.write_text(re.sub(r"epochs: 1", "epochs: 0", text, count=1))
     tokens = plan("resampler")["stages"]["resampler"]["vision_tokens"]
