@@ -4,7 +4,7 @@ sampled alike in one batch, and encodes each panorama once."""
 import asyncio
 import logging
 import traceback
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -70,11 +70,12 @@ class Pending:
 class AnswerQueue:
     def __init__(self, model: PanoLLaVA, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
-        self._waiting: deque[Pending] = deque()
+        self._waiting: list[Pending] = []
         self._arrived = asyncio.Event()
 
     def add(self, pending: Pending) -> None:
         """Raises RequestError if too many questions wait."""
+        self._waiting = [each for each in self._waiting if not each.hung_up]
         if len(self._waiting) >= MAX_WAITING:
             message = f"{MAX_WAITING} questions are waiting; try again later"
             raise RequestError(message, code="rate_limit_exceeded", status=429)
@@ -105,7 +106,7 @@ class AnswerQueue:
         """The question that waits longest and those that can be answered with it."""
         waiting = [pending for pending in self._waiting if not pending.hung_up]
         batch = [each for each in waiting if _kind(each) == _kind(waiting[0])][: self.batch_size]
-        self._waiting = deque(pending for pending in waiting if pending not in batch)
+        self._waiting = [pending for pending in waiting if pending not in batch]
         return batch
 
     def _answer(self, batch: list[Pending]) -> None:
