@@ -5,10 +5,8 @@ It writes no file, fetches no link, and knows no user: anyone who reaches its po
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import re
-import secrets
 import socket
 import threading
 import time
@@ -31,6 +29,7 @@ from panollava.errors import UserError
 from panollava.model.generate import Answer
 from panollava.model.panollava import MAX_NEW_TOKENS, PanoLLaVA
 from panollava.serving.answer_queue import AnswerQueue, Panorama, Pending, internal_error
+from panollava.serving.replies import Reply, error_response, json_response
 from panollava.serving.requests import Question, RequestError, read_question
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def _make_app(model: PanoLLaVA, name: str, hosts: Sequence[str], limits: Limits)
         ],
         middleware=[Middleware(_CheckHost, names={*_LOCAL_NAMES, *map(str.lower, hosts)})],
         exception_handlers={
-            RequestError: lambda _, error: _json(error.as_json(), error.status),
+            RequestError: lambda _, error: error_response(error),
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: _HUNG_UP,
             Exception: _internal_error,
@@ -125,13 +124,13 @@ class _Routes:
         await asyncio.wait([answering])
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._described()]})
+        return json_response({"object": "list", "data": [self._described()]})
 
     async def model_by_name(self, request: Request) -> Response:
         if request.path_params["name"] != self.name:
             message = f"no such model; this server has {self.name!r}"
             raise RequestError(message, "model", "model_not_found", 404)
-        return _json(self._described())
+        return json_response(self._described())
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -151,13 +150,13 @@ class _Routes:
         del body
         pending = Pending(question, panorama)
         self.queue.add(pending)
-        reply = _Reply(self.name, pending, prompt_tokens)
+        reply = Reply(self.name, pending, prompt_tokens)
         if question.stream:
             return StreamingResponse(
                 _with_hang_up(reply.stream(), pending), media_type="text/event-stream"
             )
         answer = await _answer_unless_hung_up(request, pending)
-        return _json(reply.complete(answer)) if answer else _HUNG_UP
+        return json_response(reply.complete(answer)) if answer else _HUNG_UP
 
     def _read(self, body: bytes) -> tuple[Question, Panorama, int]:
         """The question, its panorama and the number of tokens before the answer."""
@@ -191,52 +190,6 @@ class _Routes:
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
         return panorama
-
-
-class _Reply:
-    """An answer in the forms of the API."""
-
-    def __init__(self, model: str, pending: Pending, prompt_tokens: int) -> None:
-        self.pending, self.prompt_tokens = pending, prompt_tokens
-        identity = f"chatcmpl-{secrets.token_hex(12)}"
-        self.common = {"id": identity, "created": int(time.time()), "model": model}
-
-    def complete(self, answer: Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, **_finish(answer)}
-        kind = "chat.completion"
-        return {**self.common, "object": kind, "choices": [choice], "usage": self._usage()}
-
-    async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        try:
-            async for event in self.pending.events():
-                if isinstance(event, Answer):
-                    yield self._chunk({}, **_finish(event))
-                else:
-                    yield self._chunk({"content": event})
-        except RequestError as error:
-            yield _event(error.as_json())
-            return
-        if self.pending.question.include_usage:
-            yield _event({**self._common_chunk(), "choices": [], "usage": self._usage()})
-        yield "data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return _event({**self._common_chunk(), "choices": [choice]})
-
-    def _common_chunk(self) -> dict[str, Any]:
-        return {**self.common, "object": "chat.completion.chunk"}
-
-    def _usage(self) -> dict[str, int]:
-        prompt, new = self.prompt_tokens, self.pending.new_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def _finish(answer: Answer) -> dict[str, str]:
-    return {"finish_reason": "length" if answer.cut else "stop"}
 
 
 async def _with_hang_up(events: AsyncIterator[str], pending: Pending) -> AsyncIterator[str]:
@@ -299,24 +252,16 @@ class _CheckHost:
             host = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
             if not host or host[1].lower() not in self.names:
                 message = "Host: this name is not served; start the server with --allow-host NAME"
-                app = _json(RequestError(message, code="host", status=403).as_json(), 403)
+                app = error_response(RequestError(message, code="host", status=403))
         await app(scope, receive, send)
-
-
-def _json(content: dict[str, Any], status: int = 200, headers: Any = None) -> Response:
-    return Response(json.dumps(content), status, headers, "application/json")
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = RequestError(f"{error.detail}: see /v1/models and /v1/chat/completions", code="path")
     refused.status = error.status_code
-    return _json(refused.as_json(), error.status_code, error.headers)
+    return error_response(refused, error.headers)
 
 
 def _internal_error(request: Request, error: Exception) -> Response:
-    return _json(internal_error(error).as_json(), 500)
+    return error_response(internal_error(error))
