@@ -10,7 +10,7 @@ from panollava.config import load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.demo.questions import QUERIES
 from panollava.model import generate
-from panollava.model.generate import _PreallocatedLayer, answer
+from panollava.model.generate import Answer, Sampling, _PreallocatedLayer, answer
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 
@@ -129,6 +129,28 @@ def test_an_answer_that_is_cut_does_not_end_in_half_a_character(
     assert answer(model, dialogue, features, [["a", "b"]], max_new_tokens=5) == [
         [("빨", True), ("\N{REPLACEMENT CHARACTER}", False)]
     ]
+
+
+def test_an_answer_can_be_stopped_beside_others(demo: tuple[Network, Dialogue]) -> None:
+    model, dialogue = demo
+    arguments = model, dialogue, random_features(model)[:1], [list(QUERIES.values())[:3]]
+    (expected,) = answer(*arguments, 12)
+    (stopped,) = answer(*arguments, 12, report=lambda index, tokens: index == 1 and len(tokens) > 2)
+    assert (stopped[0], stopped[2]) == (expected[0], expected[2])
+    assert expected[1].text.startswith(stopped[1].text) and not stopped[1].cut
+    assert len(dialogue._tokens(stopped[1].text)) == 3
+
+
+def test_each_query_can_have_its_seed(demo: tuple[Network, Dialogue]) -> None:
+    model, dialogue = demo
+    features, query = random_features(model)[:1], "what is behind?"
+
+    def sample(count: int, seed: int | tuple[int, ...]) -> list[Answer]:
+        sampling = Sampling(2.0, seed=seed)
+        return answer(model, dialogue, features, [[query] * count], 8, sampling)[0]
+
+    assert sample(3, (7, 2, 7)) == [*sample(1, 7), *sample(1, 2), *sample(1, 7)]
+    assert sample(2, 7) == sample(2, (7, 8)) and sample(1, 7) != sample(1, 8)
 
 
 def test_answers_are_decided_in_float32_also_under_autocast(towers: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, ImageFile, features
 
 from panollava.data.images import PictureError, read_panorama, roll
 
@@ -283,6 +283,37 @@ def test_junk_between_header_segments_is_skipped(tmp_path: Path) -> None:
     path.write_bytes(jpeg[:at] + b"\x00\x01\x02" + jpeg[at:])
     assert np.array_equal(read_panorama(path, 200), decoded_by_pillow(path, 200))
     assert read_panorama(path, 200).any()
+
+
+def test_a_picture_in_memory_has_the_pixels_of_its_file(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (351, 703, 3), dtype=np.uint8)
+    for name in ("a.png", "a.jpg"):
+        path = save(tmp_path / name, noise)
+        for width, fraction in ((703, 0.75), (350, 1.0), (65, 0.75)):
+            expected = read_panorama(path, width, fraction)
+            assert np.array_equal(read_panorama(path.read_bytes(), width, fraction), expected)
+    with pytest.raises(PictureError, match="^picture: not a picture$"):
+        read_panorama(b"", 100)
+    with pytest.raises(PictureError, match="^picture: broken picture: "):
+        read_panorama(path.read_bytes()[:9999], 350)
+
+
+def test_a_picture_of_too_many_pixels_is_rejected_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.png", smooth(200, 400))
+    assert read_panorama(path, 100, max_pixels=80_000).any()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(PictureError, match="too large: 400 x 200 pixels, limit 79,999 in all"):
+        read_panorama(path, 100, max_pixels=79_999)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX"])
+def test_formats_that_no_panorama_has_are_not_opened(tmp_path: Path, kind: str) -> None:
+    """Pillow runs Ghostscript to read EPS."""
+    path = save(tmp_path / "a.jpg", smooth(200, 400), format=kind)
+    with pytest.raises(PictureError, match=r"a\.jpg: not a picture$"):
+        read_panorama(path, 100)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot read AVIF")

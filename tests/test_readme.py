@@ -105,6 +105,7 @@ def test_the_python_code_runs_after_the_pipeline(finished: Project, page: str) -
         copy_first_panorama(finished.folder)
     blocks = PYTHON_BLOCK.findall(read(page))
     assert blocks, f"{page} has no Python code"
+    blocks = [block for block in blocks if "base_url" not in block]  # test_server.py runs it
     for block in blocks:
         *_, last = block.strip().splitlines()
         check = f"assert all(isinstance(text, str) for text in {last}), 'no texts'\n"

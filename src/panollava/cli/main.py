@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", evaluate, "answer every query of a split and score the answers")
     use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
     _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
+    help = "answer questions over HTTP, with OpenAI's chat completions API"
+    use_commands.add_serve(add("serve", use_commands.serve, help, None))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (

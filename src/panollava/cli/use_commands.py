@@ -36,6 +36,38 @@ def ask(options: argparse.Namespace) -> None:
     ask(model, panoramas, questions, options.max_new_tokens, sampling, options.json)
 
 
+def add_serve(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free one")
+    help = "address to listen on (default: 127.0.0.1, which only this machine reaches)"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=help)
+    help = "a host name that requests may use, beside localhost; may be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=help)
+    add("--name", default="panollava", help="the model's name in requests (default: panollava)")
+    add_model_options(command)
+    help = "tokens of an answer whose request names no number (default: 64)"
+    add("--max-new-tokens", type=int, default=64, metavar="N", help=help)
+    help = "questions answered at once; lower it if memory runs out (default: 16)"
+    add("--batch-size", type=int, default=16, metavar="N", help=help)
+    help = "largest request (default: 64 MiB)"
+    add("--max-bytes", type=int, default=1 << 26, metavar="N", help=help)
+    help = "largest picture (default: 2^27, 16384 x 8192)"
+    add("--max-pixels", type=int, default=1 << 27, metavar="N", help=help)
+
+
+def serve(options: argparse.Namespace) -> None:
+    from panollava.serving.server import Limits, bind, serve
+
+    _check("port", options.port, 0 <= options.port < 2**16, "from 0 to 65535")
+    for name in Limits._fields:
+        value = getattr(options, name)
+        _check(name, value, value >= 1, "at least 1")
+    with bind(options.host, options.port) as listener:  # before the model is loaded
+        limits = Limits(*(getattr(options, name) for name in Limits._fields))
+        hosts = (options.host, *options.allow_host)
+        serve(load(options), listener, options.name, hosts, limits)
+
+
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """The options of every command that loads a trained model."""
     add = command.add_argument
@@ -83,7 +115,10 @@ def sampling_of(options: argparse.Namespace) -> "Sampling":
         ("top_p", 0 < options.top_p <= 1, "a number above 0, at most 1"),
         ("seed", 0 <= options.seed < 2**32, "from 0 to 4294967295"),
     ):
-        if not valid:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: expected {expected}, found {getattr(options, name)}")
+        _check(name, getattr(options, name), valid, expected)
     return Sampling(options.temperature, options.top_p, options.seed)
+
+
+def _check(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise UserError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")

@@ -31,12 +31,14 @@ class Dialogue:
         max_text_length: int = 0,
         ends: Sequence[int] = (),
         prompt: str = "{query}",
+        cache: bool = True,
     ) -> None:
         """`ends`: the end-of-sequence tokens of the language model, see `model.end_tokens`. A
         frozen base model predicts the end of a text, but never the end of a turn in a chat
         template. So answers end with the template's token only if it is among `ends`.
 
-        `prompt`: the text around each query, with one `{query}`.
+        `prompt`: the text around each query, with one `{query}`. `cache`: remember the tokens of
+        every text; a server must not.
 
         Raises:
             UserError: the chat template loses text, or the tokenizer has no end token.
@@ -44,6 +46,7 @@ class Dialogue:
         self.tokenizer = tokenizer
         self.max_text_length = max_text_length
         self._cache: dict[str, list[int]] = {}  # texts repeat, and tokenizing is slow
+        self._caches = cache
         before, between, opening, closing = self._render()
         self.text_prefix = self._tokens(before)
         # No str.format: braces in the prompt or in a query are plain text.
@@ -107,9 +110,11 @@ class Dialogue:
         return tokens
 
     def _tokens(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return list(self._cache[text])
+        if (tokens := self._cache.get(text)) is None:
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if self._caches:
+                self._cache[text] = tokens
+        return list(tokens)
 
     def _render(self) -> tuple[str, str, str, str]:
         """The chat template's text before the image, between image and query, between query and

@@ -1,6 +1,8 @@
 """Reads panoramas from image files, checks them, and rolls them. Only this module opens images."""
 
+import io
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,17 @@ from panollava.errors import UserError
 Image.MAX_IMAGE_PIXELS = 1 << 29
 
 _RATIO_TOLERANCE = 0.01
+# No others, because Pillow runs a program to read EPS. JPEG includes MPO.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
 # JPEG markers (ITU-T T.81, table B.1). The range of frame headers includes three other markers.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset(range(0xC0)) | frozenset(range(0xD0, 0xDB))  # or the start of a scan
 _END_OF_IMAGE = b"\xff\xd9"
+_DECODING_ERRORS = (
+    *(EOFError, RuntimeError, SyntaxError, ValueError, LookupError, OverflowError, struct.error),
+    Image.DecompressionBombError,
+)
+_IN_MEMORY = Path("picture")  # its name in errors
 _BLOCK_ROWS = 64  # a multiple of the block height for every chroma subsampling
 
 
@@ -25,8 +34,8 @@ class PictureError(UserError):
     """A picture that is not a usable panorama. The message is `path: kind: detail`.
 
     Kinds are "picture missing", "link not downloaded", "picture cannot be read" (a system error),
-    "not a picture", "broken picture", "not 2:1" and "not 8 bits". `reason` is kind and detail; it
-    names no folder, so that it is the same on every machine."""
+    "not a picture", "broken picture", "too large", "not 2:1" and "not 8 bits". `reason` is kind and
+    detail; it names no folder, so that it is the same on every machine."""
 
     def __init__(self, path: Path, kind: str, detail: str = "") -> None:
         self.kind = kind
@@ -34,32 +43,41 @@ class PictureError(UserError):
         super().__init__(f"{path}: {self.reason}")
 
 
-def read_panorama(path: Path, width: int, visible_fraction: float = 1.0) -> NDArray[np.uint8]:
-    """Decode at the smallest scale that is at least `width` wide, or at full size if the picture is
-    narrower: uint8 (height, width, 3), upright according to its EXIF orientation.
+def read_panorama(
+    picture: Path | bytes,
+    width: int,
+    visible_fraction: float = 1.0,
+    max_pixels: int | None = None,
+) -> NDArray[np.uint8]:
+    """Decode an image file, or what a file contains, at the smallest scale that is at least `width`
+    wide, or at full size if the picture is narrower: uint8 (height, width, 3), upright according
+    to its EXIF orientation.
 
     `visible_fraction`: the share of the height, from the top, that is needed. Rows below it may
-    stay black.
+    stay black. `max_pixels` of the full size are checked before any pixel is decoded.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size. The rest of the scale, or all of it for other
     formats, is box-averaged. A scale that does not divide the width stretches the panorama by less
     than one of its pixels.
 
     Raises:
-        PictureError: missing, unreadable, broken, truncated, not 2:1, or more than 8 bits.
+        PictureError: missing, unreadable, broken, truncated, too large, not 2:1, or more than 8
+            bits.
     """
+    path = _IN_MEMORY if isinstance(picture, bytes) else picture
+    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
-        with Image.open(path) as picture:
-            _check(path, picture)
-            upright = _is_upright_jpeg(picture)
-            full_height = picture.height
-            picture.draft("RGB", (width, 1))
-            if upright and picture.width < 2 * width:
-                jpeg = path.read_bytes()
-                panorama = _decode_jpeg(jpeg, full_height, picture.size, visible_fraction)
+        with Image.open(source, formats=_FORMATS) as opened:
+            _check(path, opened, max_pixels)
+            upright = _is_upright_jpeg(opened)
+            full_height = opened.height
+            opened.draft("RGB", (width, 1))
+            if upright and opened.width < 2 * width:
+                jpeg = picture if isinstance(picture, bytes) else picture.read_bytes()
+                panorama = _decode_jpeg(jpeg, full_height, opened.size, visible_fraction)
                 if panorama is not None:
                     return panorama
-            return _decode(picture, width)
+            return _decode(opened, width)
     except FileNotFoundError:
         raise PictureError(path, "picture missing") from None
     except UnidentifiedImageError:
@@ -68,13 +86,13 @@ def read_panorama(path: Path, width: int, visible_fraction: float = 1.0) -> NDAr
         if error.strerror:  # from the system; Pillow's have none
             raise PictureError(path, "picture cannot be read", error.strerror) from None
         raise PictureError(path, "broken picture", str(error)) from None
-    except (EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise PictureError(path, "broken picture", str(error)) from None
 
 
 def convert_panorama(picture: Image.Image, width: int) -> NDArray[np.uint8]:
     """Like `read_panorama`, for a picture in memory, which stays as it is."""
-    _check(Path("picture"), picture)
+    _check(_IN_MEMORY, picture)
     return _decode(picture.copy(), width)
 
 
@@ -85,11 +103,14 @@ def roll(panorama: NDArray, degrees: float) -> NDArray:
     return np.roll(panorama, columns, axis=1) if columns else panorama
 
 
-def _check(path: Path, picture: Image.Image) -> None:
+def _check(path: Path, picture: Image.Image, max_pixels: int | None = None) -> None:
     width, height = picture.size
-    if _orientation(picture) >= 5:  # stored on its side
+    if max_pixels is not None and width * height > max_pixels:
+        detail = f"{width} x {height} pixels, limit {max_pixels:,} in all; send it smaller"
+        raise PictureError(path, "too large", detail)
+    if _orientation(picture) >= 5:  # stored on its side; asking may decode a PNG
         width, height = height, width
-    if abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
+    if not height or abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
         detail = f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high"
         raise PictureError(path, "not 2:1", detail)
     if picture.mode.startswith(("I", "F")):  # converting would clip all values above 255

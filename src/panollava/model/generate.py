@@ -23,11 +23,13 @@ class Sampling(NamedTuple):
 
     temperature: float = 0.0  # divides the logits; 0: greedy
     top_p: float = 1.0  # of the likeliest tokens, those that have this probability together
-    seed: int = 0  # of the first query; the next ones have the next seeds
+    # Of the first query, and the next ones have the next seeds; or that of each query.
+    seed: int | tuple[int, ...] = 0
 
 
 GREEDY = Sampling()
-Report = Callable[[int, list[int]], None]  # the index of an answer, and its tokens so far
+# Called with the index of an answer, and its tokens so far. True: stop this answer.
+Report = Callable[[int, list[int]], bool | None]
 
 
 @torch.inference_mode()
@@ -157,7 +159,8 @@ class _Sampler(_Greedy):
     def __init__(self, model: Network, sampling: Sampling, answers: int) -> None:
         super().__init__(model)
         self.sampling = sampling
-        seeds = range(sampling.seed, sampling.seed + answers)
+        seed = sampling.seed
+        seeds = range(seed, seed + answers) if isinstance(seed, int) else seed
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, hidden: Tensor, batch: list[int]) -> Tensor:
@@ -194,8 +197,8 @@ def _decode(
                 finished.add(index)
             elif index not in finished:
                 answers[index].append(token)
-                if report:
-                    report(index, answers[index])
+                if report and report(index, answers[index]):
+                    finished.add(index)
         unfinished = [row for row, index in enumerate(batch) if index not in finished]
         if not unfinished or step + 1 == max_new_tokens:
             break

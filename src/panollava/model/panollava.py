@@ -1,5 +1,6 @@
 """A trained model with all that it needs to answer questions about panoramas."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,12 +78,18 @@ class PanoLLaVA:
         cast_frozen_linears(network, precision)
         network.to(device)
         ends = end_tokens(network.language_model)
-        dialogue = Dialogue(tokenizer, ends=ends, prompt=header.model.prompt)
+        dialogue = Dialogue(tokenizer, ends=ends, prompt=header.model.prompt, cache=False)
         return cls(network, dialogue, header, precision)
 
     @property
     def device(self) -> torch.device:
         return self.network.language_model.device
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before a query: those of the text before the image, and the vision tokens."""
+        vision = math.prod(self.network.resampler.pooling.shape)
+        return len(self.dialogue.text_prefix) + vision
 
     def answer(
         self,
@@ -113,13 +120,16 @@ class PanoLLaVA:
                 self.network, self.dialogue, features, queries, max_new_tokens, sampling, report
             )
 
-    @torch.inference_mode()
     def features(self, panoramas: Sequence[Picture]) -> Tensor:
         """Features as the command `features` writes them, rounded to `model.features`: (panoramas,
         *shape, features), see `Pooling`."""
-        views = torch.stack([torch.from_numpy(self.views(each)) for each in panoramas])
+        return self.features_of_views(np.stack([self.views(each) for each in panoramas]))
+
+    @torch.inference_mode()
+    def features_of_views(self, views: NDArray) -> Tensor:
+        """Features of views that are sampled already: uint8 (panoramas, views, size, size, 3)."""
         with autocast(self.device, self.precision):
-            features = self.network.features(views.to(self.device)).float()
+            features = self.network.features(torch.from_numpy(views).to(self.device)).float()
         rounded = getattr(torch, self.header.model.features)
         return features.to(rounded).float()
 

@@ -1,1 +1,1 @@
-"""Using a trained model: asking it questions."""
+"""Using a trained model: on the command line and over HTTP."""

@@ -13,6 +13,7 @@ from panollava.data.images import PictureError
 from panollava.errors import UserError
 from panollava.model.generate import Answer, Sampling
 from panollava.model.panollava import PanoLLaVA
+from panollava.serving.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -110,18 +111,14 @@ class _Words:
     """Writes the text of an answer as its tokens come."""
 
     def __init__(self, model: PanoLLaVA, out: TextIO) -> None:
-        self.model, self.out, self.written = model, out, ""
+        self.words, self.out = Words(model.dialogue), out
 
     def __call__(self, index: int, tokens: list[int]) -> None:
-        dialogue = self.model.dialogue
-        self._write(dialogue.decode(dialogue.whole_characters(tokens)))
+        self._write(self.words.of_tokens(tokens))
 
     def finish(self, answer: Answer) -> None:
-        self._write(answer.text)
-        self.out.write("\n")
+        self._write(self.words.rest(answer.text) + "\n")
 
     def _write(self, text: str) -> None:
-        if text.startswith(self.written):
-            self.out.write(text[len(self.written) :])
-            self.out.flush()
-            self.written = text
+        self.out.write(text)
+        self.out.flush()
