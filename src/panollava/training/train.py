@@ -176,7 +176,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
 
 
 class _ProgressBar(TQDMProgressBar):
-    sanity_check_description = "Validation of the start"  # type: ignore[assignment]
+    sanity_check_description = "Validation of the start"
 
 
 def _explain_unsupported(error: RuntimeError) -> str | None:
