@@ -264,7 +264,7 @@ def test_an_edit_of_the_project_changes_these_digests(
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("data.images", "prepare demo-scenes"),
+        ("data.images", "prepare evaluate demo-scenes"),
         ("data.rows", "prepare"),
         ("data.dialogue", "resampler finetune evaluate demo-language-model"),
         ("geometry.overlap", "vision"),

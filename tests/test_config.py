@@ -55,6 +55,7 @@ def test_the_recommended_profile_differs_where_its_comments_say() -> None:
     )
     assert {key: value for key, value in ours.items() if first[key] != value} == {
         "model.language_model.path": "Qwen/Qwen2.5-0.5B-Instruct",
+        "model.tokens": "sphere",
         "model.prompt": "Describe this 360-degree panorama in one sentence. Topic: {query}",
         "stage.vision.lr": 1e-5,
         "stage.resampler.batch_size": 48,

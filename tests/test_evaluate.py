@@ -79,10 +79,10 @@ def test_our_answers_scored_like_another_model_s_have_the_scores_of_the_evaluati
 ) -> None:
     answers = cycle(["the blue box is left.", *TEXTS, "", "the red box is"])
 
-    def speak(model: Any, dialogue: Any, features: Any, queries: Any, _: int) -> Any:
+    def speak(model: Any, dialogue: Any, features: Any, queries: Any, *_: Any) -> Any:
         return [[generate.Answer(next(answers), False) for _ in asked] for asked in queries]
 
-    monkeypatch.setattr("panollava.evaluation.evaluate.answer", speak)
+    monkeypatch.setattr("panollava.model.panollava.answer", speak)
     cli.main(["evaluate"])
     cli.main(["score", str(paths.PREDICTIONS), "--json", "scores.json"])
     scores = json.loads(Path("scores.json").read_text())

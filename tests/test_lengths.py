@@ -39,6 +39,7 @@ def configure(project: Path, small_data: Path) -> Configure:
         changes = {
             "data__dir": "data",
             "model__language_model__path": "towers",
+            "model__tokens": "views",
             "stage__resampler__max_text_length": RESAMPLER,
             "stage__finetune__max_text_length": LONGEST,
             "evaluate__max_new_tokens": 8,

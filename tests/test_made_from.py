@@ -96,7 +96,7 @@ def test_features_of_other_weights_or_settings_are_an_error(
 ) -> None:
     for name, before, now in (
         ("features", "float32", "float16"),
-        ("tokens", "views", "sphere"),
+        ("tokens", "sphere", "views"),
         ("sphere_rows", 4, 5),
         ("sphere_columns", 16, 24),
     ):

@@ -171,7 +171,7 @@ def copy_with(header: dict, file: Path, folder: Path, name: str = paths.WEIGHTS)
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("fov: 90", "fov: 80", "trained with views.fov 90.0, params.yaml has 80.0"),
+        ("pitch: 0", "pitch: 5", "trained with views.pitch 0.0, params.yaml has 5.0"),
         ('"{query}"', '"a {query}"', "trained with model.prompt '{query}', params.yaml has"),
         ("degree: 4", "degree: 3", "trained with model.resampler.direction_degree 4"),
     ],

@@ -199,7 +199,8 @@ def test_cells_left_in_english_are_the_english_ones() -> None:
 
 def named(pattern: str, section: str) -> list[str]:
     """What a pattern matches in code blocks and inline code."""
-    code = BLOCK.findall(section) + CODE.findall(BLOCK.sub("", section))
+    blocks = [block for block in BLOCK.findall(section) if not block.startswith("```python")]
+    code = blocks + CODE.findall(BLOCK.sub("", section))
     return re.findall(pattern, "\n".join(code))
 
 

@@ -197,7 +197,8 @@ def test_the_stages_train_and_answer_with_merged_tokens(project: Path) -> None:
     assert not [name for name in weights("finetune") if "pooling" in name]
     assert len(pd.read_csv(paths.PREDICTIONS)) == 6
     merged = weights("vision")
-    paths.PARAMS.write_text(text)
+    text = paths.PARAMS.read_text()
+    paths.PARAMS.write_text(text.replace("tokens: sphere\n", "tokens: views\n"))
     with pytest.raises(SystemExit):
         cli.main(["evaluate"])
     cli.main(["train", "vision"])  # which compares views

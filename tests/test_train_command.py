@@ -226,12 +226,12 @@ def test_prepared_data_of_other_settings_is_an_error(project: Path, small_data: 
     cli.main(["prepare"])
     train("resampler", "--epochs", "0")
     params = project / "params.yaml"
-    params.write_text(params.read_text().replace("fov: 90", "fov: 80"))
+    params.write_text(params.read_text().replace("pitch: 0", "pitch: 5"))
     for command in (["train", "vision"], ["features"]):
         with pytest.raises(SystemExit):
             cli.main(command)
         log = max(paths.LOGS.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        assert "runs/prepared: made with views.fov 90.0, now 80.0; run" in log.read_text()
+        assert "runs/prepared: made with views.pitch 0.0, now 5.0; run" in log.read_text()
 
 
 def test_a_hub_model_s_commit_is_in_the_weights_header(project: Path, towers: Path) -> None:

@@ -75,7 +75,8 @@ class PanoLLaVA:
         load_weights(file, network, header.stage.saves, header.stage)
         network.eval().requires_grad_(False)
         precision = precision or (header.precision if device.type == "cuda" else "32-true")
-        cast_frozen_linears(network, precision)
+        # The encoder keeps its exact weights, to which cached features are compared.
+        cast_frozen_linears(network, precision, keep=("encoder",))
         network.to(device)
         ends = end_tokens(network.language_model)
         dialogue = Dialogue(tokenizer, ends=ends, prompt=header.model.prompt, cache=False)

@@ -176,9 +176,7 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
 
 
 class _ProgressBar(TQDMProgressBar):
-    @property
-    def sanity_check_description(self) -> str:
-        return "Validation of the start"
+    sanity_check_description = "Validation of the start"
 
 
 def _explain_unsupported(error: RuntimeError) -> str | None:
