@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", evaluate, "answer every query of a split and score the answers")
     use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
     _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
+    help = "write a folder that transformers loads, with a model card"
+    use_commands.add_export(add("export", use_commands.export, help, None))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (
