@@ -205,7 +205,7 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(views: Exported, pictures: l
 
 def test_a_pipeline_answers(views: Exported, pictures: list[Path]) -> None:
     model, folder, _ = views
-    ask = pipeline("image-text-to-text", model=str(folder))
+    ask: Any = pipeline("image-text-to-text", model=str(folder))
     for picture in pictures:
         expected = model.answer(picture, QUERIES, NEW)
         for query, text in zip(QUERIES, expected, strict=True):
@@ -359,7 +359,7 @@ def test_it_follows_the_rules_of_servers(views: Exported, pictures: list[Path]) 
     )
     config = json.loads((folder / "config.json").read_text())
     assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"} <= config["auto_map"].keys()
-    base = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    base: Any = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     assert base.get_encoder(modality="image") is base.vision_tower
     assert base._supports_attention_backend
     (features,) = loaded.get_image_features(inputs["pixel_values"]).pooler_output
