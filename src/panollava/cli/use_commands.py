@@ -45,14 +45,10 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    from panollava.model.weights import read_header
     from panollava.serving.export import export, result_file
-    from panollava.serving.model_card import model_card
 
     result = result_file(options.model)
-    header, model = read_header(result), load(options)
-    card = model_card(model, header, result, options.out.name)
-    export(model, header, options.out, options.refer_to_towers, card)
+    export(load(options), result, options.out, options.refer_to_towers)
 
 
 def add_model_options(command: argparse.ArgumentParser, runs: bool = True) -> None:

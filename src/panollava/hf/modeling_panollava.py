@@ -39,6 +39,29 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
     # In half precision, rounded weights would read at other places.
     _keep_in_fp32_modules_strict = ["pooling_matrix", "directions"]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any model; where the folder refers to a language model, its weights are loaded from
+        there."""
+        place, hub = (
+            pretrained_model_name_or_path,
+            {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs},
+        )
+        config = kwargs.pop("config", None)
+        if config is None and place is not None:
+            config = PanoLLaVAConfig.from_pretrained(place, **hub)
+        if place is None or config.language_model is None:
+            return super().from_pretrained(place, *args, config=config, **kwargs)
+        state = load_file(str(cached_file(place, "model.safetensors", **hub)))
+        state |= _referred_weights(config.language_model, Path(str(place)))
+        config.language_model = None  # all weights are in the model from here on
+        for name in hub:
+            kwargs.pop(name)
+        model = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(place, **hub)
+        return model
+
 
 class PanoLLaVAResampler(nn.Module):
     """Maps pooled patch tokens and their directions to features for the projector."""
@@ -179,28 +202,6 @@ class PanoLLaVAForConditionalGeneration(PanoLLaVAPreTrainedModel, GenerationMixi
         names = [name for name, each in self.named_parameters() if each is embeddings]
         self._tied_weights_keys = {"lm_head.weight": names[0]}
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of any model; where the folder refers to a language model, its weights are loaded from
-        there."""
-        place, hub = (
-            pretrained_model_name_or_path,
-            {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs},
-        )
-        config = kwargs.pop("config", None)
-        if config is None and place is not None:
-            config = PanoLLaVAConfig.from_pretrained(place, **hub)
-        if place is None or config.language_model is None:
-            return super().from_pretrained(place, *args, config=config, **kwargs)
-        state = load_file(str(cached_file(place, "model.safetensors", **hub)))
-        state |= _referred_weights(config.language_model, Path(str(place)))
-        config.language_model = None  # all weights are in the model from here on
-        for name in hub:
-            kwargs.pop(name)
-        model = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
-        model.generation_config = GenerationConfig.from_pretrained(place, **hub)
-        return model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -16,27 +16,25 @@ from panollava.errors import UserError, as_user_error
 from panollava.model.exported import is_exported
 from panollava.model.header import TOWERS
 from panollava.model.panollava import MAX_NEW_TOKENS, PanoLLaVA
+from panollava.model.weights import read_header
 from panollava.serving.chat_template import IMAGE, exported_tokenizer
+from panollava.serving.model_card import model_card
 
 
-def export(
-    model: PanoLLaVA,
-    header: dict[str, Any],
-    out: Path,
-    refer_to_towers: bool = False,
-    card: str | None = None,
-) -> None:
-    """Write `model`, on the processor in float32, to the new folder `out`. `header`: that of its
-    result, as JSON values. `refer_to_towers`: without the weights of the language model, which are
-    loaded from where they were in training. `card`: the text of README.md.
+def export(model: PanoLLaVA, result: Path, out: Path, refer_to_towers: bool = False) -> None:
+    """Write `model`, on the processor in float32, which was loaded from the file `result`, to the
+    new folder `out`. `refer_to_towers`: without the weights of the language model, which are loaded
+    from where they were in training.
 
     Raises:
         UserError: `out` is not empty or cannot be written, or a tower cannot be exported.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; remove it, or name another")
+    header = _without_folders(read_header(result))
+    card = model_card(model, header, result, out.name)
     tokenizer = exported_tokenizer(model.dialogue)
-    exported = _model(model, _without_folders(header), tokenizer.get_vocab()[IMAGE])
+    exported = _model(model, header, tokenizer.get_vocab()[IMAGE])
     processor = _processor(model, tokenizer)
     unfinished = out.with_name(out.name + ".part")
     try:
@@ -48,8 +46,7 @@ def export(
             state = {k: v for k, v in state.items() if not k.startswith(language_model)}
         exported.save_pretrained(unfinished, state_dict=state, max_shard_size="1000GB")
         processor.save_pretrained(unfinished)
-        if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)

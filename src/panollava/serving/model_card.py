@@ -12,6 +12,7 @@ from torch import nn
 
 from panollava import paths
 from panollava.config import Pretrained
+from panollava.model.header import TOWERS
 from panollava.model.panollava import PanoLLaVA
 from panollava.provenance.fingerprint import file_sha256
 from panollava.serving import project_record as project
@@ -40,7 +41,7 @@ def model_card(model: PanoLLaVA, header: dict[str, Any], result: Path, name: str
         "Training": project.training(stage) if known else UNKNOWN,
         "Evaluation": project.evaluation(details, prepared) if details else UNKNOWN,
         "Limits": _LIMITS,
-        "Licenses": _licenses(model, Path(data) if data else None),
+        "Licenses": _licenses(model, header, Path(data) if data else None),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     results = _results(details, prepared) if details and data else None
@@ -136,13 +137,13 @@ def _results(details: dict[str, Any], prepared: dict[str, Any]) -> list[EvalResu
     ]
 
 
-def _licenses(model: PanoLLaVA, data: Path | None) -> str:
-    settings = model.header.model
-    rows = [
-        ("encoder", settings.encoder.path, _tower_license(settings.encoder)),
-        ("language model", settings.language_model.path, _tower_license(settings.language_model)),
-        ("data", data or UNKNOWN, _stated_license(data)),
+def _licenses(model: PanoLLaVA, header: dict[str, Any], data: Path | None) -> str:
+    rows: list[tuple[Any, ...]] = [
+        (name, header["settings"]["model"][name]["path"], _tower_license(tower))
+        for name in TOWERS
+        for tower in [getattr(model.header.model, name)]
     ]
+    rows.append(("data", data or UNKNOWN, _stated_license(data)))
     return project.table(["part", "", "license"], rows)
 
 
