@@ -43,10 +43,8 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As of any model; where the folder refers to a language model, its weights are loaded from
         there."""
-        place, hub = (
-            pretrained_model_name_or_path,
-            {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs},
-        )
+        place = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = kwargs.pop("config", None)
         if config is None and place is not None:
             config = PanoLLaVAConfig.from_pretrained(place, **hub)
@@ -158,10 +156,11 @@ class PanoLLaVAModel(PanoLLaVAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`input_ids`: one image token for each vision token of the images, in their order."""
-        kwargs.pop("mm_token_type_ids", None)
+        """`input_ids`: one image token for each vision token of the images, in their order.
+        `mm_token_type_ids` is not read."""
         kwargs["return_dict"] = True
         if inputs_embeds is None:
             assert input_ids is not None
@@ -222,6 +221,7 @@ class PanoLLaVAForConditionalGeneration(PanoLLaVAPreTrainedModel, GenerationMixi
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,

@@ -122,6 +122,7 @@ class PanoLLaVAProcessor(ProcessorMixin):
         """`image_seq_length`: vision tokens of a panorama."""
         self.image_token, self.image_seq_length = image_token, image_seq_length
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        tokenizer.padding_side = "left"  # answers follow the text; not every tokenizer saves it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:

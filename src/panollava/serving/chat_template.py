@@ -12,14 +12,13 @@ IMAGE = "<image>"
 
 
 def exported_tokenizer(dialogue: Dialogue) -> PreTrainedTokenizerBase:
-    """With an image token, padding on the left and the chat template of the training."""
+    """With an image token and the chat template of the training."""
     tokenizer = copy.deepcopy(dialogue.tokenizer)
     if IMAGE in tokenizer.get_vocab():
         raise UserError(f"the tokenizer has a token {IMAGE}; its language model cannot be exported")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(dialogue.pad)
-    tokenizer.padding_side = "left"
     tokenizer.chat_template = chat_template(dialogue)
     tokenizer.name_or_path = ""
     return tokenizer

@@ -158,8 +158,8 @@ def _tower_license(tower: Pretrained) -> str:
 
 
 def _stated_license(folder: Path | None) -> str:
-    """As a line "License: ..." of the README.md in this folder, or one above it, says."""
-    readmes = [each / "README.md" for each in (folder, *folder.parents)] if folder else []
+    """As a line "License: ..." of the README.md in this folder, or up to two above it, says."""
+    readmes = [each / "README.md" for each in (folder, *folder.parents[:2])] if folder else []
     for readme in readmes:
         if readme.is_file() and readme.parent.resolve() != Path.cwd():  # not that of the code
             text = readme.read_text(encoding="utf-8")
