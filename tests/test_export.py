@@ -4,6 +4,7 @@ without it."""
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from transformers import (
 
 from helpers import (
     ROOT,
+    Project,
     change,
     save_encoder,
     save_language_model,
@@ -137,7 +139,7 @@ def generated(loaded: Any, inputs: Any, ends: frozenset[int]) -> list[list[int]]
     return [row[:end] for row, end in zip(new, ended, strict=True)]
 
 
-def check_same(model: PanoLLaVA, folder: Path, pictures: Sequence[Path]) -> None:
+def check_same(model: PanoLLaVA, folder: Path, pictures: Sequence[Path], fewest: int = 3) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     loaded = load(folder)
     different = set()
@@ -151,7 +153,7 @@ def check_same(model: PanoLLaVA, folder: Path, pictures: Sequence[Path]) -> None
             assert np.array_equal(inputs["pixel_values"][0].numpy(), model.views(picture))
             assert generated(loaded, inputs, model.dialogue.ends) == [tokens]
             different.add(tuple(tokens))
-    assert len(different) > 2
+    assert len(different) >= fewest
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -174,23 +176,50 @@ def test_the_folder_gives_the_tokens_of_the_model(
         assert again.answer(picture, QUERIES, NEW) == model.answer(picture, QUERIES, NEW)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "language_model"),
-    [("siglip", "qwen3"), ("clip", "llama"), ("dinov2", "gemma2"), ("dinov2", "opt")],
+    [
+        ("siglip", "qwen3"),
+        ("clip", "llama"),
+        ("dinov2", "gemma3_text"),
+        ("dinov2_with_registers", "gemma2"),  # whose logits are capped
+        ("vit", "granite"),  # whose logits are divided
+        ("chinese_clip_vision_model", "cohere"),  # whose logits are multiplied
+        ("dinov3_vit", "opt"),
+        ("siglip_vision_model", "gpt2"),
+    ],
 )
 def test_towers_of_many_types_can_be_exported(
-    encoder: str, language_model: str, towers: Path, pictures: list[Path], tmp_path: Path
+    encoder: str,
+    language_model: str,
+    towers: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """DINOv2's position embeddings are interpolated for the size of the views."""
     kind = KINDS[language_model]
     settings = with_language_model(tmp_path / "language_model", towers, language_model, **kind)
     save_tower(tmp_path / "encoder", encoder, **DEEP_KINDS[encoder])
-    size = 48 if encoder == "dinov2" else 32
+    size = 48 if encoder.startswith("dinov2") else 32
     place = str(tmp_path / "encoder")
     settings = change(settings, model__encoder__path=place, views__size=size)
     model, folder, _ = exported(tmp_path, settings)
-    check_same(model, folder, pictures[:1])
+    check_same(model, folder, pictures[:1], fewest=1)
+
+    steps: list[torch.Tensor] = []
+    logits_of = model.network.logits
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        steps.append(logits_of(hidden))
+        return steps[-1]
+
+    monkeypatch.setattr(model.network, "logits", recorded)
+    expected_tokens(model, pictures[0], ["what"])
+    inputs = process(AutoProcessor.from_pretrained(folder), [chat(pictures[0], "what")])
+    with torch.no_grad():
+        logits = load(folder)(**inputs).logits[:, -1]
+    assert torch.allclose(logits, steps[0], atol=1e-4 * float(steps[0].std()))
 
 
 def test_an_answer_is_the_same_alone_and_in_a_batch(views: Exported, pictures: list[Path]) -> None:
@@ -420,9 +449,16 @@ def read_card(folder: Path) -> tuple[Any, str]:
 
 
 def test_the_command_exports_the_finished_project(
-    shared_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(shared_project)
+    monkeypatch.chdir(finished.folder)
+    details = json.loads(Path("runs/evaluate/details.json").read_text())
+    bounds = {"low": 0.125, "high": 0.75}
+    gap = {"headline": "rouge_l", "rouge_l": 0.25, "interval": {"rouge_l": bounds}}
+    details |= {"rouge_l": 0.5, "interval": {"rouge_l": bounds}, "grounding_gap": gap}
+    Path("runs/evaluate/details.json").write_text(json.dumps(details))
+    with Path("runs/prepared/train/rejects.csv").open("a") as file:
+        file.write('7,"a.jpg","what","a box","not 2:1: 9 x 9 pixels"\n')
     cli.main(["export", str(tmp_path / "out")])
     model = PanoLLaVA.from_pretrained("runs/vlm_finetune", accelerator="cpu")
     picture = Path("small/data/images/test_0.jpg").absolute()
@@ -432,15 +468,15 @@ def test_the_command_exports_the_finished_project(
     expected = expected_tokens(model, picture, ["what"])
     assert generated(loaded, inputs, model.dialogue.ends) == expected
     data, text = read_card(tmp_path / "out")
-    details = json.loads(Path("runs/evaluate/details.json").read_text())
-    results = {each.metric_name: each.metric_value for each in data.eval_results}
-    assert results["rouge_l"] == details["rouge_l"]
-    assert data.eval_results[0].dataset_split == "test"
-    interval = details["interval"]["rouge_l"]
-    assert f"{interval['low']:.4g} to {interval['high']:.4g}" in text
-    assert "grounding gap" in text and "unknown" not in text.split("## Limits")[0]
+    (result,) = data.eval_results
+    assert (result.metric_name, result.metric_value) == ("rouge_l", 0.5)
+    assert result.dataset_split == "test"
+    assert "| rouge_l | 0.5 | 0.125 to 0.75 |" in text
+    assert "| grounding gap (rouge_l) | 0.25 | 0.125 to 0.75 |" in text
+    assert "| train | 13 | 6 | 1 (1 x not 2:1) |" in text
+    assert "unknown" not in text.split("## Evaluation")[0]
+    assert re.search(r"\| finetune \| 2 \| 4 \| .* threads \| 0:\d\d:\d\d \|", text)
     assert "| data | small/data | unknown |" in text
-    assert " threads | 0:" in text  # hardware and time
 
 
 def test_a_card_without_its_project_says_unknown(

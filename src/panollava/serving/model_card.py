@@ -44,7 +44,7 @@ def model_card(model: PanoLLaVA, header: dict[str, Any], result: Path, name: str
         "Licenses": _licenses(model, header, Path(data) if data else None),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    results = _results(details, prepared) if details and data else None
+    results = _results(details, prepared) if details and data else []
     towers = (model.header.model.encoder, model.header.model.language_model)
     metadata = ModelCardData(
         library_name="transformers",
@@ -53,7 +53,7 @@ def model_card(model: PanoLLaVA, header: dict[str, Any], result: Path, name: str
         tags=["panollava", "panorama", "equirectangular"],
         base_model=[tower.path for tower in towers if not Path(tower.path).is_dir()] or None,
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
     card = f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{_INTRODUCTION}\n\n{body}\n"
     return str(ModelCard(card))

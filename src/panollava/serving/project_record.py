@@ -55,7 +55,7 @@ def _rows(path: Path) -> pd.DataFrame | None:
 def _kinds(rejects: pd.DataFrame | None) -> str:
     if rejects is None:
         return UNKNOWN
-    kinds = rejects["reason"].astype(str).str.split(":").str[0].value_counts()
+    kinds = rejects["reason"].astype(str).str.split(": ").str[0].value_counts()
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     return f"{len(rejects)} ({listed})" if listed else "0"
 
@@ -129,7 +129,9 @@ def _number(value: float | None) -> str:
 
 
 def _interval(bounds: dict[str, Any] | None) -> str:
-    return f"{bounds['low']:.4g} to {bounds['high']:.4g}" if bounds else ""
+    if not bounds or bounds["low"] is None:  # of one panorama, or of no facts
+        return ""
+    return f"{bounds['low']:.4g} to {bounds['high']:.4g}"
 
 
 def stages_before(stage: Stage) -> list[Stage]:
