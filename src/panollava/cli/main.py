@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
     help = "answer questions over HTTP, with OpenAI's chat completions API"
     use_commands.add_serve(add("serve", use_commands.serve, help, None))
+    help = "write a folder that transformers loads, with a model card"
+    use_commands.add_export(add("export", use_commands.export, help, None))
     add("verify", _verify, "delete corrupted files from DVC's cache")
     add("digest", _digest, "write a digest of the code that each pipeline stage runs")
     for name, module, function, help in (

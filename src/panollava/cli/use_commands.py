@@ -68,15 +68,33 @@ def serve(options: argparse.Namespace) -> None:
         serve(load(options), listener, options.name, hosts, limits)
 
 
-def add_model_options(command: argparse.ArgumentParser) -> None:
-    """The options of every command that loads a trained model."""
+def add_export(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("out", type=Path, metavar="OUT", help="new folder to write")
+    add_model_options(command, runs=False)
+    help = "leave the language model's weights where they are, and load them from there"
+    add("--refer-to-towers", action="store_true", help=help)
+
+
+def export(options: argparse.Namespace) -> None:
+    from panollava.serving.export import export, result_file
+
+    result = result_file(options.model)
+    export(load(options), result, options.out, options.refer_to_towers)
+
+
+def add_model_options(command: argparse.ArgumentParser, runs: bool = True) -> None:
+    """The options of every command that loads a trained model, and of those that run it."""
     add = command.add_argument
     help = f"a result of resampler or finetune (default: {_DEFAULT})"
     add("--model", type=Path, default=_DEFAULT, metavar="PATH", help=help)
     for name in ("encoder", "language-model"):
         help = f"folder or hub id of the {name.replace('-', ' ')}, if it is elsewhere now"
         add(f"--{name}", metavar="PATH", help=help)
-    add("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
+    if runs:
+        add("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
+    else:
+        command.set_defaults(accelerator="cpu")
     help = "run code that comes with the weights of a tower"
     add("--trust-remote-code", action="store_true", help=help)
 

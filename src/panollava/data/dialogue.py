@@ -43,15 +43,15 @@ class Dialogue:
         Raises:
             UserError: the chat template loses text, or the tokenizer has no end token.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self.prompt = tokenizer, prompt
         self.max_text_length = max_text_length
         self._cache: dict[str, list[int]] = {}  # texts repeat, and tokenizing is slow
         self._caches = cache
-        before, between, opening, closing = self._render()
-        self.text_prefix = self._tokens(before)
+        self.before, between, opening, closing = self._render()
+        self.text_prefix = self._tokens(self.before)
         # No str.format: braces in the prompt or in a query are plain text.
         before_query, after_query = prompt.split("{query}")
-        self._between, self._opening = between + before_query, after_query + opening
+        self.between, self.opening = between + before_query, after_query + opening
         end_of_turn = self._tokens(closing.strip()) if closing.strip() else []
         stop = end_of_turn[0] if end_of_turn else tokenizer.eos_token_id
         if stop is None:
@@ -65,7 +65,7 @@ class Dialogue:
 
     def query(self, text: str) -> list[int]:
         """Tokens between the image and the answer."""
-        return self._tokens(self._between + text + self._opening)
+        return self._tokens(self.between + text + self.opening)
 
     def row(self, query: str, answer: str, place: str = "", truncate: bool = True) -> Row:
         """Tokens of a row. `truncate` the answer to `max_text_length` tokens in total, or to fewer

@@ -149,9 +149,9 @@ class Sampler:
         self.layout, self.size = layout, size
         rays = token_rays(layout, cell_centers(size))
         self.panorama_width = _decode_width(rays)
-        self._position = panorama_position(rays)
+        self.position = panorama_position(rays)  # (views, size, size, 2)
         # The views show nothing of the panorama below this fraction of its height.
-        self.visible_fraction = float(self._position[..., 1].max())
+        self.visible_fraction = float(self.position[..., 1].max())
         # Photos come in many sizes: without a limit, their maps would fill the memory.
         self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
 
@@ -168,8 +168,8 @@ class Sampler:
         """Fixed-point maps into the padded panorama: int16 (views, size, size, 2), whole pixels,
         and uint16 (views, size, size), 1/32 pixels as an index of OpenCV's table of weights."""
         # The center of the first pixel is at 0.5 of the panorama, and at 1 of the padded one.
-        x = (self._position[..., 0] * width + 0.5).astype(np.float32)
-        y = (self._position[..., 1] * height + 0.5).astype(np.float32)
+        x = (self.position[..., 0] * width + 0.5).astype(np.float32)
+        y = (self.position[..., 1] * height + 0.5).astype(np.float32)
         flat = (-1, self.size)
         points, fractions = cv2.convertMaps(x.reshape(flat), y.reshape(flat), cv2.CV_16SC2)
         return points.reshape(*x.shape, 2), fractions.reshape(x.shape)

@@ -29,6 +29,13 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if has_gpu and accelerator != "cpu" else "cpu")
 
 
+def describe_device(device: torch.device) -> str:
+    """Its name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"processor ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
 def configure_cpu(threads: int) -> None:
     """The number of threads that torch uses, and `keep_freed_memory`."""
     torch.set_num_threads(threads)

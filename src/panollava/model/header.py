@@ -66,7 +66,11 @@ def load_header(path: Path) -> Header:
         UserError: the file is missing or unreadable, has no language model, or was written by a
             version with other settings.
     """
-    raw = read_header(path)
+    return parse_header(read_header(path), path)
+
+
+def parse_header(raw: dict[str, Any], path: Path) -> Header:
+    """The header that `path` holds. Raises UserError, see `load_header`."""
     stage = STAGES.get(raw.get("stage", ""))
     if stage is None or "resampler" not in stage.saves:
         raise UserError(

@@ -16,6 +16,7 @@ from panollava.data.images import convert_panorama, read_panorama
 from panollava.errors import UserError
 from panollava.geometry.views import Sampler, layout
 from panollava.model.device import choose_device
+from panollava.model.exported import is_exported, load_exported
 from panollava.model.generate import GREEDY, Answer, Report, Sampling, answer
 from panollava.model.header import Header, load_header, with_tower
 from panollava.model.language_model import end_tokens
@@ -53,7 +54,7 @@ class PanoLLaVA:
         """Rebuild a model from a result of `resampler` or `finetune` alone.
 
         Args:
-            path: the model_final.safetensors, or its folder.
+            path: the model_final.safetensors, its folder, or a folder that `export` wrote.
             encoder, language_model: folders or hub ids of the pretrained towers, if they are
                 elsewhere now. Default: where they were in training, relative to the working
                 directory or to a folder above `path`, or on the hub.
@@ -65,14 +66,19 @@ class PanoLLaVA:
         Raises:
             UserError: no such result, or a tower is missing or is not the one of the training.
         """
-        file = Path(path)
-        file = file / paths.WEIGHTS if file.is_dir() else file
-        header, device = load_header(file), choose_device(accelerator)
+        file, device = Path(path), choose_device(accelerator)
         places = {"encoder": encoder, "language_model": language_model}
-        for name, place in places.items():
-            header = with_tower(header, name, file, place, trust_remote_code)
-        network, tokenizer = build_model(header.model, header.views, trained=True)
-        load_weights(file, network, header.stage.saves, header.stage)
+        if is_exported(file):
+            if any(places.values()):
+                raise UserError(f"{file}: an exported folder says where its towers are")
+            network, tokenizer, header = load_exported(file)
+        else:
+            file = file / paths.WEIGHTS if file.is_dir() else file
+            header = load_header(file)
+            for name, place in places.items():
+                header = with_tower(header, name, file, place, trust_remote_code)
+            network, tokenizer = build_model(header.model, header.views, trained=True)
+            load_weights(file, network, header.stage.saves, header.stage)
         network.eval().requires_grad_(False)
         precision = precision or (header.precision if device.type == "cuda" else "32-true")
         # The encoder keeps its exact weights, to which cached features are compared.

@@ -16,7 +16,7 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.errors import UserError
 from panollava.files import write_json
-from panollava.model.device import choose_device, configure_cpu
+from panollava.model.device import choose_device, configure_cpu, describe_device
 from panollava.model.header import TOWERS, make_header
 from panollava.model.weights import load_start, read_checkpoint, save_weights
 from panollava.provenance import code_digest, made_from, resume
@@ -47,8 +47,10 @@ def train(
     Raises:
         UserError: the stage cannot start, or the training failed. Nothing is published then.
     """
-    check_deterministic(settings.trainer, choose_device(settings.trainer.accelerator))
+    device = choose_device(settings.trainer.accelerator)
+    check_deterministic(settings.trainer, device)
     configure_cpu(settings.trainer.threads)
+    log.info("device: %s", describe_device(device))
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     objective = load_objective(stage, settings)
     towers = [name for name in TOWERS if hasattr(objective.model, name)]

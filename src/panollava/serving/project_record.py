@@ -1,0 +1,149 @@
+"""What the files of a project say about data, training and evaluation, as Markdown tables. What
+they do not say is "unknown"."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from panollava import paths
+from panollava.config import load_settings
+from panollava.data.rows import SPLITS
+from panollava.errors import UserError
+from panollava.provenance.fingerprint import file_sha256
+from panollava.stages import STAGES, Stage
+
+UNKNOWN = "unknown"
+SCORES = ("bleu_4", "rouge_l", "cider_d")
+_STARTED, _WROTE = " INFO panollava: log: ", " INFO panollava.training.train: wrote "
+_DEVICE = " INFO panollava.training.train: device: "
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def data(prepared: dict[str, Any]) -> str:
+    folder = Path(prepared["data.dir"])
+    rows = []
+    for split in SPLITS:
+        kept = _rows(paths.PREPARED / split / "rows.csv")
+        rejects = _rows(paths.PREPARED / split / "rejects.csv")
+        source = folder / f"{split}.csv"
+        rows.append(
+            (
+                split,
+                UNKNOWN if kept is None else len(kept),
+                UNKNOWN if kept is None else kept["panorama"].nunique(),
+                _kinds(rejects),
+                f"`{file_sha256(source)}`" if source.is_file() else UNKNOWN,
+                f"`{prepared.get('files', {}).get(f'{split}/views.npy', UNKNOWN)}`",
+            )
+        )
+    head = ["split", "rows", "panoramas", "rejected rows", "SHA-256 of the rows", "of the views"]
+    return f"`{folder}`\n\n{table(head, rows)}"
+
+
+def _rows(path: Path) -> pd.DataFrame | None:
+    return pd.read_csv(path, keep_default_na=False) if path.is_file() else None
+
+
+def _kinds(rejects: pd.DataFrame | None) -> str:
+    if rejects is None:
+        return UNKNOWN
+    kinds = rejects["reason"].astype(str).str.split(": ").str[0].value_counts()
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{len(rejects)} ({listed})" if listed else "0"
+
+
+def training(stage: Stage) -> str:
+    try:
+        settings: Any = load_settings(paths.PARAMS)
+    except UserError:
+        settings = None
+    rows = []
+    for each in [*stages_before(stage), stage]:
+        chosen = getattr(settings.stage, each.name) if settings else None
+        metrics, speed = (
+            read(paths.metrics_file(each.name)),
+            read(paths.speed_folder(each.name) / "metrics.json"),
+        )
+        device, time = _log(each)
+        rows.append(
+            (
+                each.name,
+                *(getattr(chosen, key, UNKNOWN) for key in ("epochs", "batch_size", "lr")),
+                metrics.get("best", {}).get("step", UNKNOWN),
+                _number(metrics.get("val_loss")),
+                device,
+                time,
+                _number(speed.get("rows_per_second")),
+                _number(speed.get("peak_memory_gb")),
+            )
+        )
+    head = ["stage", "epochs", "batch size", "learning rate", "best step", "validation loss"]
+    head += ["hardware", "time of the last run", "rows a second", "peak memory, GB"]
+    seed = settings.seed if settings else UNKNOWN
+    return f"{table(head, rows)}\n\nSeed: {seed}. AdamW; the best epoch by validation loss is kept."
+
+
+def _log(stage: Stage) -> tuple[str, str]:
+    """Hardware and wall-clock time of the stage's last finished run, from its log."""
+    for log in sorted(paths.LOGS.glob(f"{stage.log_name}_*.log"), reverse=True):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        started, wrote = ([line for line in lines if text in line] for text in (_STARTED, _WROTE))
+        if started and wrote:
+            begin, end = (datetime.fromisoformat(each[0][:19]) for each in (started, wrote))
+            device = [line.split(_DEVICE)[1] for line in lines if _DEVICE in line]
+            return (device or [UNKNOWN])[0], str(end - begin)
+    return UNKNOWN, UNKNOWN
+
+
+def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
+    gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
+    best = gap.get("headline")
+    rows = [(n, _number(details.get(n)), _interval(intervals.get(n))) for n in SCORES]
+    between = _interval(gap.get("interval", {}).get(best))
+    rows.append((f"grounding gap ({best or UNKNOWN})", _number(gap.get(best)), between))
+    for kind, fact in details.get("facts", {}).items():
+        rows.append((f"facts: {kind}, F1", _number(fact["f1"]), _interval(fact)))
+    if seam := details.get("seam", {}).get("gap"):
+        rows.append(
+            ("facts elsewhere minus at the seam, F1", _number(seam["value"]), _interval(seam))
+        )
+    rows.append(("answers that were cut", details.get("cut_answers", UNKNOWN), ""))
+    return (
+        f"Split `{prepared.get('evaluate.split', UNKNOWN)}`: {details.get('captions', UNKNOWN)} "
+        f"queries about {details.get('panoramas', UNKNOWN)} panoramas. Intervals are 95%, by a "
+        "cluster bootstrap over panoramas. The grounding gap is the score minus that of the "
+        f"answers about other panoramas.\n\n{table(['metric', 'value', '95% interval'], rows)}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4g}"
+
+
+def _interval(bounds: dict[str, Any] | None) -> str:
+    if not bounds or bounds["low"] is None:  # of one panorama, or of no facts
+        return ""
+    return f"{bounds['low']:.4g} to {bounds['high']:.4g}"
+
+
+def stages_before(stage: Stage) -> list[Stage]:
+    """The stages whose results this one was trained from, the first one first."""
+    if stage.starts_from is None:
+        return []
+    earlier = STAGES[stage.starts_from]
+    return [*stages_before(earlier), earlier]
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
