@@ -259,7 +259,8 @@ def test_who_hangs_up_frees_the_place(
         return answers[-1]
 
     monkeypatch.setattr(model, "answer_features", held)
-    body = {"model": "panollava", "max_tokens": 5000, "temperature": 2.0, "top_p": 1, "seed": 1}
+    monkeypatch.setattr(model.dialogue, "ends", frozenset())  # answers do not end
+    body = {"model": "panollava", "max_tokens": 1000, "temperature": 2.0, "top_p": 1, "seed": 1}
     with contextlib.ExitStack() as stack:
         for stream, text in ((True, "first"), (False, "second")):
             request = {**body, "messages": [user(text, pictures[0])], "stream": stream}
@@ -273,7 +274,7 @@ def test_who_hangs_up_frees_the_place(
     assert httpx.post(f"{url}/v1/chat/completions", json=request, timeout=60).status_code == 200
     assert time.monotonic() - start < 20
     assert asked == [[["first"]], [["third"]]]
-    assert not answers[0][0][0].cut and len(answers[0][0][0].text) < 500
+    assert not answers[0][0][0].cut  # it was stopped before its 1000 tokens
 
 
 def test_too_many_waiting_questions_are_refused(model: PanoLLaVA) -> None:
