@@ -151,6 +151,9 @@ def check_same(model: PanoLLaVA, folder: Path, pictures: Sequence[Path], fewest:
             image = [processor.image_token_id] * processor.image_seq_length
             assert ids == model.dialogue.text_prefix + image + model.dialogue.query(query)
             assert np.array_equal(inputs["pixel_values"][0].numpy(), model.views(picture))
+            features = loaded.get_image_features(inputs["pixel_values"]).last_hidden_state
+            assert features.dtype == getattr(torch, model.header.model.features)
+            assert torch.allclose(features.float(), model.features([picture]), atol=2e-3)
             assert generated(loaded, inputs, model.dialogue.ends) == [tokens]
             different.add(tuple(tokens))
     assert len(different) >= fewest
