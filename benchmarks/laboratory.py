@@ -44,10 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap-naive": {"stage.vision.overlap": "naive"},
     "overlap-none": {"stage.vision.epochs": 0},
     # The time of stage 1 is spent on stage 2.
-    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 4},
+    "overlap-none-longer": {"stage.vision.epochs": 0, "stage.resampler.epochs": 3},
     "finetune-none": {"stage.finetune.epochs": 0},
     # The time of stage 3 is spent on stage 2.
-    "finetune-none-longer": {"stage.finetune.epochs": 0, "stage.resampler.epochs": 4},
+    "finetune-none-longer": {"stage.finetune.epochs": 0, "stage.resampler.epochs": 3},
     "loss-infonce": {"stage.vision.objective": "infonce"},
     "tokens-views": VIEWS,
     "few-tokens-views": {**FEW, **VIEWS},
