@@ -106,6 +106,8 @@ def test_the_python_code_runs_after_the_pipeline(finished: Project, page: str) -
     blocks = PYTHON_BLOCK.findall(read(page))
     assert blocks, f"{page} has no Python code"
     blocks = [block for block in blocks if "base_url" not in block]  # test_server.py runs it
+    if "panollava export exported" in read(page):
+        finished.run("python", "src/run.py", "export", "exported")
     for block in blocks:
         *_, last = block.strip().splitlines()
         check = f"assert all(isinstance(text, str) for text in {last}), 'no texts'\n"
