@@ -1,6 +1,9 @@
 """The commands that use a trained model: their options, and calling them."""
 
 import argparse
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +31,25 @@ def add_ask(command: argparse.ArgumentParser) -> None:
 
 
 def ask(options: argparse.Namespace) -> None:
-    from panollava.serving.ask import ask, split_arguments
+    with _starting():
+        from panollava.serving.ask import ask, split_arguments
 
-    panoramas, questions = split_arguments(options.arguments)
-    sampling = sampling_of(options)
-    model = load(options)
+        panoramas, questions = split_arguments(options.arguments)
+        sampling = sampling_of(options)
+        model = load(options)
     ask(model, panoramas, questions, options.max_new_tokens, sampling, options.json)
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Without garbage collection: imports and loading create many objects and hardly any garbage,
+    and searching them takes a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def add_serve(command: argparse.ArgumentParser) -> None:
