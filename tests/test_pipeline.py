@@ -80,7 +80,7 @@ EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
     "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate"}),
     "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(PIPELINE[1:])),
-    "view fov": (edit("params.yaml", "fov: 90", "fov: 120"), set(PIPELINE)),
+    "views' pitch": (edit("params.yaml", "pitch: 0", "pitch: 10"), set(PIPELINE)),
     "a pixel of one panorama": (edit_pixel, set(PIPELINE)),
     # The pictures are the same, and the vision stage reads no text.
     "one annotation": (
