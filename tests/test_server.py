@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -603,7 +604,13 @@ def test_the_command_serves_until_it_is_interrupted(
     command = [sys.executable, str(ROOT / "src/run.py"), "serve", "--port", "0", "--model"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(
-        [*command, str(result)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, str(result)],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, which children inherit.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert server.stderr
