@@ -57,7 +57,7 @@ def add_serve(command: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free one")
     help = "address to listen on (default: 127.0.0.1, which only this machine reaches)"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=help)
-    help = "a host name that requests may use, beside localhost; may be repeated"
+    help = "another host name that requests may use, in addition to localhost; may be repeated"
     add("--allow-host", action="append", default=[], metavar="NAME", help=help)
     add("--name", default="panollava", help="the model's name in requests (default: panollava)")
     add_model_options(command)

@@ -1,7 +1,7 @@
 """Scores another model's answers as `evaluate` scores ours, and prints both in one table.
 
-It computes what answers alone determine: caption scores, the grounding gap and facts. Rotation, the
-seam and answers without a picture require running the model."""
+It computes what needs no model: caption scores, the grounding gap and facts. Rotation, the seam and
+answers without a picture require running it."""
 
 import logging
 from pathlib import Path
@@ -29,10 +29,11 @@ def score_file(file: Path, settings: Settings, out: Path | None) -> None:
     evaluation (`ours`, if there are any to the same rows). `out`: write all scores of both as JSON.
     Raises UserError, see `read_answers`."""
     prepared = paths.PREPARED / settings.evaluate.split / "rows.csv"
-    references = group_references(read_prepared_rows(prepared))
-    answers = {"theirs": (file, read_answers(file, prepared))}
+    rows = read_prepared_rows(prepared)
+    references = group_references(rows)
+    answers = {"theirs": (file, read_answers(file, rows, prepared))}
     try:
-        answers["ours"] = (paths.PREDICTIONS, read_answers(paths.PREDICTIONS, prepared))
+        answers["ours"] = (paths.PREDICTIONS, read_answers(paths.PREDICTIONS, rows, prepared))
     except UserError as error:
         log.warning("scoring theirs only; %s", error)
     facts = settings.evaluate.facts
@@ -49,16 +50,15 @@ def score_file(file: Path, settings: Settings, out: Path | None) -> None:
         write_json(out, details)
 
 
-def read_answers(file: Path, prepared: Path) -> dict[Key, str]:
-    """The answer to each (panorama, query) of the `prepared` rows, in their order. A panorama may
-    be named by any of its urls.
+def read_answers(file: Path, rows: pd.DataFrame, prepared: Path) -> dict[Key, str]:
+    """The answer to each (panorama, query) of `rows`, those in `prepared`, in their order.
+    A panorama may be named by any of its urls.
 
     Raises:
         UserError: not such a CSV file, or rows are malformed, unknown, repeated or missing.
     """
     hint = f"expected a CSV file with columns {','.join(COLUMNS)}"
     header, places, records = read_records(file, COLUMNS, hint)
-    rows = read_prepared_rows(prepared)
     panoramas = dict(zip(rows["url"], rows["panorama"].tolist(), strict=True))
     urls = {panorama: url for url, panorama in panoramas.items()}
     keys = dict.fromkeys(zip(rows["panorama"].tolist(), rows["query"], strict=True))

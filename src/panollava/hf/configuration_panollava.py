@@ -7,7 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 class PanoLLaVAConfig(PreTrainedConfig):
-    """Shapes and settings; the defaults have no meaning of their own."""
+    """Shapes and settings; the defaults are placeholders."""
 
     model_type = "panollava"
     sub_configs_defaults = {

@@ -74,7 +74,7 @@ class PanoLLaVAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": views}, tensor_type=kwargs.get("return_tensors"))
 
     def _panorama(self, image: Any, check_ratio: bool) -> NDArray[np.uint8]:
-        """uint8 (height, width, 3), reduced by a whole number."""
+        """uint8 (height, width, 3), reduced by an integer factor."""
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:

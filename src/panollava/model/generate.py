@@ -153,8 +153,8 @@ class _Greedy:
 
 
 class _Sampler(_Greedy):
-    """Samples, with a random stream of its own for each answer, so that an answer does not depend
-    on those beside it."""
+    """Samples with a separate random generator for each answer, so that an answer does not depend
+    on the others in its batch."""
 
     def __init__(self, model: Network, sampling: Sampling, answers: int) -> None:
         super().__init__(model)

@@ -8,17 +8,11 @@ from typing import Any, NamedTuple
 
 from panollava import config
 from panollava.errors import UserError
-from panollava.model.pretrained import hub_commit
+from panollava.model.pretrained import check_files, describe_tower
 from panollava.model.weights import read_header
-from panollava.provenance.fingerprint import file_sha256
 from panollava.stages import STAGES, Stage
 
 TOWERS = ("encoder", "language_model")
-# Files of a tower's folder that loading reads: weights, configurations, tokenizer and code.
-_READ = (
-    *("*.safetensors*", "*.bin*", "*config.json", "*token*", "vocab*", "merges.txt", "*.model"),
-    *("*.jinja", "*.py"),
-)
 
 
 class Header(NamedTuple):
@@ -43,20 +37,6 @@ def make_header(stage: Stage, settings: config.Settings, towers: Iterable[str]) 
         "precision": settings.trainer.precision,
         "towers": {name: describe_tower(getattr(settings.model, name)) for name in towers},
     }
-
-
-def describe_tower(pretrained: config.Pretrained) -> dict[str, Any]:
-    """Which tower has been loaded: the `commit` on the hub, or the SHA-256 of each of the `files`
-    of a local folder."""
-    folder = Path(pretrained.path)
-    if not folder.is_dir():
-        return {"commit": hub_commit(pretrained)}
-    return {"files": _hashes(folder)}
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
-    return {file.name: file_sha256(file) for file in sorted(files)}
 
 
 def load_header(path: Path) -> Header:
@@ -139,18 +119,7 @@ def with_tower(
                 f"{path}: no such folder; expected the {name} that {file} was trained with; pass "
                 f"{name}= with its place"
             )
-        _compare(name, recorded["files"], _hashes(found), found)
+        check_files(found, recorded["files"], name)
         path = str(found)
     tower = dataclasses.replace(tower, path=path, revision=revision)
     return header._replace(model=dataclasses.replace(header.model, **{name: tower}))
-
-
-def _compare(name: str, expected: dict[str, str], found: dict[str, str], folder: Path) -> None:
-    """Raises UserError unless the files of a tower are the expected ones."""
-    for file in sorted(expected.keys() | found.keys()):
-        if expected.get(file) != found.get(file):
-            before, now = (hashes.get(file, "no such file")[:16] for hashes in (expected, found))
-            raise UserError(
-                f"{folder / file}: SHA-256 {now}, expected {before}: not the {name} of the "
-                f"training; restore it, or pass {name}= with its place"
-            )

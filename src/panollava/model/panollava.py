@@ -51,7 +51,7 @@ class PanoLLaVA:
         precision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "PanoLLaVA":
-        """Rebuild a model from a result of `resampler` or `finetune` alone.
+        """Rebuild a model from a result of `resampler` or `finetune`; params.yaml is not needed.
 
         Args:
             path: the model_final.safetensors, its folder, or a folder that `export` wrote.

@@ -1,6 +1,7 @@
 """Pretrained models from a hub id or a folder, through transformers' `from_pretrained`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from transformers.utils import hub
 
 from panollava.config import Pretrained
 from panollava.errors import UserError
+from panollava.provenance.fingerprint import file_sha256
+
+# Files of a tower's folder that loading reads: weights, configurations, tokenizer and code.
+_READ = (
+    *("*.safetensors*", "*.bin*", "*config.json", "*token*", "vocab*", "merges.txt", "*.model"),
+    *("*.jinja", "*.py"),
+)
 
 
 def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
@@ -43,6 +51,32 @@ def hub_commit(pretrained: Pretrained) -> str | None:
     source = {"revision": pretrained.revision or "main", "local_files_only": True}
     file = hub.cached_file(pretrained.path, "config.json", **source)
     return hub.extract_commit_hash(file, None)
+
+
+def describe_tower(pretrained: Pretrained) -> dict[str, Any]:
+    """Which tower has been loaded: the `commit` on the hub, or the SHA-256 of each of the `files`
+    of a local folder."""
+    folder = Path(pretrained.path)
+    if not folder.is_dir():
+        return {"commit": hub_commit(pretrained)}
+    return {"files": _hashes(folder)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: file_sha256(file) for file in sorted(files)}
+
+
+def check_files(folder: Path, expected: dict[str, str], name: str) -> None:
+    """Raises UserError unless the files of the tower `name` have these SHA-256, by their names."""
+    found = _hashes(folder)
+    for file in sorted(expected.keys() | found.keys()):
+        if expected.get(file) != found.get(file):
+            before, now = (hashes.get(file, "no such file")[:16] for hashes in (expected, found))
+            raise UserError(
+                f"{folder / file}: SHA-256 {now}, expected {before}: not the {name} of the "
+                f"training; restore it, or pass {name}= with its place"
+            )
 
 
 def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:

@@ -128,7 +128,7 @@ class AnswerQueue:
             torch.cat([panorama.features(self.model) for panorama in by_panorama]),
             [[each.question.text for each in group] for group in by_panorama.values()],
             first.max_new_tokens,
-            # Each with its own seed, so that its answer does not depend on the others.
+            # A seed for each, so that no answer depends on the others.
             Sampling(first.temperature, first.top_p, tuple(each.question.seed for each in ordered)),
             report,
         )

@@ -80,9 +80,9 @@ def ask(
             continue
         if len(panoramas) > 1 and not as_json:
             out.write(f"{panorama}\n")
-        alone = out.isatty() and not as_json
-        for batch in [[question] for question in questions] if alone else [list(questions)]:
-            words = _Words(model, out) if alone else None
+        streams = out.isatty() and not as_json
+        for batch in [[question] for question in questions] if streams else [list(questions)]:
+            words = _Words(model, out) if streams else None
             if words and len(questions) > 1:
                 out.write(f"{batch[0]}\n")
             (answers,) = model.answer_features(features, [batch], max_new_tokens, sampling, words)

@@ -143,7 +143,13 @@ def stages_before(stage: Stage) -> list[Stage]:
 
 
 def read(path: Path) -> dict[str, Any]:
+    """The JSON values of a file; none if there is no such file. Raises UserError for a file that is
+    not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); remove it, and run: dvc repro"
+        ) from None
