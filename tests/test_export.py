@@ -43,6 +43,7 @@ from panollava.errors import UserError
 from panollava.model.header import TOWERS, make_header
 from panollava.model.network import build_model
 from panollava.model.weights import save_weights
+from panollava.serving import project_record
 from panollava.serving.export import export
 from panollava.serving.model_card import _stated_license
 from panollava.stages import STAGES
@@ -505,3 +506,11 @@ def test_the_license_is_what_a_readme_states(
     assert _stated_license(Path("data/quic360")).startswith("none stated")
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert _stated_license(tmp_path) == "apache-2.0"
+
+
+def test_a_damaged_file_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    file = tmp_path / "details.json"
+    assert project_record.read(file) == {}
+    file.write_text('{"rouge_l": ')
+    with pytest.raises(UserError, match=r"details\.json: not valid JSON .*; remove it, and run"):
+        project_record.read(file)
