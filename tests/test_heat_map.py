@@ -88,7 +88,7 @@ def test_a_map_marks_only_what_the_answer_depends_on(
     assert heat.dtype == np.float32
     yaws, _ = np.degrees(angles_from_rays(panorama_rays(*heat.shape)))
     off = np.abs((yaws - yaw + 180) % 360 - 180)
-    assert heat[off < 45].max() == heat.max() > 0
+    assert heat[off < 45 + RADIUS].max() == heat.max() > 0
     assert heat[off > 45 + RADIUS + 4 * SMOOTHING].max() < 0.01 * heat.max()
 
 
