@@ -133,7 +133,7 @@ def measure_photo(path: Path, repeats: int) -> list[Line]:
     }
 
     def ours() -> NDArray[np.uint8]:
-        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.visible_fraction))
+        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width))
 
     def decoded_and_sampled(way: Way) -> NDArray:
         return way(decode(path))
