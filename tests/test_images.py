@@ -77,8 +77,9 @@ def test_a_gray_jpeg_is_converted_to_rgb(tmp_path: Path) -> None:
     assert np.abs(picture[..., 0].astype(int) - gray[::2, ::2]).max() <= 4
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "cmyk.jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     upright = Image.fromarray(smooth(200, 400))
     turns = Image.Transpose
     stored = {
@@ -95,8 +96,9 @@ def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> No
         upright = upright.transpose(turn)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    upright.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    picture = read_panorama(tmp_path / "a.jpg", 100)
+    stored_picture = upright.convert("CMYK") if name == "cmyk.jpg" else upright
+    stored_picture.save(tmp_path / name, exif=exif, quality=95)
+    picture = read_panorama(tmp_path / name, 100)
     assert picture.shape == (50, 100, 3)
     assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
 

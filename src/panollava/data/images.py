@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from panollava.data.picture_files import (
     IN_MEMORY,
@@ -55,8 +55,10 @@ def read_panorama(
     with open_picture(picture) as (opened, content):
         orientation = check_panorama(path, opened, max_pixels)
         if opened.format not in ("JPEG", "MPO"):
-            if opened.format == "TIFF":  # Pillow would turn it, and fail at odd EXIF
-                opened.getexif().clear()
+            if opened.format == "TIFF":  # Pillow turns it, and would fail at other, odd EXIF
+                exif = opened.getexif()
+                exif.clear()
+                exif[ExifTags.Base.Orientation], orientation = orientation, 1
             return _finish(_to_rgb(opened), orientation, width)
         opened.draft("RGB", (1, width) if orientation >= 5 else (width, 1))
         if opened.mode not in ("RGB", "L"):

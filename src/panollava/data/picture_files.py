@@ -43,7 +43,7 @@ _DECODING_ERRORS = (
     *(TypeError, struct.error, zlib.error),
 )
 _SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
-_GPANO_TAG = re.compile(r"GPano:(\w+)(?:\s*=\s*[\"']|>)\s*([^\"'<]*)")
+_GPANO_TAG = re.compile(r"(?<!/)GPano:(\w+)(?:\s*=\s*[\"']|>)\s*([^\"'<]*)")
 
 
 class PictureError(UserError):
@@ -106,7 +106,7 @@ def check_panorama(path: Path, picture: Image.Image, max_pixels: int = MAX_PIXEL
     if picture.format == "PNG" and "exif" not in picture.info:
         picture.load()
     orientation = _orientation(picture)
-    if orientation >= 5:  # stored on its side
+    if orientation >= 5 and picture.format != "TIFF":  # stored on its side
         width, height = height, width
     if reason := _partial(gpano_tags(picture), width, height):
         raise PictureError(path, "part of a panorama", reason)
@@ -159,7 +159,10 @@ def _orientation(picture: Image.Image) -> int:
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
     except (*_DECODING_ERRORS, AttributeError, AssertionError):
-        return 1
+        orientation = 1
+    if picture.format == "TIFF":  # Pillow has set its size by any number of this value
+        orientation = getattr(picture, "tag_v2", {}).get(ExifTags.Base.Orientation)
+        return int(orientation) if orientation in range(1, 9) else 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
