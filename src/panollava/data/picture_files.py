@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
@@ -156,10 +157,9 @@ def _partial(tags: dict[str, str], width: int, height: int) -> str | None:
 def _orientation(picture: Image.Image) -> int:
     """EXIF orientation, 1..8: 1 is upright, 2 mirrored. All else that a file may contain there is
     taken for 1, as viewers do."""
-    try:
+    orientation: Any = 1
+    with contextlib.suppress(*_DECODING_ERRORS, AttributeError, AssertionError):
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except (*_DECODING_ERRORS, AttributeError, AssertionError):
-        orientation = 1
     if picture.format == "TIFF":  # Pillow has set its size by any number of this value
         orientation = getattr(picture, "tag_v2", {}).get(ExifTags.Base.Orientation)
         return int(orientation) if orientation in range(1, 9) else 1
