@@ -70,9 +70,9 @@ def read_panorama(
         return _finish(Image.fromarray(pixels), orientation, width)
 
 
-def read_gpano_tags(path: Path) -> dict[str, str]:
+def read_gpano_tags(picture: Path | bytes) -> dict[str, str]:
     """Google's photo sphere tags of a picture. Raises PictureError if it cannot be read."""
-    with open_picture(path) as (opened, _):
+    with open_picture(picture) as (opened, _):
         return gpano_tags(opened)
 
 
