@@ -199,11 +199,11 @@ def test_exactly_the_bad_rows_are_rejected_with_their_reasons(root: Path) -> Non
     for (_, reason), start in zip(
         rejected,
         [
-            "broken picture: image file is truncated",
+            "cut off: Premature end of JPEG file",
             "picture missing",
             "not 2:1: 200 x 200 pixels",
             "empty annotation",
-            "broken picture: image file is truncated",
+            "cut off: Premature end of JPEG file",
             "not a picture",
             "link not downloaded",
         ],
