@@ -144,6 +144,14 @@ def test_a_png_with_a_wrong_checksum_is_refused() -> None:
     assert reason(bytes(content)) == "broken picture: wrong checksum of its part IDAT"
 
 
+def test_a_png_without_its_palette_is_refused() -> None:
+    content = io.BytesIO()
+    Image.fromarray(smooth()).quantize(16).save(content, "PNG")
+    png = content.getvalue()
+    start, end = png.index(b"PLTE") - 4, png.index(b"IDAT") - 4
+    assert reason(png[:start] + png[end:]).startswith("broken picture: ")
+
+
 def inserted(content: bytes, before: bytes, bytes_: bytes, last: bool = False) -> bytes:
     at = content.rindex(before) if last else content.index(before)
     return content[:at] + bytes_ + content[at:]

@@ -41,7 +41,7 @@ _OTHERWISE = "if other programs show it, save it as JPEG or PNG"
 _CUT_OFF = re.compile("truncat|premature end|end of file|cut off", re.IGNORECASE)
 _DECODING_ERRORS = (
     *(OSError, EOFError, RuntimeError, SyntaxError, ValueError, LookupError, ArithmeticError),
-    *(TypeError, struct.error, zlib.error),
+    *(TypeError, AttributeError, AssertionError, struct.error, zlib.error),
 )
 _SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
 _GPANO_TAG = re.compile(r"(?<!/)GPano:(\w+)(?:\s*=\s*[\"']|>)\s*([^\"'<]*)")
@@ -86,7 +86,7 @@ def open_picture(picture: Path | bytes) -> Iterator[tuple[Image.Image, bytes]]:
         raise _unidentified(path, content) from None
     except _DECODING_ERRORS as error:
         kind = "cut off" if _CUT_OFF.search(str(error)) else "broken picture"
-        raise PictureError(path, kind, str(error)) from None
+        raise PictureError(path, kind, str(error) or type(error).__name__) from None
 
 
 def check_panorama(path: Path, picture: Image.Image, max_pixels: int = MAX_PIXELS) -> int:
@@ -158,7 +158,7 @@ def _orientation(picture: Image.Image) -> int:
     """EXIF orientation, 1..8: 1 is upright, 2 mirrored. All else that a file may contain there is
     taken for 1, as viewers do."""
     orientation: Any = 1
-    with contextlib.suppress(*_DECODING_ERRORS, AttributeError, AssertionError):
+    with contextlib.suppress(*_DECODING_ERRORS):
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
     if picture.format == "TIFF":  # Pillow has set its size by any number of this value
         orientation = getattr(picture, "tag_v2", {}).get(ExifTags.Base.Orientation)
