@@ -77,6 +77,7 @@ def test_what_is_no_whole_panorama_has_its_sign(seed: int) -> None:
     for sign, how, picture in (
         ("stereo", "left and right", np.hstack([left, left])),
         ("stereo", "left and right", np.hstack([left, nearer(left, 3)])),
+        ("stereo", "left and right", np.hstack([left, np.roll(left, 6, axis=1)])),
         ("stereo", "upper and lower", np.vstack([upper, upper])),
         ("stereo", "upper and lower", np.vstack([upper, nearer(upper, 5)])),
         ("fisheye", "two circles", circles(panorama, 1, 0)),
