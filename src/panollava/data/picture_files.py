@@ -38,7 +38,7 @@ _OTHER_FORMATS = {
 }
 _CONVERT = "convert it to PNG, for example with ImageMagick: magick FILE OUT.png"
 _OTHERWISE = "if other programs show it, save it as JPEG or PNG"
-_CUT_OFF = re.compile("truncat|premature end|end of file|cut off", re.IGNORECASE)
+_CUT_OFF = re.compile("truncated|premature end|end of file|cut off", re.IGNORECASE)
 _DECODING_ERRORS = (
     *(OSError, EOFError, RuntimeError, SyntaxError, ValueError, LookupError, ArithmeticError),
     *(TypeError, AttributeError, AssertionError, struct.error, zlib.error),
