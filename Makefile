@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export GOMP_SPINCOUNT ?= 10000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup repro test test-all check format bench laboratory towers torture verify clean
+.PHONY: help setup repro test test-all check format bench laboratory towers torture fuzz verify clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -57,6 +57,9 @@ towers: $(VENV)/ready ## retrain the demo's two towers (one to two hours)
 
 torture: $(VENV)/ready-dev ## test recovery: kill the pipeline at random; ARGS="--kills 40 --seed 0"
 	python benchmarks/torture.py $(ARGS)
+
+fuzz: $(VENV)/ready-dev ## read 20,000 damaged pictures; ARGS="--files 1000 --seed 1"
+	python benchmarks/fuzz_pictures.py $(ARGS)
 
 verify: $(VENV)/ready ## delete corrupted files from DVC's cache
 	python src/run.py verify

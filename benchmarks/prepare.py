@@ -1,10 +1,16 @@
 """Eight 224-pixel views of a photo, and the stage `prepare`: time, quality and memory.
 
 The usual way decodes a photo at full size and samples one view after another: with py360convert,
-with pyequilib, or with OpenCV's remap and precomputed maps."""
+with pyequilib, or with OpenCV's remap and precomputed maps.
+
+    python benchmarks/prepare.py --pictures FOLDER --against CHECKOUT
+
+compares with the command `prepare` of another checkout instead, in alternating pairs."""
 
 import dataclasses
+import os
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,8 +38,8 @@ SIZE, FOV = 224, 90.0
 LAYOUT = views.layout(config.Views("e2p", SIZE, FOV, 0.5, 0.0, False))
 YAWS = [45.0 * index for index in range(8)]
 SAMPLER = views.Sampler(LAYOUT, SIZE)
-# Goals: speedup over py360convert, by the photo's width.
-SPEEDUPS = {6006: 9.0, 4096: 6.5, 2048: 5.0}
+# Goals: speedup over py360convert, of photos of at least this width.
+SPEEDUPS = {6000: 7.0, 4096: 3.5, 2048: 3.2}
 SUPERSAMPLING = 8  # rays along a pixel's side, for the reference
 Way = Callable[[NDArray[np.uint8]], NDArray]
 
@@ -41,13 +47,19 @@ Way = Callable[[NDArray[np.uint8]], NDArray]
 def main() -> None:
     parser = options_parser(__doc__, repeats=7)
     parser.add_argument("--pictures", type=Path, help="a folder of panoramas (*.jpg)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="see above")
+    parser.add_argument("--pairs", type=int, default=20, help="with --against")
+    parser.add_argument("--count", type=int, default=1200, help="panoramas, with --against")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photos = sorted(options.pictures.glob("*.jpg")) if options.pictures else save_photos(folder)
-        lines = [line for photo in photos for line in measure_photo(photo, options.repeats)]
-        lines += measure_stage(folder, photos, options.repeats)
+        if options.against:
+            lines = [compare_with(options.against, folder, photos, options.count, options.pairs)]
+        else:
+            lines = [line for photo in photos for line in measure_photo(photo, options.repeats)]
+            lines += measure_stage(folder, photos, options.repeats)
     report(lines, options.out)
 
 
@@ -133,7 +145,7 @@ def measure_photo(path: Path, repeats: int) -> list[Line]:
     }
 
     def ours() -> NDArray[np.uint8]:
-        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width, SAMPLER.visible_fraction))
+        return SAMPLER.sample(read_panorama(path, SAMPLER.panorama_width))
 
     def decoded_and_sampled(way: Way) -> NDArray:
         return way(decode(path))
@@ -149,7 +161,7 @@ def measure_photo(path: Path, repeats: int) -> list[Line]:
     name = f"views, {width} x {height}"
     lines = []
     for peer, other in zip(usual, others, strict=True):
-        goal = SPEEDUPS.get(width) if peer == "py360convert" else 1.0
+        goal = _goal(width) if peer == "py360convert" else 1.0
         line = Line(f"{name}, {peer}", "ms", 1e3 * time, 1e3 * other, at_least=goal)
         lines.append(line)
     lines.append(
@@ -160,6 +172,29 @@ def measure_photo(path: Path, repeats: int) -> list[Line]:
         line = Line(f"{name}, PSNR, {peer}", "dB", quality["ours"], quality[peer], ratio=ratio)
         lines.append(line._replace(at_least=1.0))
     return lines
+
+
+def _goal(width: int) -> float | None:
+    return next((goal for least, goal in SPEEDUPS.items() if width >= least), None)
+
+
+def compare_with(checkout: Path, folder: Path, photos: list[Path], count: int, pairs: int) -> Line:
+    """The command `prepare` of this checkout and of another one, with one thread."""
+    projects = {
+        root.resolve(): make_project(folder / name, photos, count, root, threads=1)
+        for name, root in {"ours": ROOT, "other": checkout}.items()
+    }
+    times: dict[Path, list[float]] = {root: [] for root in projects}
+    for pair in range(pairs):
+        order = list(projects.items())
+        for root, project in order if pair % 2 else order[::-1]:
+            command = [sys.executable, str(root / "src/run.py"), "prepare"]
+            times[root].append(run(command, project)[0])
+    ours, other = times.values()
+    ratio = statistics.median(b / a for a, b in zip(ours, other, strict=True))
+    seconds = statistics.median(ours), statistics.median(other)
+    name = f"prepare, {count} photos, against {checkout.resolve().name}, {pairs} pairs"
+    return Line(name, "s", *seconds, ratio=ratio, at_least=0.8)
 
 
 def measure_stage(folder: Path, photos: list[Path], repeats: int) -> list[Line]:
@@ -188,18 +223,24 @@ def measure_stage(folder: Path, photos: list[Path], repeats: int) -> list[Line]:
     ]
 
 
-def make_project(folder: Path, photos: list[Path], count: int) -> Path:
-    """`count` copies of the photos with one row each: one in valid, one in test, the others in
-    train."""
+def make_project(
+    folder: Path, photos: list[Path], count: int, root: Path = ROOT, threads: int = 2
+) -> Path:
+    """`count` panoramas with one row each: one in valid, one in test, the others in train. They
+    are links to copies of the photos. The settings are those of the checkout at `root`."""
     (folder / "data/images").mkdir(parents=True)
     for index in range(count):
-        shutil.copyfile(photos[index % len(photos)], folder / f"data/images/{index}.jpg")
+        image, first = (folder / f"data/images/{each}.jpg" for each in (index, index % len(photos)))
+        if index < len(photos):
+            shutil.copyfile(photos[index], image)
+        else:
+            os.link(first, image)
     for split, panoramas in (("train", range(2, count)), ("valid", [0]), ("test", [1])):
         rows = "".join(f"images/{index}.jpg,what,a place.\n" for index in panoramas)
         (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
-    params = (ROOT / "presets/quic360.yaml").read_text()
-    params = params.replace("dir: data/quic360", "dir: data").replace("threads: 8", "threads: 2")
-    (folder / "params.yaml").write_text(params)
+    params = (root / "presets/quic360.yaml").read_text()
+    params = params.replace("dir: data/quic360", "dir: data")
+    (folder / "params.yaml").write_text(params.replace("threads: 8", f"threads: {threads}"))
     return folder
 
 

@@ -259,7 +259,7 @@ def test_each_link_is_downloaded_once_from_a_server_that_misbehaves(
         "removed": "HTTP 410",
         "page": "not a picture",
         "narrow": "not 2:1: 60 x 45 pixels; an equirectangular panorama is twice as wide as high",
-        "spoilt": "broken picture",
+        "spoilt": "cut off",
         "round": "too many redirects",
         "astray": "not an address",
         "garbled": "not an address",

@@ -367,9 +367,8 @@ def test_the_processor_refuses_what_is_no_question_about_a_panorama(
         processor(images=square, text="<image>what")
     # As servers do, to measure memory.
     assert processor(images=square, text="<image>what", check_ratio=False)["pixel_values"].shape
-    deep = Image.new("I;16", (80, 40))
-    with pytest.raises(ValueError, match="pixels of mode I;16; save it with 8 bits"):
-        processor(images=deep, text="<image>what")
+    with pytest.raises(ValueError, match="pixels of mode F; save it with 8 bits"):
+        processor(images=Image.new("F", (80, 40)), text="<image>what")
     with pytest.raises(ValueError, match="the same as the number of images"):
         processor(images=Image.open(pictures[0]), text="what")
     with pytest.raises(ValueError, match="2 images in one text"):
@@ -384,6 +383,19 @@ def test_the_processor_refuses_what_is_no_question_about_a_panorama(
         for image in (Image.open(pictures[0]), turned)
     )
     assert np.array_equal(upright, also)
+
+
+def test_the_processor_shows_the_views_of_the_training_for_16_bits_and_transparency(
+    views: Exported,
+) -> None:
+    model, folder, _ = views
+    processor = AutoProcessor.from_pretrained(folder)
+    random = np.random.default_rng(0)
+    deep = Image.fromarray(random.integers(0, 65536, (40, 80), np.uint16))
+    clear = Image.fromarray(random.integers(0, 256, (40, 80, 4), np.uint8))
+    for picture in (deep, clear):
+        pixels = processor(images=picture, text="<image>what")["pixel_values"]
+        assert np.array_equal(pixels[0], model.views(picture))
 
 
 def test_it_follows_the_rules_of_servers(views: Exported, pictures: list[Path]) -> None:

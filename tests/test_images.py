@@ -77,16 +77,9 @@ def test_a_gray_jpeg_is_converted_to_rgb(tmp_path: Path) -> None:
     assert np.abs(picture[..., 0].astype(int) - gray[::2, ::2]).max() <= 4
 
 
-@pytest.mark.parametrize("bits", ["uint16", "int32", "float32"])
-def test_more_than_8_bits_are_rejected_rather_than_clipped(tmp_path: Path, bits: str) -> None:
-    deep = (np.arange(20000).reshape(100, 200) * 3).astype(bits)
-    path = save(tmp_path / "a.tif", deep)
-    with pytest.raises(PictureError, match=r"a\.tif: not 8 bits: pixels of mode .*8 bits per"):
-        read_panorama(path, 100)
-
-
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "cmyk.jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     upright = Image.fromarray(smooth(200, 400))
     turns = Image.Transpose
     stored = {
@@ -103,8 +96,9 @@ def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> No
         upright = upright.transpose(turn)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    upright.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    picture = read_panorama(tmp_path / "a.jpg", 100)
+    stored_picture = upright.convert("CMYK") if name == "cmyk.jpg" else upright
+    stored_picture.save(tmp_path / name, exif=exif, quality=95)
+    picture = read_panorama(tmp_path / name, 100)
     assert picture.shape == (50, 100, 3)
     assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
 
@@ -119,18 +113,6 @@ def test_a_picture_that_is_not_2_to_1_is_rejected(tmp_path: Path, size: tuple[in
 @pytest.mark.parametrize("width", [397, 403])
 def test_one_percent_from_2_to_1_is_accepted(tmp_path: Path, width: int) -> None:
     assert read_panorama(save(tmp_path / "a.jpg", smooth(200, width)), 400).shape[0] == 200
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.99])
-def test_a_truncated_picture_is_rejected(tmp_path: Path, name: str, share: float) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
-    path = save(tmp_path / name, noise)
-    complete = path.read_bytes()
-    path.write_bytes(complete[: int(share * len(complete))])
-    for width in (400, 50):
-        with pytest.raises(PictureError, match=rf"{name}: (broken picture|not a picture)"):
-            read_panorama(path, width)
 
 
 def test_a_file_that_is_not_a_picture_is_rejected(tmp_path: Path) -> None:
@@ -171,55 +153,6 @@ def test_large_panoramas_give_no_warning(tmp_path: Path, recwarn: pytest.Warning
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}]
-)
-@pytest.mark.parametrize("width", [3000, 1400, 700, 350, 130])
-def test_skipping_invisible_rows_does_not_change_the_rows_above(
-    tmp_path: Path, width: int, options: dict[str, Any]
-) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (703, 1409, 3), dtype=np.uint8)
-    for mode in ("RGB", "L"):
-        path = tmp_path / f"{mode}.jpg"
-        Image.fromarray(noise).convert(mode).save(path, quality=90, **options)
-        complete = read_panorama(path, width)
-        for fraction in (0.0, 0.3, 0.75, 0.9, 1.0):
-            part = read_panorama(path, width, fraction)
-            assert part.shape == complete.shape
-            rows = min(len(complete), int(fraction * len(complete)) + 2)  # two more, to interpolate
-            assert np.array_equal(part[:rows], complete[:rows])
-            assert part.any(axis=(1, 2)).mean() < fraction + 0.3
-
-
-def test_fill_bytes_before_a_jpeg_marker_are_skipped(tmp_path: Path) -> None:
-    """The standard allows them, although they look like markers themselves."""
-    jpeg = save(tmp_path / "a.jpg", smooth(800, 1600), quality=90, comment=b"x" * 500).read_bytes()
-    at = jpeg.index(b"\xff\xfe")
-    (tmp_path / "filled.jpg").write_bytes(jpeg[:at] + b"\xff" * 3 + jpeg[at:])
-    part = read_panorama(tmp_path / "filled.jpg", 1600, 0.5)
-    assert np.array_equal(part, read_panorama(tmp_path / "a.jpg", 1600, 0.5))
-    assert not part[600:].any()
-
-
-@pytest.mark.parametrize("name", ["a.png", "upside down.jpg"])
-def test_rows_that_cannot_be_skipped_are_read(tmp_path: Path, name: str) -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3
-    path = save(tmp_path / name, smooth(400, 800), exif=exif)
-    assert np.array_equal(read_panorama(path, 800, 0.5), read_panorama(path, 800))
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.9, 0.99, 0.9999])
-def test_a_picture_truncated_in_invisible_rows_is_rejected(tmp_path: Path, share: float) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (400, 800, 3), dtype=np.uint8)
-    for progressive in (False, True):
-        path = save(tmp_path / "a.jpg", noise, progressive=progressive)
-        complete = path.read_bytes()
-        path.write_bytes(complete[: int(share * len(complete))])
-        with pytest.raises(PictureError, match=r"a\.jpg: (broken picture|not a picture)"):
-            read_panorama(path, 400, 0.5)
-
-
 def decoded_by_pillow(path: Path, width: int) -> np.ndarray:
     """Empty if Pillow rejects the file."""
     try:
@@ -244,57 +177,20 @@ def test_a_jpeg_has_the_same_pixels_as_with_pillow(
 
 def test_a_cmyk_jpeg_is_converted_to_rgb(tmp_path: Path) -> None:
     Image.fromarray(smooth(200, 400)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    picture = read_panorama(tmp_path / "a.jpg", 100, 0.5)
+    picture = read_panorama(tmp_path / "a.jpg", 100)
     assert np.abs(picture.astype(int) - smooth(50, 100)).max() <= 6
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_a_damaged_jpeg_is_treated_as_by_pillow(tmp_path: Path, progressive: bool) -> None:
-    random = np.random.default_rng(0)
-    noise = Image.fromarray(random.integers(0, 256, (20, 40, 3), dtype=np.uint8))
-    path = tmp_path / "a.jpg"
-    noise.resize((400, 200)).save(path, progressive=progressive)
-    complete = path.read_bytes()
-    rejected = 0
-    for trial in range(300):
-        damaged, at = bytearray(complete), int(random.integers(2, len(complete) - 4))
-        if trial % 3 == 0:
-            damaged[at] = random.integers(256)
-        elif trial % 3 == 1:
-            del damaged[at : random.integers(at, len(complete) - 2)]
-        else:
-            damaged[at : at + 2] = b"\xff\xd9"  # an early end marker
-        path.write_bytes(damaged)
-        expected = decoded_by_pillow(path, 200)
-        if expected.shape != (100, 200, 3):
-            rejected += 1
-            with pytest.raises(PictureError):
-                read_panorama(path, 200)
-        else:
-            assert np.array_equal(read_panorama(path, 200), expected)
-    assert 3 < rejected < 100
-
-
-def test_junk_between_header_segments_is_skipped(tmp_path: Path) -> None:
-    """As Pillow and libjpeg do."""
-    path = save(tmp_path / "a.jpg", smooth(200, 400))
-    jpeg = path.read_bytes()
-    at = jpeg.index(b"\xff\xdb")  # the first table
-    path.write_bytes(jpeg[:at] + b"\x00\x01\x02" + jpeg[at:])
-    assert np.array_equal(read_panorama(path, 200), decoded_by_pillow(path, 200))
-    assert read_panorama(path, 200).any()
 
 
 def test_a_picture_in_memory_has_the_pixels_of_its_file(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (351, 703, 3), dtype=np.uint8)
     for name in ("a.png", "a.jpg"):
         path = save(tmp_path / name, noise)
-        for width, fraction in ((703, 0.75), (350, 1.0), (65, 0.75)):
-            expected = read_panorama(path, width, fraction)
-            assert np.array_equal(read_panorama(path.read_bytes(), width, fraction), expected)
+        for width in (703, 350, 65):
+            expected = read_panorama(path, width)
+            assert np.array_equal(read_panorama(path.read_bytes(), width), expected)
     with pytest.raises(PictureError, match="^picture: not a picture$"):
         read_panorama(b"", 100)
-    with pytest.raises(PictureError, match="^picture: broken picture: "):
+    with pytest.raises(PictureError, match="^picture: cut off: "):
         read_panorama(path.read_bytes()[:9999], 350)
 
 

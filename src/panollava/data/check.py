@@ -14,13 +14,16 @@ import pandas as pd
 from tabulate import tabulate
 
 from panollava.config import Count, Share, checked
-from panollava.data.images import PictureError, read_panorama
+from panollava.data.images import PictureError, read_gpano_tags, read_panorama
+from panollava.data.picture_suspicions import SIGNS, find_signs
 from panollava.data.prepare import map_pictures
 from panollava.data.rows import NOT_DOWNLOADED, SPLITS, read_rows
 from panollava.data.suspicions import find_suspicions
 from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 5  # pictures in a line
 
 
 def _zero_counts() -> dict[str, int]:
@@ -40,7 +43,8 @@ class Fault:
 @dataclass
 class Report:
     """`rows`, `pictures` and `links` are counts per split. `links` are still to be downloaded; they
-    are not faults while there is no folder `images`."""
+    are not faults while there is no folder `images`. `signs`: by picture, each sign that it is no
+    whole panorama, with how it was seen."""
 
     folder: str
     max_rejected: float
@@ -49,6 +53,7 @@ class Report:
     links: dict[str, int] = field(default_factory=_zero_counts)
     faults: list[Fault] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
+    signs: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def bad(self) -> Counter[str]:
         """Bad rows per split."""
@@ -84,7 +89,7 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
             splits[split] = pd.concat(read_rows(folder / f"{split}.csv", root)).sort_values("row")
         except UserError as error:
             report.faults.append(Fault(split, None, "", str(error)))
-    broken = _check_pictures(splits.values(), workers)
+    broken, signs = _check_pictures(splits.values(), workers)
     downloaded = (folder / "images").is_dir()
     for split, rows in splits.items():
         waiting = rows["kind"].eq(NOT_DOWNLOADED) & (not downloaded)
@@ -95,7 +100,8 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
         bad = rows.assign(reason=reasons)[reasons.notna() & ~waiting]
         report.faults += [Fault(split, row.row, row.url, row.reason) for row in bad.itertuples()]
     report.faults.sort(key=lambda fault: SPLITS.index(fault.split))
-    report.suspicions = find_suspicions(splits, folder)
+    report.signs = {_short(path, folder): found for path, found in signs.items()}
+    report.suspicions = [*find_suspicions(splits, folder), *_summarize(report.signs)]
     return report
 
 
@@ -130,16 +136,40 @@ def show(report: Report) -> None:
         log.info("passed; `prepare` accepts it with data.max_rejected >= %.4f", limit)
 
 
-def _check_pictures(splits: Iterable[pd.DataFrame], workers: int) -> dict[Path, str]:
-    """Decode the pictures of all splits once each. Returns the reasons of those with a fault."""
+def _check_pictures(
+    splits: Iterable[pd.DataFrame], workers: int
+) -> tuple[dict[Path, str], dict[Path, dict[str, str]]]:
+    """Decode the pictures of all splits once each. Returns the reasons of those with a fault, and
+    the signs of others that they are no whole panoramas."""
 
-    def read(path: Path) -> str | None:
+    def read(path: Path) -> str | dict[str, str]:
         try:
-            read_panorama(path, width=256)
+            return find_signs(read_panorama(path, width=256), read_gpano_tags(path))
         except PictureError as error:
             return error.reason
-        return None
 
     paths = list(dict.fromkeys(path for rows in splits for path in rows["picture"].dropna()))
-    results = map_pictures(read, paths, workers, "pictures")
-    return {path: reason for path, reason in results if reason is not None}
+    broken, signs = {}, {}
+    for path, result in map_pictures(read, paths, workers, "pictures"):
+        if isinstance(result, str):
+            broken[path] = result
+        elif result:
+            signs[path] = result
+    return broken, signs
+
+
+def _short(path: Path, folder: Path) -> str:
+    """Relative to `folder` if it is below it."""
+    parent = folder.resolve()
+    return str(path.relative_to(parent) if path.is_relative_to(parent) else path)
+
+
+def _summarize(signs: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each sign, with some of the pictures that show it."""
+    lines = []
+    for sign, meaning in SIGNS.items():
+        shown = [f"{name} ({found[sign]})" for name, found in signs.items() if sign in found]
+        if shown:
+            more = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+            lines.append(f"{len(shown)} pictures {meaning}: {', '.join(shown[:_SHOWN])}{more}")
+    return lines

@@ -1,99 +1,86 @@
-"""Reads panoramas from image files, checks them, and rolls them. Only this module opens images."""
+"""Decodes panoramas to arrays, upright and no larger than needed, and rolls them."""
 
-import io
-import math
-import struct
+import re
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from panollava.errors import UserError
-
-# Pillow refuses large images as decompression bombs; this allows 32,768 x 16,384 pixels.
-Image.MAX_IMAGE_PIXELS = 1 << 29
-
-_RATIO_TOLERANCE = 0.01
-# No others, because Pillow runs a program to read EPS. JPEG includes MPO.
-_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
-# JPEG markers (ITU-T T.81, table B.1). The range of frame headers includes three other markers.
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset(range(0xC0)) | frozenset(range(0xD0, 0xDB))  # or the start of a scan
-_END_OF_IMAGE = b"\xff\xd9"
-_DECODING_ERRORS = (
-    *(EOFError, RuntimeError, SyntaxError, ValueError, LookupError, OverflowError, struct.error),
-    Image.DecompressionBombError,
+from panollava.data.picture_files import (
+    IN_MEMORY,
+    MAX_PIXELS,
+    check_panorama,
+    gpano_tags,
+    open_picture,
 )
-_IN_MEMORY = Path("picture")  # its name in errors
-_BLOCK_ROWS = 64  # a multiple of the block height for every chroma subsampling
+from panollava.data.picture_files import PictureError as PictureError  # for those who read pictures
 
-
-class PictureError(UserError):
-    """A picture that is not a usable panorama. The message is `path: kind: detail`.
-
-    Kinds are "picture missing", "link not downloaded", "picture cannot be read" (a system error),
-    "not a picture", "broken picture", "too large", "not 2:1" and "not 8 bits". `reason` is kind and
-    detail; it names no folder, so that it is the same on every machine."""
-
-    def __init__(self, path: Path, kind: str, detail: str = "") -> None:
-        self.kind = kind
-        self.reason = f"{kind}: {detail}" if detail else kind
-        super().__init__(f"{path}: {self.reason}")
+_BACKGROUND = (0, 0, 0, 255)  # behind transparent pixels
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_END_OF_IMAGE, _START_OF_SCAN, _ADOBE = 0xD9, 0xDA, 0xEE  # JPEG markers (ITU-T T.81, table B.1)
+_NOT_NEEDED = {*range(0xE0, 0xF0), 0xFE} - {_ADOBE}  # metadata and comments
+_BASELINE = (0xC0, 0xC1)
+_EXTRANEOUS = re.compile(rf"(\d+) extraneous bytes before marker 0x{_END_OF_IMAGE:x}")
+_READ_AHEAD = 16  # bytes that a JPEG decoder may have taken from behind the last pixel
 
 
 def read_panorama(
-    picture: Path | bytes,
-    width: int,
-    visible_fraction: float = 1.0,
-    max_pixels: int | None = None,
+    picture: Path | bytes, width: int, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Decode an image file, or what a file contains, at the smallest scale that is at least `width`
     wide, or at full size if the picture is narrower: uint8 (height, width, 3), upright according
-    to its EXIF orientation.
+    to its EXIF orientation. Transparent pixels become black; color profiles are not applied.
 
-    `visible_fraction`: the share of the height, from the top, that is needed. Rows below it may
-    stay black. `max_pixels` of the full size are checked before any pixel is decoded.
+    `max_pixels` of the full size are checked before any pixel is decoded.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size. The rest of the scale, or all of it for other
     formats, is box-averaged. A scale that does not divide the width stretches the panorama by less
     than one of its pixels.
 
     Raises:
-        PictureError: missing, unreadable, broken, truncated, too large, not 2:1, or more than 8
-            bits.
+        PictureError: missing, unreadable, broken, cut off, too large, or no whole panorama.
     """
-    path = _IN_MEMORY if isinstance(picture, bytes) else picture
-    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-    try:
-        with Image.open(source, formats=_FORMATS) as opened:
-            _check(path, opened, max_pixels)
-            upright = _is_upright_jpeg(opened)
-            full_height = opened.height
-            opened.draft("RGB", (width, 1))
-            if upright and opened.width < 2 * width:
-                jpeg = picture if isinstance(picture, bytes) else picture.read_bytes()
-                panorama = _decode_jpeg(jpeg, full_height, opened.size, visible_fraction)
-                if panorama is not None:
-                    return panorama
-            return _decode(opened, width)
-    except FileNotFoundError:
-        raise PictureError(path, "picture missing") from None
-    except UnidentifiedImageError:
-        raise PictureError(path, "not a picture") from None
-    except OSError as error:
-        if error.strerror:  # from the system; Pillow's have none
-            raise PictureError(path, "picture cannot be read", error.strerror) from None
-        raise PictureError(path, "broken picture", str(error)) from None
-    except _DECODING_ERRORS as error:
-        raise PictureError(path, "broken picture", str(error)) from None
+    path = IN_MEMORY if isinstance(picture, bytes) else picture
+    with open_picture(picture) as (opened, content):
+        orientation = check_panorama(path, opened, max_pixels)
+        if opened.format not in ("JPEG", "MPO"):
+            if opened.format == "TIFF":  # Pillow turns it, and would fail at other, odd EXIF
+                exif = opened.getexif()
+                exif.clear()
+                exif[ExifTags.Base.Orientation], orientation = orientation, 1
+            return _finish(_to_rgb(opened), orientation, width)
+        opened.draft("RGB", (1, width) if orientation >= 5 else (width, 1))
+        if opened.mode not in ("RGB", "L"):
+            _decode_jpeg(content, opened.size, "CMYK")  # to check it
+            return _finish(_to_rgb(opened), orientation, width)
+        pixels = _decode_jpeg(content, opened.size, "RGB")
+        if orientation == 1 and opened.width < 2 * width:
+            return pixels
+        return _finish(Image.fromarray(pixels), orientation, width)
+
+
+def read_gpano_tags(picture: Path | bytes) -> dict[str, str]:
+    """Google's photo sphere tags of a picture. Raises PictureError if it cannot be read."""
+    with open_picture(picture) as (opened, _):
+        return gpano_tags(opened)
 
 
 def convert_panorama(picture: Image.Image, width: int) -> NDArray[np.uint8]:
     """Like `read_panorama`, for a picture in memory, which stays as it is."""
-    _check(_IN_MEMORY, picture)
-    return _decode(picture.copy(), width)
+    picture.load()  # Pillow turns TIFF in this
+    orientation = check_panorama(IN_MEMORY, picture)
+    return _finish(_to_rgb(picture), orientation, width)
 
 
 def roll(panorama: NDArray, degrees: float) -> NDArray:
@@ -103,80 +90,82 @@ def roll(panorama: NDArray, degrees: float) -> NDArray:
     return np.roll(panorama, columns, axis=1) if columns else panorama
 
 
-def _check(path: Path, picture: Image.Image, max_pixels: int | None = None) -> None:
-    width, height = picture.size
-    if max_pixels is not None and width * height > max_pixels:
-        detail = f"{width} x {height} pixels, limit {max_pixels:,} in all; send it smaller"
-        raise PictureError(path, "too large", detail)
-    if _orientation(picture) >= 5:  # stored on its side; asking may decode a PNG
-        width, height = height, width
-    if not height or abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
-        detail = f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high"
-        raise PictureError(path, "not 2:1", detail)
-    if picture.mode.startswith(("I", "F")):  # converting would clip all values above 255
-        detail = f"pixels of mode {picture.mode}; save it with 8 bits per channel"
-        raise PictureError(path, "not 8 bits", detail)
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        return Image.fromarray(_high_byte(picture)).convert("RGB")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, _BACKGROUND)
+        return Image.alpha_composite(background, rgba).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation, 1..8: 1 is upright, 2 mirrored."""
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+def _finish(rgb: Image.Image, orientation: int, width: int) -> NDArray[np.uint8]:
+    """Upright, and box-averaged to at least `width`."""
+    upright = rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+    factor = upright.width // width
+    return np.asarray(upright.reduce(factor) if factor > 1 else upright)
 
 
-def _is_upright_jpeg(picture: Image.Image) -> bool:
-    """A JPEG in RGB or gray whose rows are stored from top to bottom."""
-    jpeg = picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L")
-    return jpeg and _orientation(picture) == 1
+def _high_byte(picture: Image.Image) -> NDArray[np.uint8]:
+    """Gray pixels of 16 bits, or 12 in TIFF, scaled to 8. Pillow would clip them."""
+    pixels = np.asarray(picture)
+    tags = getattr(picture, "tag_v2", {})
+    (bits,) = tags.get(_BITS, (16,))
+    high = (pixels >> (bits - 8)).astype(np.uint8)
+    is_negative = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    return 255 - high if is_negative else high
 
 
-def _decode(picture: Image.Image, width: int) -> NDArray[np.uint8]:
-    ImageOps.exif_transpose(picture, in_place=True)
-    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-    factor = rgb.width // width
-    return np.asarray(rgb.reduce(factor) if factor > 1 else rgb)
+def _decode_jpeg(jpeg: bytes, size: tuple[int, int], colors: str) -> NDArray[np.uint8]:
+    """Same pixels as Pillow's, but faster, and without accepting what libjpeg warns of: (height,
+    width, colors). `size`: width and height to decode at.
 
-
-def _decode_jpeg(
-    jpeg: bytes, full_height: int, size: tuple[int, int], visible_fraction: float
-) -> NDArray[np.uint8] | None:
-    """Same pixels as `_decode`, but faster: libjpeg-turbo without Pillow's copies and without the
-    rows below `visible_fraction`, which stay black.
-
-    `size`: width and height to decode at. Returns None for a faulty file: Pillow decides then
-    whether it is broken."""
-    if not jpeg.endswith(_END_OF_IMAGE):
-        return None
+    Raises:
+        ValueError: libjpeg warns of the picture's data.
+    """
     width, height = size
-    panorama = np.zeros((height, width, 3), np.uint8)
-    # Chroma upsampling reads the next row too.
-    rows = math.ceil(full_height * visible_fraction + 4 * full_height / height)
-    shortened = _with_height(jpeg, rows)
+    pixels = np.empty((height, width, len(colors)), np.uint8)
     try:
-        simplejpeg.decode_jpeg_header(shortened)
-    except ValueError:  # the same messages as below, but before any pixel is decoded
-        return None
-    try:
-        simplejpeg.decode_jpeg(shortened, "RGB", min_width=width, buffer=panorama)
-    except ValueError as error:
-        # Expected: the rows that the header leaves out are extra data to the decoder. It finds
-        # them after decoding all other rows.
-        if not str(error).startswith("Corrupt JPEG data: "):
-            return None
-    return panorama
+        simplejpeg.decode_jpeg(jpeg, colors, min_width=width, buffer=pixels)
+    except ValueError:
+        # Only the first warning is reported. Those of the header are harmless: without their cause,
+        # the data must decode without a warning, or with one at its very end.
+        jpeg = _without_metadata(jpeg)
+        try:
+            simplejpeg.decode_jpeg(jpeg, colors, min_width=width, buffer=pixels)
+        except ValueError as error:
+            if not _is_padding(jpeg, str(error)):
+                raise
+    return pixels
 
 
-def _with_height(jpeg: bytes, rows: int) -> bytes:
-    """The JPEG with a header that claims only `rows` rows (rounded up to whole blocks), where a
-    decoder stops."""
-    at = 2
-    while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) not in _WITHOUT_LENGTH:
-        if marker == 0xFF:  # a fill byte
+def _without_metadata(jpeg: bytes) -> bytes:
+    """The JPEG without metadata and without bytes between the segments of its header. The first
+    scan of a baseline JPEG gets the only parameters that it may have."""
+    parts, at, is_baseline = [jpeg[:2]], 2, False
+    while (at := jpeg.find(b"\xff", at)) >= 0 and at + 4 <= len(jpeg):
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        if marker in (0x00, 0xFF):  # no marker, or a fill byte before one
             at += 1
             continue
-        if marker in _START_OF_FRAME:
-            place = slice(at + 5, at + 7)
-            height = int.from_bytes(jpeg[place])
-            claimed = min(height, -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS)
-            return jpeg[: place.start] + claimed.to_bytes(2) + jpeg[place.stop :]
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        is_baseline = is_baseline or marker in _BASELINE
+        if marker == _START_OF_SCAN:
+            start = jpeg[at : end - 3] + b"\0\x3f\0" if is_baseline else jpeg[at:end]
+            return b"".join((*parts, start, jpeg[end:]))
+        if marker not in _NOT_NEEDED:
+            parts.append(jpeg[at:end])
+        at = end
     return jpeg
+
+
+def _is_padding(jpeg: bytes, warning: str) -> bool:
+    """Whether libjpeg's first warning is of bytes between the last pixel and the end of the image,
+    and these are no picture data: a few, or one value repeated from the last pixel on. Other bytes
+    there mean that pixels were lost on the way. `jpeg` is without metadata."""
+    match = _EXTRANEOUS.search(warning)
+    if match is None:
+        return False
+    scans = jpeg[: jpeg.index(bytes((0xFF, _END_OF_IMAGE)))]
+    skipped, repeated = int(match[1]), len(scans) - len(scans.rstrip(scans[-1:]))
+    return skipped <= _READ_AHEAD or skipped <= repeated <= skipped + _READ_AHEAD

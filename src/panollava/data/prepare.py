@@ -115,7 +115,7 @@ def _write_views(
 
     def sample(path: Path) -> list[Views] | PictureError:
         try:
-            panorama = read_panorama(path, sampler.panorama_width, sampler.visible_fraction)
+            panorama = read_panorama(path, sampler.panorama_width)
         except PictureError as error:
             return error
         return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *(rolls or ()))]

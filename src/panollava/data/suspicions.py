@@ -1,9 +1,13 @@
 """Suspicions about rows, for a person to look at: likely misspellings, repeated rows, pictures in
-two splits, and links that share a file. None of them rejects a row."""
+two splits or under two names, and links that share a file. None of them rejects a row."""
 
+import contextlib
 import difflib
+import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +28,7 @@ def find_suspicions(splits: dict[str, pd.DataFrame], folder: Path) -> list[str]:
         *_misspellings(rows),
         *_repeated_rows(splits),
         *shared_pictures(splits),
+        *_same_bytes(splits),
         *_name_collisions(rows, folder),
     ]
 
@@ -77,3 +82,41 @@ def _name_collisions(rows: pd.DataFrame, folder: Path) -> list[str]:
         for file, links in by_file.items()
         if len(links) > 1 and file.is_file()
     ]
+
+
+def _same_bytes(splits: dict[str, pd.DataFrame]) -> list[str]:
+    """Pictures that are under two names, in one split or in two."""
+    pictures = {split: set(rows["picture"].dropna()) for split, rows in splits.items()}
+    groups = _groups(set().union(*pictures.values()), lambda path: path.stat().st_size)
+    copies = [group for same_size in groups for group in _groups(same_size, _digest)]
+    suspicions = []
+    for one, other in combinations_with_replacement(pictures, 2):
+        pairs = [
+            (a, b)
+            for group in copies
+            for a in sorted(group & pictures[one])
+            for b in sorted(group & pictures[other])
+            if a != b and (one != other or a < b)
+        ]
+        if pairs:
+            where = f"both in {one}" if one == other else f"one in {one} and one in {other}"
+            suspicions.append(
+                f"{len(pairs)} pairs of pictures have the same bytes under two names, {where}, "
+                f"such as {pairs[0][0]} and {pairs[0][1]}"
+            )
+    return suspicions
+
+
+def _groups(paths: Iterable[Path], key: Callable[[Path], Hashable]) -> list[set[Path]]:
+    """The paths with equal keys, where there are two or more. Files that cannot be read are left
+    out: they are faults."""
+    groups: dict[Hashable, set[Path]] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            groups.setdefault(key(path), set()).add(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

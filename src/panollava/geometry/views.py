@@ -150,8 +150,6 @@ class Sampler:
         rays = token_rays(layout, cell_centers(size))
         self.panorama_width = _decode_width(rays)
         self.position = panorama_position(rays)  # (views, size, size, 2)
-        # The views show nothing of the panorama below this fraction of its height.
-        self.visible_fraction = float(self.position[..., 1].max())
         # Photos come in many sizes: without a limit, their maps would fill the memory.
         self._maps = functools.lru_cache(maxsize=16)(self._make_maps)
 

@@ -66,7 +66,7 @@ class PanoLLaVAImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """`pixel_values`: uint8 (images, views, size, size, 3). Raises ValueError for a picture
-        that is not a panorama of 8 bits per channel."""
+        that is not a panorama of 8 or 16 bits per channel."""
         check = kwargs.get("check_ratio")
         check = self.check_ratio if check is None else check
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
@@ -83,9 +83,15 @@ class PanoLLaVAImageProcessor(BaseImageProcessor):
                     f"{array.dtype} {array.shape}"
                 )
             image = Image.fromarray(array)
-        if image.mode.startswith(("I", "F")):
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode}; save it with 8 bits per channel")
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        if upright.has_transparency_data:  # black, as in training
+            rgba = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+        upright = upright.convert("RGB")
         if check_ratio and abs(upright.width / upright.height - 2) > 0.02:
             raise ValueError(
                 f"{upright.width} x {upright.height} pixels; an equirectangular panorama is twice "

@@ -150,9 +150,9 @@ class PanoLLaVA:
 
     def views(self, panorama: Picture) -> NDArray:
         """Views as `prepare` samples them: uint8 (views, size, size, 3)."""
-        width, visible = self.sampler.panorama_width, self.sampler.visible_fraction
+        width = self.sampler.panorama_width
         if isinstance(panorama, str | Path):
-            return self.sampler.sample(read_panorama(Path(panorama), width, visible))
+            return self.sampler.sample(read_panorama(Path(panorama), width))
         if not isinstance(panorama, Image.Image):
             panorama = _as_image(panorama)
         return self.sampler.sample(convert_panorama(panorama, width))

@@ -178,9 +178,8 @@ class _Routes:
             panorama = self._recent.get(key)
         if panorama is None:
             sampler = self.model.sampler
-            visible, limit = sampler.visible_fraction, self.limits.max_pixels
             try:
-                pixels = read_panorama(picture, sampler.panorama_width, visible, limit)
+                pixels = read_panorama(picture, sampler.panorama_width, self.limits.max_pixels)
             except PictureError as error:
                 raise RequestError(error.reason, "messages", "invalid_image") from None
             panorama = Panorama(sampler.sample(pixels))
