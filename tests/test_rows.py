@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from helpers import SHARED
 from panollava.data.images import PictureError
 from panollava.data.rows import find_picture, picture_file, plain_file, read_rows
 from panollava.errors import UserError
 
-SHARED = Path(__file__).parents[2] / "shared"
 HEADER = "url,query,annotation\n"
 
 
@@ -177,11 +177,7 @@ def test_a_picture_in_a_folder_without_search_permission_is_not_reported_as_miss
         ),
         ("URL,query,annotation\nb.jpg,q,a\n", r"no column 'url'.*is 'URL' meant\?"),
         ("url,instructon,response\nb.jpg,q,a\n", r"no column 'query'.*is 'instructon' meant\?"),
-        (
-            'url\tquery\tannotation\nb.jpg\tq\t"a" b\n',
-            r"columns are separated by tabs",
-        ),
-        ("url;query;annotation\nb.jpg;q;a\n", r"no column 'url' among 'url;query;annotation'"),
+        ('url\tquery\tannotation\nb.jpg\tq\t"a" b\n', r"not a CSV file, at line 2.*quotation"),
         (
             "b.jpg,q,a\nb.jpg,q,a\n",
             r"no column 'url'.*url,query,annotation or url,instruction,resp",
@@ -192,8 +188,7 @@ def test_a_picture_in_a_folder_without_search_permission_is_not_reported_as_miss
         (HEADER, r"no rows; expected a header"),
         (HEADER + 'b.jpg,q,"open\nb.jpg,q,a\n', r"not a CSV file, at line 3.*quotation mark"),
         (HEADER + 'b.jpg,q,"a" b\n', r"not a CSV file, at line 2.*quotation mark"),
-        (HEADER.encode() + b"b.jpg,q,caf\xe9\n", r"not a CSV file in UTF-8.*at byte \d+; save it"),
-        (HEADER.encode("utf-16"), r"not a CSV file in UTF-8"),
+        (HEADER.encode() + b"b.jpg,q,caf\xe9\n", r"not UTF-8 at line 2, but probably CP1252"),
     ],
 )
 def test_a_file_in_another_format_is_an_error(

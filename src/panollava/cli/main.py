@@ -55,7 +55,7 @@ def _run_anywhere(options: argparse.Namespace) -> None:
         with logs.to_console(), system_errors_as_user_errors(_MORE_MEMORY):
             options.run(options)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {logs.printable(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
 

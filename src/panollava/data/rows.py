@@ -1,8 +1,6 @@
 """Reads rows in QuIC-360's CSV format and finds their pictures, without opening these. A bad row is
 set aside with its reason."""
 
-import csv
-import difflib
 import errno
 import hashlib
 import re
@@ -14,12 +12,11 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from panollava.data.images import PictureError
-from panollava.errors import UserError
+from panollava.data.tables import read_records
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = ("url", "query", "annotation")
 NOT_DOWNLOADED = "link not downloaded"
-_ALIASES = {"query": "instruction", "annotation": "response"}
 _LINKS = ("http://", "https://")
 _NO_SUCH_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -33,7 +30,7 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     machine. `root`: the project's folder.
 
     Raises:
-        UserError: no file, not CSV in UTF-8, a missing column, or no rows.
+        UserError: no file, not a table, a missing column, or no rows.
     """
     hint = "data.dir must contain train.csv, valid.csv and test.csv"
     header, places, records = read_records(file, COLUMNS, hint)
@@ -128,64 +125,3 @@ def shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
         for one, other in combinations(pictures, 2)
         if (shared := pictures[one] & pictures[other])
     ]
-
-
-def read_records(
-    file: Path, columns: tuple[str, ...], if_missing: str
-) -> tuple[list[str], dict[str, int], list[list[str]]]:
-    """The header, the index of each of `columns` in it, and all other records, without blank lines.
-
-    Raises:
-        UserError: no file (the message ends in `if_missing`), not CSV in UTF-8, no rows, or a
-            missing column.
-    """
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            first = lines.readline()
-            if "\t" in first and "," not in first:
-                raise UserError(
-                    f"{file}: columns are separated by tabs instead of commas; convert the file "
-                    "as data/quic360/README.md shows"
-                )
-            lines.seek(0)
-            # Strict: an open quotation mark would swallow all rows up to the next one.
-            reader = csv.reader(lines, strict=True)
-            records = [record for record in reader if record]
-    except csv.Error as error:
-        raise UserError(
-            f"{file}: not a CSV file, at line {reader.line_num}: {error}; "
-            "look for a missing or extra quotation mark above it"
-        ) from None
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; {if_missing}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not a CSV file in UTF-8: {error.reason} at byte {error.start}; "
-            "save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(records) < 2:
-        raise UserError(f"{file}: no rows; expected a header {','.join(columns)} and rows")
-    header, *others = records
-    return header, _find_columns(file, header, columns), others
-
-
-def _find_columns(file: Path, header: list[str], columns: tuple[str, ...]) -> dict[str, int]:
-    places = {}
-    for name in columns:
-        names = [name, _ALIASES.get(name, name)]
-        title = next((title for title in names if title in header), None)
-        if title is None:
-            by_lower = {title.strip().lower(): title for title in header}
-            near = [difflib.get_close_matches(known, by_lower, n=1) for known in names]
-            hint = next((f" (is '{by_lower[match[0]]}' meant?)" for match in near if match), "")
-            aliases = ",".join(_ALIASES.get(column, column) for column in columns)
-            raise UserError(
-                f"{file}: no column '{name}' among '{', '.join(header)}'{hint}; expected "
-                f"{','.join(columns)} or {aliases}; rename the column"
-            )
-        if header.count(title) > 1:
-            raise UserError(f"{file}: {header.count(title)} columns '{title}'; keep one")
-        places[name] = header.index(title)
-    return places
