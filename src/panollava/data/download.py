@@ -15,12 +15,20 @@ from tqdm import tqdm
 from panollava.config import Count, NotNegative, Positive, checked
 from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
+from panollava.data.picture_files import (
+    NOT_DOWNLOADED,
+    UNREADABLE,
+    PictureFinder,
+    address,
+    is_link,
+    picture_file,
+)
 from panollava.errors import UserError
 from panollava.files import write_csv
 
 log = logging.getLogger(__name__)
 
-_OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see rows.picture_file
+_OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see picture_file
 
 
 def download(
@@ -63,17 +71,23 @@ def download(
 
 
 def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]:
-    """The links of all rows that are otherwise good, in order, with their pictures if present; and
-    the present pictures of all rows, good or bad, links or paths."""
+    """The addresses of all rows that are otherwise good, in order, with their pictures if present;
+    and the present pictures of all rows, good or bad, links or paths."""
     links: dict[str, Path | None] = {}
     wanted: set[Path] = set()
+    finder = PictureFinder(folder, root)
     for split in rows.SPLITS:
         good, rejects = rows.read_rows(folder / f"{split}.csv", root)
-        pictures = (rows.find_picture(url, folder, root) for url in rejects["url"].unique())
-        wanted |= {*good["picture"], *filter(None, pictures)}
-        missing = rejects[rejects["kind"] == rows.NOT_DOWNLOADED].assign(picture=None)
+        wanted |= set(good["picture"])
+        for url in rejects["url"].unique():
+            try:
+                wanted.add(finder.find(url))
+            except PictureError as error:
+                if error.kind == UNREADABLE:  # it may be there: nothing may be removed
+                    raise
+        missing = rejects[rejects["kind"] == NOT_DOWNLOADED].assign(picture=None)
         both = pd.concat([good, missing]).sort_values("row")
-        links |= {row.url: row.picture for row in both.itertuples() if rows.is_link(row.url)}
+        links |= {address(row.url): row.picture for row in both.itertuples() if is_link(row.url)}
     return links, wanted
 
 
@@ -94,7 +108,7 @@ def _download_all(
     order of `links`."""
     dead: dict[str, str] = {}
     failed: dict[str, str] = {}
-    paths = {link: rows.picture_file(link, folder) for link in links}
+    paths = {link: picture_file(link, folder) for link in links}
     with ThreadPoolExecutor(connections) as pool:
         futures = {
             pool.submit(client.download, link, path, _check_picture): link

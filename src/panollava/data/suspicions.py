@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from panollava.data.rows import COLUMNS, is_link, plain_file, shared_pictures
+from panollava.data.picture_files import is_link, plain_file
+from panollava.data.rows import COLUMNS, shared_pictures
 
 _RARE = 0.05  # relative to how often the likely intended word occurs
 _SIMILARITY = 0.85  # difflib's ratio; 1 is equal
