@@ -9,7 +9,7 @@ import pytest
 from helpers import SHARED, save_panorama, write_rows
 from panollava.cli import main as cli
 from panollava.data.check import Report, check
-from panollava.data.picture_files import picture_file, plain_file
+from panollava.data.picture_paths import picture_file, plain_file
 
 LINK = "https://example.org/{}.jpg"
 

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import SHARED
 from panollava.data.images import PictureError
-from panollava.data.picture_files import PictureFinder, picture_file, plain_file
+from panollava.data.picture_paths import PictureFinder, picture_file, plain_file
 from panollava.data.rows import read_rows
 from panollava.errors import UserError
 

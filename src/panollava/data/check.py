@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from panollava.config import Count, Share, checked
 from panollava.data.images import PictureError, read_panorama
-from panollava.data.picture_files import NOT_DOWNLOADED
+from panollava.data.picture_paths import NOT_DOWNLOADED
 from panollava.data.prepare import map_pictures
 from panollava.data.rows import SPLITS, read_rows
 from panollava.data.suspicions import find_suspicions

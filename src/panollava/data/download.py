@@ -15,7 +15,7 @@ from tqdm import tqdm
 from panollava.config import Count, NotNegative, Positive, checked
 from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
-from panollava.data.picture_files import (
+from panollava.data.picture_paths import (
     NOT_DOWNLOADED,
     UNREADABLE,
     PictureFinder,

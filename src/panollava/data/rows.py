@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from panollava.data.images import PictureError
-from panollava.data.picture_files import PictureFinder
+from panollava.data.picture_paths import PictureFinder
 from panollava.data.tables import read_records
 from panollava.data.texts import is_blank
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from panollava.data.picture_files import is_link, plain_file
+from panollava.data.picture_paths import is_link, plain_file
 from panollava.data.rows import COLUMNS, shared_pictures
 
 _RARE = 0.05  # relative to how often the likely intended word occurs

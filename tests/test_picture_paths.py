@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from panollava.data.images import PictureError
-from panollava.data.picture_files import PictureFinder, address, is_link, picture_file
+from panollava.data.picture_paths import PictureFinder, address, is_link, picture_file
 
 NFD = unicodedata.normalize("NFD", "전경.jpg")
 NAMES = [NFD, "my pano.jpg", "café.jpg", "a.JPG", "b.jpg", "x y é.jpg", "100%.jpg", "Straße.jpg"]
