@@ -146,6 +146,7 @@ def _add_check(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
     add("--json", type=Path, metavar="FILE", help="also write the report to a file")
+    add("--rows-only", action="store_true", help="open no picture")
     add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
     help = (
         "largest share of a split's rows that may be bad; otherwise the exit status is 1 (default: "
@@ -187,7 +188,8 @@ def _check(options: argparse.Namespace) -> None:
     from panollava.data.check import check, show
     from panollava.files import write_json
 
-    report = check(options.data_dir, Path(), options.workers, options.max_rejected)
+    folder, limit = options.data_dir, options.max_rejected
+    report = check(folder, Path(), options.workers, limit, options.rows_only)
     if options.json:
         write_json(options.json, report.as_json())
     show(report)

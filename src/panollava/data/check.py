@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from tabulate import tabulate
@@ -22,6 +22,8 @@ from panollava.data.suspicions import find_suspicions
 from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 200  # suspicions on the console
 
 
 def _zero_counts() -> dict[str, int]:
@@ -38,10 +40,17 @@ class Fault:
     reason: str
 
 
+class PictureSuspicion(NamedTuple):
+    """`picture`: its path from the folder of the CSV files, or an absolute one."""
+
+    picture: str
+    text: str
+
+
 @dataclass
 class Report:
     """`rows`, `pictures` and `links` are counts per split. `links` are still to be downloaded; they
-    are not faults while there is no folder `images`."""
+    are not faults while there is no folder `images`. `rows_only`: no picture was decoded."""
 
     folder: str
     max_rejected: float
@@ -50,6 +59,8 @@ class Report:
     links: dict[str, int] = field(default_factory=_zero_counts)
     faults: list[Fault] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
+    picture_suspicions: list[PictureSuspicion] = field(default_factory=list)
+    rows_only: bool = False
 
     def bad(self) -> Counter[str]:
         """Bad rows per split."""
@@ -68,8 +79,10 @@ class Report:
         return {"passed": self.passed, "bad_share": self.shares(), **dataclasses.asdict(self)}
 
 
-def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report:
-    """Read all rows and decode all pictures of `folder`.
+def check(
+    folder: Path, root: Path, workers: int, max_rejected: float, rows_only: bool = False
+) -> Report:
+    """Read all rows of `folder` and, unless `rows_only`, decode all pictures.
 
     Raises:
         UserError: no such folder, or an invalid `workers` or `max_rejected`.
@@ -78,14 +91,14 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
         raise UserError(f"{folder}: no such folder; name one that contains {', '.join(SPLITS)}.csv")
     checked(Count, workers, "--workers")
     checked(Share, max_rejected, "--max-rejected")
-    report = Report(str(folder), max_rejected)
+    report = Report(str(folder), max_rejected, rows_only=rows_only)
     splits = {}
     for split in SPLITS:
         try:
             splits[split] = pd.concat(read_rows(folder / f"{split}.csv", root)).sort_values("row")
         except UserError as error:
             report.faults.append(Fault(split, None, "", str(error)))
-    broken = _check_pictures(splits.values(), workers)
+    broken = {} if rows_only else _check_pictures(splits.values(), workers)
     downloaded = (folder / "images").is_dir()
     for split, rows in splits.items():
         waiting = rows["kind"].eq(NOT_DOWNLOADED) & (not downloaded)
@@ -96,20 +109,27 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
         bad = rows.assign(reason=reasons)[reasons.notna() & ~waiting]
         report.faults += [Fault(split, row.row, row.url, row.reason) for row in bad.itertuples()]
     report.faults.sort(key=lambda fault: SPLITS.index(fault.split))
-    report.suspicions = find_suspicions(splits, folder)
+    report.suspicions = find_suspicions(splits, folder, root)
     return report
 
 
 def show(report: Report) -> None:
     """Log the report as tables. Raises UserError if it has not passed."""
     if report.faults:
-        cells = [(fault.split, fault.row, fault.reason, fault.url[:100]) for fault in report.faults]
+        cells = [
+            (fault.split, fault.row, fault.reason, _one_line(fault.url, 100))
+            for fault in report.faults
+        ]
         header = ("split", "row", "reason", "url")
         # A url may look like a number.
         text = tabulate(cells, header, "plain", missingval="-", disable_numparse=[2, 3])
         log.info("faults (rows count from 0 below the header):\n%s", text)
-    if report.suspicions:
-        log.info("suspicions:\n%s", "\n".join(f"- {text}" for text in report.suspicions))
+    pairs = [f"{_one_line(picture)}: {text}" for picture, text in report.picture_suspicions]
+    if suspicions := [*map(_one_line, report.suspicions), *pairs]:
+        shown = [f"- {text}" for text in suspicions[:_SHOWN]]
+        if more := len(suspicions) - _SHOWN:
+            shown += [f"- and {more} more: --json FILE has all of them"] * (more > 0)
+        log.info("suspicions:\n%s", "\n".join(shown))
     bad, shares = report.bad(), report.shares()
     pictures, links = report.pictures, report.links
     counts = [
@@ -124,11 +144,17 @@ def show(report: Report) -> None:
             f"{report.folder}: {worst:.2%} of a split's rows are bad; --max-rejected allows "
             f"{report.max_rejected:.2%}. Fix the rows listed above"
         )
-    if any(report.links.values()):
+    if report.rows_only:
+        log.info("passed; no picture was opened (--rows-only)")
+    elif any(report.links.values()):
         log.info("passed; the links are not downloaded yet, and some may be dead")
     else:
         limit = math.ceil(worst * 10_000) / 10_000
         log.info("passed; `prepare` accepts it with data.max_rejected >= %.4f", limit)
+
+
+def _one_line(text: str, length: int = 300) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")[:length]
 
 
 def _check_pictures(splits: Iterable[pd.DataFrame], workers: int) -> dict[Path, str]:

@@ -6,6 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from panollava.data.images import PictureError
 from panollava.data.picture_paths import PictureFinder
@@ -29,7 +30,6 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     hint = "data.dir must contain train.csv, valid.csv and test.csv"
     header, places, records = read_records(file, COLUMNS, hint)
-
     finder = PictureFinder(file.parent, root)
 
     @cache
@@ -40,7 +40,8 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             return error
 
     rows, rejects = [], []
-    for number, record in enumerate(records):
+    bar = tqdm(records, desc=file.name, delay=2, disable=None)
+    for number, record in enumerate(bar):
         padded = record + [""] * (len(header) - len(record))
         cells = {"row": number} | {name: padded[place] for name, place in places.items()}
         picture = locate(padded[places["url"]])
