@@ -27,7 +27,7 @@ def suspicions(queries: dict[str, int], annotations: dict[str, int] | None = Non
         ("weather?", "weather"),
         ("weather ", "weather"),
         ("light house", "lighthouse"),
-        ("what colour is the buidling on the left?", "what colour is the building on the left?"),
+        ("what color is the bulding on the left?", "what color is the building on the left?"),
     ],
 )
 def test_a_rare_query_similar_to_a_frequent_one(typed: str, meant: str) -> None:
@@ -42,7 +42,7 @@ def test_a_rare_query_similar_to_a_frequent_one(typed: str, meant: str) -> None:
     [
         ("cars", "car"),
         ("buildings", "building"),
-        ("what colour is the cat?", "what colour is the car?"),  # too short to tell
+        ("what color is the cat?", "what color is the car?"),  # too short to tell
         ("what is on the left side?", "what is on the right side?"),
         ("x" * 50, "x" * 51),
         ("x " * 200, "x " * 199),
@@ -63,7 +63,7 @@ def test_the_time_is_proportional_to_the_rows() -> None:
     """Half of the questions are free, half are often repeated. If all were compared with all, four
     times the rows would take sixteen times the time."""
     rng = random.Random(0)
-    syllables = "ta ro min sel ka ber lo shi ver ton ing er al pre con dis ment ous ty ra".split()
+    syllables = "ta ro min sel ka ber lo shi ver ton ing er al pre con dis den ous ty ra".split()
     words = ["".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(5000)]
 
     def seconds(count: int) -> float:

@@ -115,7 +115,7 @@ def test_another_file_is_refused_with_what_it_is(
         ("cp949", "무엇입니까?,방입니다."),
         ("cp949", "날씨는 어떻습니까?,하늘이 맑고 나무가 많은 공원입니다."),
         ("cp1252", "what is this?,a café."),
-        ("cp1252", "Was ist das?,Ein grüner Hügel – “schön”."),
+        ("cp1252", "Und das?,Ein grüner Hügel – “schön”."),
         ("cp932", "これは何ですか?,赤い部屋です。"),
         ("cp1251", "Что это?,Красная комната и окно."),
         ("gb2312", "这是什么？,一个红色的房间，里面有一张桌子。"),

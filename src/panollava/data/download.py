@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from panollava.config import Count, NotNegative, Positive, checked
+from panollava.config import Count, checked
 from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
 from panollava.data.picture_paths import (
@@ -45,13 +45,12 @@ def download(
             complete pictures are kept for the next run.
     """
     checked(Count, connections, "--connections")
-    checked(Positive, rate, "--rate")
-    checked(NotNegative, pause, "--pause")
+    client = http_client.HttpClient(rate, pause)
     links, wanted = _links(folder, root)
     _clear(folder, wanted)
     todo = [link for link, picture in links.items() if picture is None]
     log.info("%d links, %d already downloaded", len(links), len(links) - len(todo))
-    dead, failed = _download_all(todo, folder, connections, http_client.HttpClient(rate, pause))
+    dead, failed = _download_all(todo, folder, connections, client)
     if failed and not give_up:
         for link, reason in failed.items():
             log.info("failed: %s: %s", link, reason, extra={"file_only": True})
