@@ -214,9 +214,8 @@ def test_words_that_may_well_be_meant_are_not_suspicious(folder: Path) -> None:
     rows = [("images/train_a.jpg", "weather", text) for text in annotations]
     rows += [("images/train_a.jpg", query, "It is gray.") for query in ("sand", "building")]
     rows += [("images/train_a.jpg", "harbor", f"The harbor {row}.") for row in range(4)]
-    rows.append(
-        ("images/train_a.jpg", "color", "colour " * 39 + "colour")
-    )  # codespell:ignore colour
+    many = " ".join(["colour"] * 40)  # codespell:ignore colour
+    rows.append(("images/train_a.jpg", "color", many))
     rows += [(LINK.format(f"{side}/same"), "weather", "It snows.") for side in (1, 2)]
     write_rows(folder / "train.csv", rows)
     assert not run(folder).suspicions

@@ -27,7 +27,7 @@ def suspicions(queries: dict[str, int], annotations: dict[str, int] | None = Non
         ("weather?", "weather"),
         ("weather ", "weather"),
         ("light house", "lighthouse"),
-        ("what color is the bulding on the left?", "what color is the building on the left?"),
+        ("how is the wether on the left?", "how is the weather on the left?"),
     ],
 )
 def test_a_rare_query_similar_to_a_frequent_one(typed: str, meant: str) -> None:

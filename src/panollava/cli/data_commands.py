@@ -2,6 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panollava import paths
+from panollava.errors import UserError
+
+if TYPE_CHECKING:  # pandas is slow to import, and `--help` does not need it
+    from panollava.data.overview import Lengths
 
 
 def add_download(command: argparse.ArgumentParser) -> None:
@@ -36,6 +43,8 @@ def add_check(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
     add("--json", type=Path, metavar="FILE", help="also write the report to a file")
+    help = "also write a page with suspects, samples and text lengths, for a look"
+    add("--look", type=Path, metavar="FILE.html", help=help)
     add("--rows-only", action="store_true", help="open no picture")
     add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
     help = (
@@ -53,7 +62,30 @@ def check(options: argparse.Namespace) -> None:
     report = check(folder, Path(), options.workers, limit, options.rows_only)
     if options.json:
         write_json(options.json, report.as_json())
+    if options.look:
+        from panollava.data.overview import write_overview
+
+        write_overview(options.look, folder, Path(), report, _lengths(), options.workers)
     show(report)
+
+
+def _lengths() -> "Lengths":
+    """Counts tokens as the project's stages do, if it has settings and their tokenizer."""
+    from transformers import AutoTokenizer
+
+    from panollava.config import load_settings
+    from panollava.data.dialogue import Dialogue
+    from panollava.data.overview import Lengths
+    from panollava.model.pretrained import load_from
+
+    try:
+        settings = load_settings(paths.PARAMS)
+        tokenizer = load_from(AutoTokenizer.from_pretrained, settings.model.language_model)
+        dialogue = Dialogue(tokenizer, prompt=settings.model.prompt, cache=False)
+    except UserError as error:
+        return Lengths(None, {}, str(error))
+    stages = {name: stage.max_text_length for name, stage in vars(settings.stage).items()}
+    return Lengths(lambda query, text: len(dialogue.row(query, text, truncate=False)), stages)
 
 
 def add_convert_rows(command: argparse.ArgumentParser) -> None:

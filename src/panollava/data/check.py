@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
@@ -40,17 +40,11 @@ class Fault:
     reason: str
 
 
-class PictureSuspicion(NamedTuple):
-    """`picture`: its path from the folder of the CSV files, or an absolute one."""
-
-    picture: str
-    text: str
-
-
 @dataclass
 class Report:
     """`rows`, `pictures` and `links` are counts per split. `links` are still to be downloaded; they
-    are not faults while there is no folder `images`. `rows_only`: no picture was decoded."""
+    are not faults while there is no folder `images`. `signs`: by picture, each sign that it is no
+    whole panorama, with how it was seen. `rows_only`: no picture was decoded."""
 
     folder: str
     max_rejected: float
@@ -59,7 +53,7 @@ class Report:
     links: dict[str, int] = field(default_factory=_zero_counts)
     faults: list[Fault] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
-    picture_suspicions: list[PictureSuspicion] = field(default_factory=list)
+    signs: dict[str, dict[str, str]] = field(default_factory=dict)
     rows_only: bool = False
 
     def bad(self) -> Counter[str]:
@@ -124,9 +118,8 @@ def show(report: Report) -> None:
         # A url may look like a number.
         text = tabulate(cells, header, "plain", missingval="-", disable_numparse=[2, 3])
         log.info("faults (rows count from 0 below the header):\n%s", text)
-    pairs = [f"{_one_line(picture)}: {text}" for picture, text in report.picture_suspicions]
-    if suspicions := [*map(_one_line, report.suspicions), *pairs]:
-        shown = [f"- {text}" for text in suspicions[:_SHOWN]]
+    if suspicions := report.suspicions:
+        shown = [f"- {_one_line(text)}" for text in suspicions[:_SHOWN]]
         if more := len(suspicions) - _SHOWN:
             shown += [f"- and {more} more: --json FILE has all of them"] * (more > 0)
         log.info("suspicions:\n%s", "\n".join(shown))
