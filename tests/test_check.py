@@ -12,7 +12,7 @@ from PIL import Image
 from helpers import SHARED, write_rows
 from panollava.cli import main as cli
 from panollava.data.check import Report, check
-from panollava.data.rows import picture_file, plain_file
+from panollava.data.picture_paths import picture_file, plain_file
 
 LINK = "https://example.org/{}.jpg"
 
@@ -192,13 +192,85 @@ def test_a_query_that_most_rows_misspell_is_detected_from_the_annotations(folder
     assert "'arthitecture' in queries" in suspicion and "is 'architecture'" in suspicion
 
 
+def test_odd_texts_and_spellings_of_urls_are_suspicions(folder: Path) -> None:
+    name = "images/train_a.jpg"
+    rewrite(
+        folder,
+        "train",
+        [
+            (name, "<image>\nwhat is this?", "A room ."),
+            (name, " what? ", "A wall.\n"),
+            (name, "what is left?", "A\u200b do\u00ador."),
+            (name, "what is right?", "None"),
+            (name, "what is it?", "n/a"),
+            (name, "what else?", "Caf\ufffd"),
+            (name, "what?", "\u200b\ufeff"),
+            ("images\\TRAIN_A.jpg", "where?", "Here."),
+            (name, "ما هذا؟ 🧭", "\u202bغرفة\u202c حمراء 👨\u200d👩\u200d👧 ☀\ufe0f"),
+            (name, "\x1b[31mwhy?", "Red."),
+        ],
+    )
+    report = run(folder, max_rejected=0.1)
+    assert report.passed and [fault.reason for fault in report.faults] == [
+        "empty annotation: only invisible characters"
+    ]
+    assert report.suspicions == [
+        "1 query has spaces before or after the text: train, row 21",
+        "1 query has invisible characters (U+001B, control character): train, row 29",
+        "1 query has the text '<image>', which stands for no picture here: train, row 20",
+        "1 annotation has spaces before or after the text: train, row 21",
+        "2 annotations have invisible characters (U+200B, zero width space): train, row 22 is the "
+        "first",
+        "1 annotation has lost characters (U+FFFD): train, row 25",
+        "2 annotations have only 'None', as programs write for an empty cell: train, row 23 is the "
+        "first",
+        "1 urls spell the name of their picture in another way, such as 'images\\TRAIN_A.jpg', "
+        "found as train_a.jpg",
+    ]
+
+
+def test_links_with_long_last_parts_are_checked(folder: Path) -> None:
+    for split in ("train", "valid", "test"):
+        links = [f"https://example.org/{split}/{'a' * 300}.jpg?w={width}" for width in (1, 2)]
+        rewrite(folder, split, [(link, "weather", f"It rains {link[-1]}.") for link in links])
+    report = run(folder)
+    assert [fault.reason for fault in report.faults] == 6 * ["link not downloaded"]
+    assert not report.suspicions
+
+
+def test_rows_only_opens_no_picture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "images/train_a.jpg").write_text("<html>")
+    cli.main(["check", str(folder), "--rows-only", "--max-rejected", "0"])
+    assert "passed; no picture was opened (--rows-only)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["check", str(folder), "--max-rejected", "0"])
+
+
+def test_many_suspicions_are_cut_on_the_console_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}" * 4 for i in range(300)]
+    rows = [("images/train_a.jpg", "weather", " ".join(words) + f" {row}") for row in range(20)]
+    rows += [("images/train_a.jpg", f"{word[:-1]}X\ny", f"It {word}.") for word in words]
+    write_rows(folder / "train.csv", rows)
+    file = folder.parent / "report.json"
+    cli.main(["check", str(folder), "--rows-only", "--json", str(file)])
+    output = capsys.readouterr().err
+    found = len(json.loads(file.read_text())["suspicions"])
+    assert found > 250 and f"- and {found - 200} more: --json FILE has all of them" in output
+    assert output.count("\n- ") == 201
+
+
 def test_words_that_may_well_be_meant_are_not_suspicious(folder: Path) -> None:
     """Short words, plurals, and words or queries that are not rare enough."""
     annotations = [f"A sandy beach with buildings and a harbour {row}." for row in range(40)]
     rows = [("images/train_a.jpg", "weather", text) for text in annotations]
     rows += [("images/train_a.jpg", query, "It is gray.") for query in ("sand", "building")]
     rows += [("images/train_a.jpg", "harbor", f"The harbor {row}.") for row in range(4)]
-    rows.append(("images/train_a.jpg", "color", "colour " * 40))  # codespell:ignore colour
+    many = " ".join(["colour"] * 40)  # codespell:ignore colour
+    rows.append(("images/train_a.jpg", "color", many))
     rows += [(LINK.format(f"{side}/same"), "weather", "It snows.") for side in (1, 2)]
     write_rows(folder / "train.csv", rows)
     assert not run(folder).suspicions
@@ -259,6 +331,7 @@ def test_the_published_data_passes_with_its_known_faults() -> None:
     assert report.links == {"train": 3007, "valid": 400, "test": 393}
     assert [text.split(" (")[0] for text in report.suspicions] == [
         "'arthitecture' in queries and in 4 annotations: is 'architecture'",
+        "115 annotations have spaces before or after the text: train, row 109 is the first",
         "test: row 2426 repeats an earlier one",
     ]
 

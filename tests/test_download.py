@@ -23,7 +23,8 @@ from helpers import ROOT, SHARED, write_rows
 from panollava.data import http_client
 from panollava.data.download import download
 from panollava.data.http_client import ATTEMPTS
-from panollava.data.rows import picture_file, plain_file, read_rows
+from panollava.data.picture_paths import picture_file, plain_file
+from panollava.data.rows import read_rows
 from panollava.errors import UserError
 
 SPLITS = ("train", "valid", "test")

@@ -56,6 +56,20 @@ def test_messages_go_to_the_console_plain_and_to_the_file_with_times(
     assert lines[1].endswith(f"command: {' '.join(sys.argv)}")
 
 
+def test_no_control_character_reaches_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError), logs.start("check", tmp_path) as path:
+        log.info("a\tb\n\x1b[31mred \x9b2J \u202eleft \udc80 전경 🧭\0")
+        raise UserError("x\x07.jpg: \r missing")
+    console = capsys.readouterr().err
+    assert "a\tb\n\\x1b[31mred \\x9b2J \\u202eleft \\udc80 전경 🧭\\x00\n" in console
+    assert console.endswith("error: x\\x07.jpg: \\r missing\n")
+    text = path.read_text(encoding="utf-8")
+    assert "\\x1b[31mred" in text and "\\x07.jpg" in text
+    assert not set(console + text) & set("\0\x07\x1b\r\x9b\u202e")
+
+
 def test_after_the_block_nothing_is_logged_or_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

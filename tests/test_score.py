@@ -241,11 +241,11 @@ def test_a_fault_of_rows_names_the_file_a_count_and_the_first(
         ),
         (b"query,prediction\nb,c\n", "no column 'url' among 'query, prediction'; expected"),
         (b"url,query,query,prediction\na,b,b,c\n", "2 columns 'query'; keep one"),
-        (b"url,query,prediction\na,b,caf\xe9\n", "not a CSV file in UTF-8: "),
+        (b"url,query,prediction\na,b,caf\xe9\n", "not UTF-8 at line 2, but probably CP1252"),
         (b'url,query,prediction\na,b,"c\n', "not a CSV file, at line 2: "),
-        (b"url\tquery\tprediction\na\tb\tc\n", "columns are separated by tabs"),
+        (b"url|query|prediction\na|b|c\n", "columns are separated by '|'; use commas"),
     ],
-    ids=["none", "empty", "blank", "column", "url", "twice", "latin-1", "quotation mark", "tabs"],
+    ids=["none", "empty", "blank", "column", "url", "twice", "latin-1", "quotation mark", "pipes"],
 )
 def test_a_file_that_cannot_be_read_is_an_error(
     content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,7 @@ Modules only call `logging.getLogger(__name__)`; the command line runs commands 
 
 import contextlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 from panollava.errors import UserError, as_user_error
 
 _LIBRARIES = ("lightning_fabric", "pytorch_lightning", "transformers", "dvclive")
+
+# C0 and C1 controls, those that reverse the direction of what follows, and parts of characters
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 log = logging.getLogger("panollava")
 
@@ -31,7 +35,7 @@ def start(name: str, folder: Path = Path("logs")) -> Iterator[Path]:
 
     path = _create(folder, name)
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(_FileFormatter())
     with _all_messages_to(file, _console()), logging_redirect_tqdm(), _one_line_warnings():
         log.info("log: %s", path)
         _to_file("command: %s", " ".join(sys.argv))
@@ -83,11 +87,27 @@ def _create(folder: Path, name: str) -> Path:
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """The message, after its level if it is a warning or an error."""
+    """The message, after its level if it is a warning or an error, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = printable(record.getMessage())
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+class _FileFormatter(logging.Formatter):
+    """Adds time, level and logger. A file may be printed on a terminal later."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """Control characters but tabs and line ends as escapes: those of a table or of a file's name
+    could change what a terminal shows. So are bytes of a file's name that are no text."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _for_console(record: logging.LogRecord) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import train_command, use_commands
+from panollava.cli import data_commands, train_command, use_commands
 from panollava.cli.single_instance import single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -55,7 +55,7 @@ def _run_anywhere(options: argparse.Namespace) -> None:
         with logs.to_console(), system_errors_as_user_errors(_MORE_MEMORY):
             options.run(options)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {logs.printable(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -79,8 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, logs=folder)
         return command
 
-    _add_download(add("download", _download, "download the pictures that rows link to"))
-    _add_check(add("check", _check, "report every problem of rows and pictures"))
+    help = "download a published data set, or the pictures that rows link to"
+    data_commands.add_download(add("download", data_commands.download, help))
+    help = "report every problem of rows and pictures"
+    data_commands.add_check(add("check", data_commands.check, help))
+    help = "convert LLaVA's JSON or JSONL into a CSV file of rows"
+    data_commands.add_convert_rows(add("convert-rows", data_commands.convert_rows, help))
     prepare = _with_settings("panollava.data.prepare", "prepare_project")
     add("prepare", prepare, "check the rows and convert each panorama into views")
     train_command.add_to(add("train", train_command.run, "train one or all stages without DVC"))
@@ -132,28 +136,6 @@ def _with_demo_settings(module: str, function: str) -> Run:
     return run
 
 
-def _add_download(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
-    add("--connections", type=int, default=16, help="parallel downloads (default: 16)")
-    add("--rate", type=float, default=10.0, help="requests per second (default: 10)")
-    add("--pause", type=float, default=1.0, help="seconds before a retry, doubling (default: 1)")
-    help = "treat links as dead when no complete response arrives (default: an error)"
-    add("--give-up", action="store_true", help=help)
-
-
-def _add_check(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("data_dir", type=Path, metavar="DATA_DIR", help="folder of train.csv, valid.csv, test.csv")
-    add("--json", type=Path, metavar="FILE", help="also write the report to a file")
-    add("--workers", type=int, default=2, help="threads that decode pictures (default: 2)")
-    help = (
-        "largest share of a split's rows that may be bad; otherwise the exit status is 1 (default: "
-        "0.15, for QuIC-360; the limit of `prepare` is data.max_rejected)"
-    )
-    add("--max-rejected", type=float, default=0.15, metavar="SHARE", help=help)
-
-
 def _add_plan(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("stage", nargs="?", choices=STAGES, help="training stage (default: all of them)")
@@ -168,29 +150,6 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     add("predictions", type=Path, metavar="PREDICTIONS", help=help)
     help = "also write all scores, with their 95%% intervals, to a file"
     add("--json", type=Path, metavar="FILE", help=help)
-
-
-def _download(options: argparse.Namespace) -> None:
-    from panollava.data.download import download
-
-    download(
-        options.data_dir,
-        Path(),
-        connections=options.connections,
-        rate=options.rate,
-        pause=options.pause,
-        give_up=options.give_up,
-    )
-
-
-def _check(options: argparse.Namespace) -> None:
-    from panollava.data.check import check, show
-    from panollava.files import write_json
-
-    report = check(options.data_dir, Path(), options.workers, options.max_rejected)
-    if options.json:
-        write_json(options.json, report.as_json())
-    show(report)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -15,15 +15,17 @@ from tabulate import tabulate
 
 from panollava.config import Count, Share, checked
 from panollava.data.images import PictureError, read_gpano_tags, read_panorama
+from panollava.data.picture_paths import NOT_DOWNLOADED
 from panollava.data.picture_suspicions import SIGNS, find_signs
 from panollava.data.prepare import map_pictures
-from panollava.data.rows import NOT_DOWNLOADED, SPLITS, read_rows
-from panollava.data.suspicions import find_suspicions
+from panollava.data.rows import SPLITS, read_rows
+from panollava.data.suspicions import find_copies, find_suspicions
 from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5  # pictures in a line
+_SHOWN = 200  # suspicions on the console
+_EXAMPLES = 5  # pictures in a line
 
 
 def _zero_counts() -> dict[str, int]:
@@ -44,7 +46,7 @@ class Fault:
 class Report:
     """`rows`, `pictures` and `links` are counts per split. `links` are still to be downloaded; they
     are not faults while there is no folder `images`. `signs`: by picture, each sign that it is no
-    whole panorama, with how it was seen."""
+    whole panorama, with how it was seen. `rows_only`: no picture was decoded."""
 
     folder: str
     max_rejected: float
@@ -54,6 +56,7 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
     signs: dict[str, dict[str, str]] = field(default_factory=dict)
+    rows_only: bool = False
 
     def bad(self) -> Counter[str]:
         """Bad rows per split."""
@@ -72,8 +75,10 @@ class Report:
         return {"passed": self.passed, "bad_share": self.shares(), **dataclasses.asdict(self)}
 
 
-def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report:
-    """Read all rows and decode all pictures of `folder`.
+def check(
+    folder: Path, root: Path, workers: int, max_rejected: float, rows_only: bool = False
+) -> Report:
+    """Read all rows of `folder` and, unless `rows_only`, decode all pictures.
 
     Raises:
         UserError: no such folder, or an invalid `workers` or `max_rejected`.
@@ -82,14 +87,14 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
         raise UserError(f"{folder}: no such folder; name one that contains {', '.join(SPLITS)}.csv")
     checked(Count, workers, "--workers")
     checked(Share, max_rejected, "--max-rejected")
-    report = Report(str(folder), max_rejected)
+    report = Report(str(folder), max_rejected, rows_only=rows_only)
     splits = {}
     for split in SPLITS:
         try:
             splits[split] = pd.concat(read_rows(folder / f"{split}.csv", root)).sort_values("row")
         except UserError as error:
             report.faults.append(Fault(split, None, "", str(error)))
-    broken, signs = _check_pictures(splits.values(), workers)
+    broken, signs = ({}, {}) if rows_only else _check_pictures(splits.values(), workers)
     downloaded = (folder / "images").is_dir()
     for split, rows in splits.items():
         waiting = rows["kind"].eq(NOT_DOWNLOADED) & (not downloaded)
@@ -101,20 +106,28 @@ def check(folder: Path, root: Path, workers: int, max_rejected: float) -> Report
         report.faults += [Fault(split, row.row, row.url, row.reason) for row in bad.itertuples()]
     report.faults.sort(key=lambda fault: SPLITS.index(fault.split))
     report.signs = {_short(path, folder): found for path, found in signs.items()}
-    report.suspicions = [*find_suspicions(splits, folder), *_summarize(report.signs)]
+    report.suspicions = find_suspicions(splits, folder, root)
+    if not rows_only:
+        report.suspicions += [*find_copies(splits), *_summarize(report.signs)]
     return report
 
 
 def show(report: Report) -> None:
     """Log the report as tables. Raises UserError if it has not passed."""
     if report.faults:
-        cells = [(fault.split, fault.row, fault.reason, fault.url[:100]) for fault in report.faults]
+        cells = [
+            (fault.split, fault.row, fault.reason, _one_line(fault.url, 100))
+            for fault in report.faults
+        ]
         header = ("split", "row", "reason", "url")
         # A url may look like a number.
         text = tabulate(cells, header, "plain", missingval="-", disable_numparse=[2, 3])
         log.info("faults (rows count from 0 below the header):\n%s", text)
-    if report.suspicions:
-        log.info("suspicions:\n%s", "\n".join(f"- {text}" for text in report.suspicions))
+    if suspicions := report.suspicions:
+        shown = [f"- {_one_line(text)}" for text in suspicions[:_SHOWN]]
+        if more := len(suspicions) - _SHOWN:
+            shown += [f"- and {more} more: --json FILE has all of them"] * (more > 0)
+        log.info("suspicions:\n%s", "\n".join(shown))
     bad, shares = report.bad(), report.shares()
     pictures, links = report.pictures, report.links
     counts = [
@@ -129,11 +142,17 @@ def show(report: Report) -> None:
             f"{report.folder}: {worst:.2%} of a split's rows are bad; --max-rejected allows "
             f"{report.max_rejected:.2%}. Fix the rows listed above"
         )
-    if any(report.links.values()):
+    if report.rows_only:
+        log.info("passed; no picture was opened (--rows-only)")
+    elif any(report.links.values()):
         log.info("passed; the links are not downloaded yet, and some may be dead")
     else:
         limit = math.ceil(worst * 10_000) / 10_000
         log.info("passed; `prepare` accepts it with data.max_rejected >= %.4f", limit)
+
+
+def _one_line(text: str, length: int = 300) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")[:length]
 
 
 def _check_pictures(
@@ -170,6 +189,6 @@ def _summarize(signs: dict[str, dict[str, str]]) -> list[str]:
     for sign, meaning in SIGNS.items():
         shown = [f"{name} ({found[sign]})" for name, found in signs.items() if sign in found]
         if shown:
-            more = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-            lines.append(f"{len(shown)} pictures {meaning}: {', '.join(shown[:_SHOWN])}{more}")
+            more = f", and {len(shown) - _EXAMPLES} more" if len(shown) > _EXAMPLES else ""
+            lines.append(f"{len(shown)} pictures {meaning}: {', '.join(shown[:_EXAMPLES])}{more}")
     return lines

@@ -12,15 +12,23 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from panollava.config import Count, NotNegative, Positive, checked
+from panollava.config import Count, checked
 from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
+from panollava.data.picture_paths import (
+    NOT_DOWNLOADED,
+    UNREADABLE,
+    PictureFinder,
+    address,
+    is_link,
+    picture_file,
+)
 from panollava.errors import UserError
 from panollava.files import write_csv
 
 log = logging.getLogger(__name__)
 
-_OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see rows.picture_file
+_OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see picture_file
 
 
 def download(
@@ -37,13 +45,12 @@ def download(
             complete pictures are kept for the next run.
     """
     checked(Count, connections, "--connections")
-    checked(Positive, rate, "--rate")
-    checked(NotNegative, pause, "--pause")
+    client = http_client.HttpClient(rate, pause)
     links, wanted = _links(folder, root)
     _clear(folder, wanted)
     todo = [link for link, picture in links.items() if picture is None]
     log.info("%d links, %d already downloaded", len(links), len(links) - len(todo))
-    dead, failed = _download_all(todo, folder, connections, http_client.HttpClient(rate, pause))
+    dead, failed = _download_all(todo, folder, connections, client)
     if failed and not give_up:
         for link, reason in failed.items():
             log.info("failed: %s: %s", link, reason, extra={"file_only": True})
@@ -63,17 +70,23 @@ def download(
 
 
 def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]:
-    """The links of all rows that are otherwise good, in order, with their pictures if present; and
-    the present pictures of all rows, good or bad, links or paths."""
+    """The addresses of all rows that are otherwise good, in order, with their pictures if present;
+    and the present pictures of all rows, good or bad, links or paths."""
     links: dict[str, Path | None] = {}
     wanted: set[Path] = set()
+    finder = PictureFinder(folder, root)
     for split in rows.SPLITS:
         good, rejects = rows.read_rows(folder / f"{split}.csv", root)
-        pictures = (rows.find_picture(url, folder, root) for url in rejects["url"].unique())
-        wanted |= {*good["picture"], *filter(None, pictures)}
-        missing = rejects[rejects["kind"] == rows.NOT_DOWNLOADED].assign(picture=None)
+        wanted |= set(good["picture"])
+        for url in rejects["url"].unique():
+            try:
+                wanted.add(finder.find(url))
+            except PictureError as error:
+                if error.kind == UNREADABLE:  # it may be there: nothing may be removed
+                    raise
+        missing = rejects[rejects["kind"] == NOT_DOWNLOADED].assign(picture=None)
         both = pd.concat([good, missing]).sort_values("row")
-        links |= {row.url: row.picture for row in both.itertuples() if rows.is_link(row.url)}
+        links |= {address(row.url): row.picture for row in both.itertuples() if is_link(row.url)}
     return links, wanted
 
 
@@ -94,7 +107,7 @@ def _download_all(
     order of `links`."""
     dead: dict[str, str] = {}
     failed: dict[str, str] = {}
-    paths = {link: rows.picture_file(link, folder) for link in links}
+    paths = {link: picture_file(link, folder) for link in links}
     with ThreadPoolExecutor(connections) as pool:
         futures = {
             pool.submit(client.download, link, path, _check_picture): link

@@ -14,6 +14,7 @@ import requests
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from panollava.config import NotNegative, Positive, checked
 from panollava.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ class HttpClient:
 
     def __init__(self, rate: float, backoff: float) -> None:
         """`rate`: requests per second; `backoff`: seconds before the second attempt, doubled before
-        each further one."""
+        each further one. Raises UserError for other numbers than above and at least 0."""
+        checked(Positive, rate, "--rate")
+        checked(NotNegative, backoff, "--pause")
         self.received = 0  # bytes, approximately: for the progress bar only
         self._limiter, self._backoff = RateLimiter(rate), backoff
         self._thread = _ThreadSession()

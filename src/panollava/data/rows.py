@@ -1,27 +1,20 @@
 """Reads rows in QuIC-360's CSV format and finds their pictures, without opening these. A bad row is
 set aside with its reason."""
 
-import csv
-import difflib
-import errno
-import hashlib
-import re
-import stat
 from functools import cache
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from panollava.data.images import PictureError
-from panollava.errors import UserError
+from panollava.data.picture_paths import PictureFinder
+from panollava.data.tables import read_records
+from panollava.data.texts import is_blank
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = ("url", "query", "annotation")
-NOT_DOWNLOADED = "link not downloaded"
-_ALIASES = {"query": "instruction", "annotation": "response"}
-_LINKS = ("http://", "https://")
-_NO_SUCH_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -33,30 +26,32 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     machine. `root`: the project's folder.
 
     Raises:
-        UserError: no file, not CSV in UTF-8, a missing column, or no rows.
+        UserError: no file, not a table, a missing column, or no rows.
     """
     hint = "data.dir must contain train.csv, valid.csv and test.csv"
     header, places, records = read_records(file, COLUMNS, hint)
+    finder = PictureFinder(file.parent, root)
 
     @cache
     def locate(url: str) -> Path | PictureError:
         try:
-            picture = find_picture(url, file.parent, root)
+            return finder.find(url)
         except PictureError as error:
             return error
-        kind = NOT_DOWNLOADED if is_link(url) else "picture missing"
-        return picture or PictureError(Path(url), kind)
 
     rows, rejects = [], []
-    for number, record in enumerate(records):
+    bar = tqdm(records, desc=file.name, delay=2, disable=None)
+    for number, record in enumerate(bar):
         padded = record + [""] * (len(header) - len(record))
         cells = {"row": number} | {name: padded[place] for name, place in places.items()}
         picture = locate(padded[places["url"]])
         if len(record) != len(header):
             reason = f"{len(record)} cells instead of {len(header)}"
             rejects.append(cells | {"kind": reason, "reason": reason})
-        elif empty := [name for name in COLUMNS if not padded[places[name]].strip()]:
-            rejects.append(cells | {"kind": f"empty {empty[0]}", "reason": f"empty {empty[0]}"})
+        elif empty := [name for name in COLUMNS if is_blank(padded[places[name]])]:
+            kind, text = f"empty {empty[0]}", padded[places[empty[0]]]
+            detail = ": only invisible characters" if text.strip() else ""
+            rejects.append(cells | {"kind": kind, "reason": kind + detail})
         elif isinstance(picture, PictureError):
             rejects.append(cells | {"kind": picture.kind, "reason": picture.reason})
         else:
@@ -65,55 +60,6 @@ def read_rows(file: Path, root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         pd.DataFrame(rows, columns=["row", *COLUMNS, "picture"]),
         pd.DataFrame(rejects, columns=["row", *COLUMNS, "kind", "reason"]),
     )
-
-
-def is_link(url: str) -> bool:
-    return url.startswith(_LINKS)
-
-
-def picture_file(link: str, folder: Path) -> Path:
-    """Where `download` stores the picture of `link`, for a CSV file in `folder`. No other link has
-    the same file, even if the file system ignores case."""
-    name = PurePosixPath(_last_part(link))
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", name.stem)[:100]
-    suffix = name.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,5}", name.suffix) else ""
-    return folder / "images" / f"{stem}-{hashlib.sha256(link.encode()).hexdigest()[:16]}{suffix}"
-
-
-def plain_file(link: str, folder: Path) -> Path:
-    """Where a picture of `link` may be that was collected in another way: under the last part of
-    its address, which other links may share."""
-    return folder / "images" / _last_part(link)
-
-
-def _last_part(link: str) -> str:
-    return re.split(r"[?#]", link, maxsplit=1)[0].rsplit("/", 1)[-1]
-
-
-def find_picture(url: str, folder: Path, root: Path) -> Path | None:
-    """The file for `url`; None if there is none. A path is absolute or relative to the CSV file's
-    folder or the project's root. The picture of a link is in `images` beside the CSV file.
-
-    Raises:
-        PictureError: a file that may exist cannot be examined, such as one in a folder without
-            search permission.
-    """
-    if is_link(url):
-        candidates = [picture_file(url, folder), plain_file(url, folder)]
-    else:
-        candidates = [folder / url, root / url]  # both are `url` itself if it is absolute
-    for path in candidates:
-        try:
-            if stat.S_ISREG(path.stat().st_mode):
-                return path.resolve()
-        except ValueError:  # not a path: it contains a null character
-            pass
-        except OSError as error:
-            # A url that is too long for a path may be an annotation in the wrong column.
-            if error.errno not in _NO_SUCH_PATH:
-                detail = error.strerror or str(error)
-                raise PictureError(path, "picture cannot be read", detail) from None
-    return None
 
 
 def shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
@@ -128,64 +74,3 @@ def shared_pictures(splits: dict[str, pd.DataFrame]) -> list[str]:
         for one, other in combinations(pictures, 2)
         if (shared := pictures[one] & pictures[other])
     ]
-
-
-def read_records(
-    file: Path, columns: tuple[str, ...], if_missing: str
-) -> tuple[list[str], dict[str, int], list[list[str]]]:
-    """The header, the index of each of `columns` in it, and all other records, without blank lines.
-
-    Raises:
-        UserError: no file (the message ends in `if_missing`), not CSV in UTF-8, no rows, or a
-            missing column.
-    """
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            first = lines.readline()
-            if "\t" in first and "," not in first:
-                raise UserError(
-                    f"{file}: columns are separated by tabs instead of commas; convert the file "
-                    "as data/quic360/README.md shows"
-                )
-            lines.seek(0)
-            # Strict: an open quotation mark would swallow all rows up to the next one.
-            reader = csv.reader(lines, strict=True)
-            records = [record for record in reader if record]
-    except csv.Error as error:
-        raise UserError(
-            f"{file}: not a CSV file, at line {reader.line_num}: {error}; "
-            "look for a missing or extra quotation mark above it"
-        ) from None
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; {if_missing}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not a CSV file in UTF-8: {error.reason} at byte {error.start}; "
-            "save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(records) < 2:
-        raise UserError(f"{file}: no rows; expected a header {','.join(columns)} and rows")
-    header, *others = records
-    return header, _find_columns(file, header, columns), others
-
-
-def _find_columns(file: Path, header: list[str], columns: tuple[str, ...]) -> dict[str, int]:
-    places = {}
-    for name in columns:
-        names = [name, _ALIASES.get(name, name)]
-        title = next((title for title in names if title in header), None)
-        if title is None:
-            by_lower = {title.strip().lower(): title for title in header}
-            near = [difflib.get_close_matches(known, by_lower, n=1) for known in names]
-            hint = next((f" (is '{by_lower[match[0]]}' meant?)" for match in near if match), "")
-            aliases = ",".join(_ALIASES.get(column, column) for column in columns)
-            raise UserError(
-                f"{file}: no column '{name}' among '{', '.join(header)}'{hint}; expected "
-                f"{','.join(columns)} or {aliases}; rename the column"
-            )
-        if header.count(title) > 1:
-            raise UserError(f"{file}: {header.count(title)} columns '{title}'; keep one")
-        places[name] = header.index(title)
-    return places

@@ -1,75 +1,55 @@
-"""Suspicions about rows, for a person to look at: likely misspellings, repeated rows, pictures in
-two splits or under two names, and links that share a file. None of them rejects a row."""
+"""Suspicions about rows, for a person to look at: likely misspellings, odd texts, repeated rows,
+pictures in two splits or under two names, and links that share a file. None rejects a row."""
 
 import contextlib
-import difflib
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pandas as pd
 
-from panollava.data.rows import COLUMNS, is_link, plain_file, shared_pictures
+from panollava.data.misspellings import find_misspellings
+from panollava.data.picture_paths import PictureFinder, is_link, plain_file
+from panollava.data.rows import COLUMNS, shared_pictures
+from panollava.data.texts import find_odd_texts
 
-_RARE = 0.05  # relative to how often the likely intended word occurs
-_SIMILARITY = 0.85  # difflib's ratio; 1 is equal
-_MIN_LETTERS = 5  # shorter words are similar too often
 
-
-def find_suspicions(splits: dict[str, pd.DataFrame], folder: Path) -> list[str]:
-    """Suspicions about all rows, good and bad, of each split. `folder` holds the CSV files."""
+def find_suspicions(splits: dict[str, pd.DataFrame], folder: Path, root: Path) -> list[str]:
+    """Suspicions about all rows, good and bad, of each split. `folder` holds the CSV files, `root`
+    is the project's folder."""
     if not splits:
         return []
     rows = pd.concat(splits.values())
     return [
-        *_misspellings(rows),
+        *find_misspellings(rows),
+        *find_odd_texts(splits),
         *_repeated_rows(splits),
         *shared_pictures(splits),
-        *_same_bytes(splits),
+        *_other_spellings(rows, PictureFinder(folder, root)),
         *_name_collisions(rows, folder),
     ]
 
 
-def _misspellings(rows: pd.DataFrame) -> list[str]:
-    """Rare queries similar to a frequent one, and words of queries that are rare in the annotations
-    but similar to a frequent word there. Words that differ only in a plural `s` do not count."""
+def _repeated_rows(splits: dict[str, pd.DataFrame]) -> list[str]:
     suspicions = []
-    queries = Counter(filter(str.strip, rows["query"]))
-    for query, count in sorted(queries.items()):
-        if near := _likely_intended(query, count, queries):
-            suspicions.append(
-                f"query '{query}' ({count} rows): is '{near}' ({queries[near]} rows) meant?"
-            )
-    words = Counter(
-        word for text in rows["annotation"] for word in set(re.findall(r"\w+", text.lower()))
-    )
-    for word in sorted({word for query in queries for word in re.findall(r"\w+", query.lower())}):
-        if near := _likely_intended(word, words[word], words):
-            suspicions.append(
-                f"'{word}' in queries and in {words[word]} annotations: is '{near}' "
-                f"(in {words[near]} annotations) meant?"
-            )
+    for split, rows in splits.items():
+        again = rows["row"][rows.duplicated(list(COLUMNS))].tolist()
+        if len(again) == 1:
+            suspicions.append(f"{split}: row {again[0]} repeats an earlier one")
+        elif again:
+            first = ", ".join(map(str, again[:10]))
+            suspicions.append(f"{split}: {len(again)} rows repeat earlier ones: {first}, ...")
     return suspicions
 
 
-def _likely_intended(text: str, count: int, counts: Counter[str]) -> str | None:
-    """A similar text that occurs far more often than `count`."""
-    if len(text) < _MIN_LETTERS:
-        return None
-    frequent = [other for other, n in counts.items() if max(count, 1) <= _RARE * n]
-    near = difflib.get_close_matches(text, frequent, n=3, cutoff=_SIMILARITY)
-    return next((other for other in near if other.rstrip("s") != text.rstrip("s")), None)
-
-
-def _repeated_rows(splits: dict[str, pd.DataFrame]) -> list[str]:
-    return [
-        f"{split}: row {row} repeats an earlier one"
-        for split, rows in splits.items()
-        for row in rows["row"][rows.duplicated(list(COLUMNS))]
-    ]
+def _other_spellings(rows: pd.DataFrame, finder: PictureFinder) -> list[str]:
+    found = rows[rows["picture"].notna()].drop_duplicates("url")
+    other = [row for row in found.itertuples() if not finder.named_exactly(row.url)]
+    if not other:
+        return []
+    first = f"'{other[0].url}', found as {other[0].picture.name}"
+    return [f"{len(other)} urls spell the name of their picture in another way, such as {first}"]
 
 
 def _name_collisions(rows: pd.DataFrame, folder: Path) -> list[str]:
@@ -77,14 +57,17 @@ def _name_collisions(rows: pd.DataFrame, folder: Path) -> list[str]:
     by_file: dict[Path, list[str]] = {}
     for url in dict.fromkeys(filter(is_link, rows["url"])):
         by_file.setdefault(plain_file(url, folder), []).append(url)
+    images = folder / "images"
+    # Names are compared with a listing: some are too long to look for.
+    names = {file.name for file in images.iterdir()} if images.is_dir() else set()
     return [
         f"{len(links)} links share the picture {file.name}, such as {links[0]} and {links[1]}"
         for file, links in by_file.items()
-        if len(links) > 1 and file.is_file()
+        if len(links) > 1 and file.name in names
     ]
 
 
-def _same_bytes(splits: dict[str, pd.DataFrame]) -> list[str]:
+def find_copies(splits: dict[str, pd.DataFrame]) -> list[str]:
     """Pictures that are under two names, in one split or in two."""
     pictures = {split: set(rows["picture"].dropna()) for split, rows in splits.items()}
     groups = _groups(set().union(*pictures.values()), lambda path: path.stat().st_size)

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.rows import read_records
+from panollava.data.tables import read_records
 from panollava.errors import UserError
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.metrics import PREDICTION, compute_details, group_references, headline

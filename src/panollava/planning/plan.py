@@ -17,7 +17,8 @@ from torch import nn
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.rows import COLUMNS, NOT_DOWNLOADED, SPLITS, read_rows
+from panollava.data.picture_paths import NOT_DOWNLOADED
+from panollava.data.rows import COLUMNS, SPLITS, read_rows
 from panollava.files import read_prepared_rows
 from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
