@@ -5,7 +5,14 @@ import pandas as pd
 import pytest
 
 from panollava.errors import UserError
-from panollava.files import atomic_write, open_array, write_array, write_csv, write_json
+from panollava.files import (
+    atomic_write,
+    is_git_lfs_pointer,
+    open_array,
+    write_array,
+    write_csv,
+    write_json,
+)
 
 
 def test_an_interrupted_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
@@ -84,3 +91,17 @@ def test_a_missing_or_damaged_array_is_named_with_what_to_run(tmp_path: Path) ->
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"views.npy: not a complete .npy file .*make verify"):
             open_array(path)
+
+
+@pytest.mark.parametrize("host", ["git-lfs", "hawser"])  # hawser: before version 1.0
+def test_a_git_lfs_pointer_is_recognized(tmp_path: Path, host: str) -> None:
+    pointer = f"version https://{host}.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+    file = tmp_path / "a.jpg"
+    file.write_text(pointer)
+    assert is_git_lfs_pointer(file)
+    assert is_git_lfs_pointer(pointer.encode())
+    for content in (b"", b"version 1", b"\x89PNG" + pointer.encode(), b" " + pointer.encode()):
+        file.write_bytes(content)
+        assert not is_git_lfs_pointer(file)
+    assert not is_git_lfs_pointer(tmp_path)
+    assert not is_git_lfs_pointer(tmp_path / "missing")

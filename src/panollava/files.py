@@ -1,4 +1,5 @@
-"""Files written atomically (text, JSON, CSV, .npy arrays), and reading prepared rows and arrays."""
+"""Files written atomically (text, JSON, CSV, .npy arrays), reading prepared rows and arrays, and
+recognizing git-lfs pointers."""
 
 import contextlib
 import csv
@@ -13,6 +14,11 @@ from panollava.errors import UserError, as_user_error
 if TYPE_CHECKING:  # both are slow to import, and every command imports this module
     import pandas as pd
     from numpy.typing import NDArray
+
+GIT_LFS_POINTER = "a git-lfs pointer: run git lfs pull"  # for error messages
+_POINTER_STARTS = tuple(
+    f"version https://{host}.github.com/spec/".encode() for host in ("git-lfs", "hawser")
+)
 
 
 @contextlib.contextmanager
@@ -110,3 +116,15 @@ def read_prepared_rows(path: Path) -> "pd.DataFrame":
         return pd.read_csv(path, dtype=texts, keep_default_na=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run: dvc repro prepare") from None
+
+
+def is_git_lfs_pointer(file: Path | bytes) -> bool:
+    """Whether a file (its path or its first bytes) is the text that git-lfs leaves in place of a
+    file that was not fetched. False if it cannot be read."""
+    if isinstance(file, Path):
+        try:
+            with file.open("rb") as opened:
+                file = opened.read(64)
+        except OSError:
+            return False
+    return file.startswith(_POINTER_STARTS)
