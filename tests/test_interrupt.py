@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from panollava.training.interrupt import Interrupt
+from panollava.training.interrupt import SIGNALS, Interrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     interrupt = Interrupt()
@@ -20,10 +20,10 @@ def test_the_second_signal_stops_at_once(number: signal.Signals) -> None:
 
 
 def test_the_previous_handlers_are_restored() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     interrupt = Interrupt()
     interrupt.listen()
     interrupt.listen()  # in the validation of the start, and again when steps begin
     interrupt.restore()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     assert not interrupt.requested

@@ -6,16 +6,18 @@ import torch
 import transformers
 
 from panollava import config
-from panollava.model.pretrained import load_from, load_model
+from panollava.model.pretrained import check_weights, load_from, load_model
 
 
 def load_language_model(
     pretrained: config.Pretrained, weights: bool = True
 ) -> tuple[Any, transformers.PreTrainedTokenizerBase]:
     """A causal language model in float32, and its tokenizer. Without `weights`, only the shapes of
-    its tensors."""
+    its tensors. Raises UserError if it cannot be loaded, or its weights do not fit it."""
     tokenizer = load_from(transformers.AutoTokenizer.from_pretrained, pretrained)
-    model = load_model(transformers.AutoModelForCausalLM, pretrained, weights, dtype=torch.float32)
+    loader = transformers.AutoModelForCausalLM
+    model, report = load_model(loader, pretrained, weights, dtype=torch.float32)
+    check_weights(report, model, "", f"model.language_model.path: {pretrained.path}")
     return model, tokenizer
 
 
