@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import (
     ROWS,
+    change,
     packed_loss,
     random_views,
     save_tokenizer,
@@ -25,6 +26,7 @@ from panollava.errors import UserError
 from panollava.model.generate import answer
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
+from panollava.planning.lengths import check_lengths
 
 SMALL = {
     "hidden_size": 32,
@@ -223,3 +225,33 @@ def test_a_head_of_its_own_must_be_there_and_others_may_be_more(
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"'lm_head.weight' is missing \(1 tensors differ\)"):
         built(settings)
+
+
+BEYOND: dict[str, Any] = {
+    "padding": lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),
+    "a word": lambda tokenizer: tokenizer.add_tokens(["[BOX]"]),
+    "a control token of the prompt": lambda tokenizer: tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["assistant"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*BEYOND, "an unused control token"])
+def test_a_token_beyond_the_embedding_is_an_error_before_any_work(
+    kind: str, towers: Path, tmp_path: Path
+) -> None:
+    settings = with_language_model(tmp_path / "tower", towers, "llama", **KINDS["llama"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tower")
+    rows = len(tokenizer)
+    if kind in BEYOND:
+        BEYOND[kind](tokenizer)
+    else:  # as Gemma 3's image token in models of text
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert len(tokenizer) == rows + 1
+    tokenizer.save_pretrained(tmp_path / "tower")
+    settings = change(settings, data__dir=str(tmp_path))  # without rows
+    if kind in BEYOND:
+        with pytest.raises(UserError, match=f"as token {rows}, but the embedding has {rows} rows"):
+            check_lengths(settings)
+    else:
+        check_lengths(settings)

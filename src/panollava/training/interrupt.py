@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (which SLURM sends before a job's time ends, if it is asked to) during
-training: the first one requests a stop after the current step, the second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's, before a job's time ends) during training: the first one
+requests a stop after the current step, the second one stops at once."""
 
 import logging
 import signal
