@@ -294,7 +294,7 @@ def test_control_tokens_in_texts_are_plain_text(kind: str, template: str) -> Non
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_answers_have_the_tokens_of_one_text(kind: str, template: str) -> None:
-    """Whole dialogues are what a language model was trained on. In them, a word has its space."""
+    """Whole conversations are what a language model was trained on. In them, a word has its space."""
     tokenizer = made(kind, template)
     dialogue = Dialogue(tokenizer, 999)
     for query, answer in (("what is this?", "the room is a room."), ("", "a"), ("is", "?")):
