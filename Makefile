@@ -13,6 +13,16 @@ export DVC_NO_ANALYTICS := 1
 export GOMP_SPINCOUNT ?= 10000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# An environment knows its folder by its absolute path.
+MADE_IN := $(shell sed -n 's/^ *\(export \)\{0,1\}VIRTUAL_ENV=["'"'"']\{0,1\}\(\/[^"'"'"']*\).*/\2/p' $(VENV)/bin/activate 2> /dev/null | head -n 1)
+ifneq ($(and $(MADE_IN),$(filter-out help clean,$(or $(MAKECMDGOALS),help))),)
+ifeq ($(filter clean,$(MAKECMDGOALS)),)
+ifneq ($(MADE_IN),$(CURDIR)/$(VENV))
+$(error $(CURDIR)/$(VENV) was made in another folder, as $(MADE_IN): make it again by `make clean setup`)
+endif
+endif
+endif
+
 .PHONY: help setup repro test test-all check format bench laboratory towers torture fuzz verify clean
 
 help: ## show this help

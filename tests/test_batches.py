@@ -142,7 +142,7 @@ def main(request: pytest.FixtureRequest) -> Iterator[Main]:
             one.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_workers_ignore_signals_to_the_process_group(main: Main, number: signal.Signals) -> None:
     process, workers = main
     for worker in workers:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pycocoevalcap
@@ -88,10 +89,66 @@ def test_case_and_punctuation_are_ignored() -> None:
         ("Trees... and -- a road; two-way..", "trees and a road two-way"),
         ("line one\nline two.", "line one line two"),
         (" .,! ", ""),
+        # As Stanford's tokenizer gives them.
+        ("it’s a “red” ball — left…", "it 's a red ball left"),
+        ("the ‘big’ room – wide", "the big room wide"),
     ],
 )
 def test_tokens(caption: str, tokens: str) -> None:
     assert tokenize(caption) == tokens.split()
+
+
+UNSPACED = {
+    "Chinese": ("一只红色的球，在左边。", "一 只 红 色 的 球 在 左 边"),
+    "Chinese with quotes": ("“红色”的球——左边……", "红 色 的 球 左 边"),
+    "Chinese outside the basic plane": ("𠮷野家", "𠮷 野 家"),
+    "Japanese": ("左に3つの（赤い）ボックス、々。", "左 に 3 つ の 赤 い ボ ッ ク ス 々"),
+    "Japanese in half width": ("ｶﾞｲﾄ｡", "ｶ ﾞ ｲ ト".replace("ト", "ﾄ")),
+    "Thai": ("มีโต๊ะ 12 ตัว", "ม ี โ ต ๊ ะ 12 ต ั ว"),
+    "Thai with word breaks": ("มี\u200bโต๊ะ", "ม ี โ ต ๊ ะ"),
+    "Lao": ("ມີໂຕະ", "ມ ີ ໂ ຕ ະ"),
+    "Khmer": ("នៅឆ្វេង។", "ន ៅ ឆ ្ វ េ ង"),
+    "Burmese": ("ဘယ်မှာ။", "ဘ ယ ် မ ှ ာ"),
+    "English between": ("the RED 球, it's", "the red 球 it 's"),
+}
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_scripts_without_spaces_are_tokenized_by_character(language: str) -> None:
+    caption, tokens = UNSPACED[language]
+    assert tokenize(caption) == tokens.split()
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("كرة حمراء على اليسار؟ نعم،", "كرة حمراء على اليسار نعم"),
+        ("बाईं ओर एक लाल गेंद है।", "बाईं ओर एक लाल गेंद है"),
+        ("왼쪽에 빨간 공이 있다.", "왼쪽에 빨간 공이 있다"),
+        ("красный шар слева", "красный шар слева"),
+        ("བོད་སྐད།", "བོད སྐད"),
+    ],
+)
+def test_scripts_with_spaces_keep_their_words(caption: str, tokens: str) -> None:
+    assert tokenize(caption) == tokens.split()
+    assert tokenize(unicodedata.normalize("NFD", caption)) == tokenize(caption)
+
+
+def test_nearly_right_answers_in_scripts_without_spaces_score() -> None:
+    answers = {1: "一只红色的球在左边", 2: "ห้องนี้มีโต๊ะสีแดง", 3: "左に赤い球があります。"}
+    references = {1: ["一只红色的球在右边。"], 2: ["ห้องนี้มีโต๊ะสีเขียว"], 3: ["左に赤い球がある"]}
+    scores = captions.score(answers, references)
+    assert all(0.7 < value < 1 for value in scores.each["rouge_l"].values())
+    assert scores.values["bleu_4"] > 0.5 and scores.values["cider_d"] > 5
+    assert all(
+        value > 0.7
+        for value in captions.agreement(
+            answers, {key: texts[0] for key, texts in references.items()}
+        )
+        .each["rouge_l"]
+        .values()
+    )
+    assert "by character" in scores.values["tokenizer"]
 
 
 def test_cider_of_one_caption_is_skipped(caplog: pytest.LogCaptureFixture) -> None:

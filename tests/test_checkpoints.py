@@ -130,6 +130,67 @@ def test_an_interrupt_during_the_validation_of_the_start_saves_it(
     assert "resuming from step 0 of 2" in caplog.text
 
 
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_NODELIST": "node1",
+    "SLURM_NODEID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+TORCHRUN = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "TORCHELASTIC_RUN_ID": "none",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, SLURM, {**SLURM, "SLURM_NTASKS": "2"}, TORCHRUN],
+    ids=["no scheduler", "SLURM", "SLURM with two tasks", "torchrun"],
+)
+def test_usr1_saves_and_the_run_resumes_whatever_the_scheduler_s_environment(
+    environment: dict[str, str],
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+) -> None:
+    """SLURM sends USR1 before the end of a job's time. Lightning's checkpoint for that, of another
+    run here, is neither written nor read."""
+    caplog.set_level(logging.INFO)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    foreign = tmp_path / "hpc_ckpt_1.ckpt"
+    torch.save({"state_dict": {}, "epoch": 7, "global_step": 700}, foreign)
+    before = foreign.read_bytes()
+
+    def usr1(*_: object) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.Speed, "on_train_batch_start", usr1, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("vision", settings)
+    assert "step 1 of 2 is saved" in caplog.text
+    run_stage("vision", settings)
+    assert "resuming from step 1 of 2" in caplog.text
+    assert list(tmp_path.glob("*.ckpt")) == [foreign] and foreign.read_bytes() == before
+    resumed = outputs("vision")
+    for name in {**SLURM, **TORCHRUN}:
+        monkeypatch.delenv(name, raising=False)
+    shutil.rmtree(paths.RESUME)
+    run_stage("vision", settings)
+    assert outputs("vision") == resumed
+
+
 def test_epochs_are_restored_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     """By name, 99 comes after 100."""
     checkpoints = Checkpoints(tmp_path, keep=2, every=1)

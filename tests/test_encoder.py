@@ -1,10 +1,12 @@
 """Vision towers of many types, small and with random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModel
 
 from panollava.config import PretrainedEncoder
@@ -114,13 +116,21 @@ def test_a_tower_without_one_token_per_patch_is_an_error(
 def test_incomplete_weights_are_an_error(tmp_path: Path) -> None:
     load(tmp_path, "siglip_vision_model", **SMALL)
     file = tmp_path / "model.safetensors"
-    for content in (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        file.read_bytes()[:1000],
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f"cannot load '{tmp_path}'"):
-            open_encoder(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"cannot load '{tmp_path}'"):
+        open_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_git_lfs_pointer_is_recognized(name: str, weights: bool, tmp_path: Path) -> None:
+    """Also before weights are loaded, so that no stage runs first."""
+    save(tmp_path, "siglip_vision_model", **SMALL)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / name).write_text(pointer)
+    expected = f"{name}: a git-lfs pointer: run git lfs pull"
+    with pytest.raises(UserError, match=expected):
+        load_encoder(PretrainedEncoder(str(tmp_path), None, False, None), SIZE, weights)
 
 
 DEEP: dict[str, Any] = {**SMALL, "num_hidden_layers": 3}
@@ -135,6 +145,73 @@ DEEP_KINDS: dict[str, dict[str, Any]] = {
     "dinov3_vit": {**DEEP, "num_register_tokens": 4},
     "vit": DEEP,
 }
+CHANGES = {
+    "a layer is missing": lambda w: {k: v for k, v in w.items() if ".layers.1." not in k},
+    "a bias is missing": lambda w: {k: v for k, v in w.items() if "0.mlp.fc1.bias" not in k},
+    "other names": lambda w: {f"module.{name}": value for name, value in w.items()},
+    "another shape": lambda w: {k: v[:-1] if "0.mlp.fc1.bias" in k else v for k, v in w.items()},
+    "a layer more": lambda w: w | {k.replace("layers.2", "layers.3"): v for k, v in w.items()},
+    "a tensor more": lambda w: w | {k.replace("fc1.bias", "gate"): v for k, v in w.items()},
+}
+PROBLEMS = {
+    "a layer is missing": r"layers\.1\..* is missing",
+    "a bias is missing": r"layers\.0\.mlp\.fc1\.bias' is missing \(1 tensors differ\)",
+    "other names": "is missing",
+    "another shape": r"has shape \(63,\), expected \(64,\)",
+    "a layer more": r"layers\.3\..* is not in the model",
+    "a tensor more": r"mlp\.gate' is not in the model",
+}
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict]) -> None:
+    """Change the weights of a tower."""
+    file = folder / "model.safetensors"
+    changed = {name: value.clone() for name, value in change(load_file(file)).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "siglip", "clip"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_weights_that_do_not_fit_are_an_error(kind: str, problem: str, tmp_path: Path) -> None:
+    """transformers makes up what is missing, at random and anew in each command."""
+    save(tmp_path, kind, **DEEP_KINDS.get(kind, DEEP))
+    rewrite(tmp_path, CHANGES[problem])
+    with pytest.raises(UserError, match=f"model.encoder.path: {tmp_path}.*{PROBLEMS[problem]}"):
+        open_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DEEP_KINDS if "lip" in kind])
+def test_weights_that_nothing_reads_may_be_missing_or_more(kind: str, tmp_path: Path) -> None:
+    save(tmp_path, kind, **DEEP_KINDS[kind])
+    encoder, views = open_encoder(tmp_path), random_views()
+    expected = encoder(views)
+    prefix = "vision_model." if kind in ("siglip", "clip") else ""
+    read = {prefix + name for name in encoder.tower.state_dict()}
+    heads = {"classifier.weight": torch.zeros(2, 32), f"{prefix}head.extra": torch.zeros(2)}
+    text = {"text_model.encoder.layers.7.mlp.fc1.weight": torch.zeros(2, 2)}
+
+    def only_what_is_read(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in weights.items() if name in read}
+
+    saved = load_file(tmp_path / "model.safetensors")
+    names = only_what_is_read(saved)
+    assert len(names) == len(read) and names.keys() < saved.keys()
+    rewrite(tmp_path, lambda weights: only_what_is_read(weights) | heads | text)
+    assert torch.equal(open_encoder(tmp_path)(views), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov3_vit"])
+def test_weights_under_names_of_older_versions_are_checked(kind: str, tmp_path: Path) -> None:
+    """transformers renames the tensors of these when it saves and loads."""
+    save(tmp_path, kind, **DEEP_KINDS[kind])
+    rewrite(tmp_path, lambda w: w | {k.replace(".2.", ".3."): v for k, v in w.items()})
+    with pytest.raises(UserError, match=r"\.3\..* is not in the model"):
+        open_encoder(tmp_path)
+    rewrite(tmp_path, lambda w: {k: v for k, v in w.items() if ".3." not in k and ".1." not in k})
+    with pytest.raises(UserError, match=r"\.1\..* is missing"):
+        open_encoder(tmp_path)
+
+
 CLASS_TOKEN_ONLY = {"clip_vision_model", "clip", "chinese_clip_vision_model", "vit"}
 
 

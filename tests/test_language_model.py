@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import (
     ROWS,
+    change,
     packed_loss,
     random_views,
     save_tokenizer,
@@ -24,6 +26,7 @@ from panollava.errors import UserError
 from panollava.model.generate import answer
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
+from panollava.planning.lengths import check_lengths
 
 SMALL = {
     "hidden_size": 32,
@@ -175,3 +178,80 @@ def test_a_sequence_that_is_too_long_is_an_error(
     packed = pack(dialogue.text_prefix, 4 * 8, rows, dialogue.pad)
     with pytest.raises(UserError, match="attends to 40 tokens"):
         model.check_length(packed.tokens.shape[1], "")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("a layer", "is missing"),
+        ("all", "is missing"),
+        ("a shape", r"has shape \(\d+, \d+\), expected \(\d+, \d+\)"),
+        ("more", "is not in the model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error(
+    kind: str, name: str, problem: str, towers: Path, tmp_path: Path
+) -> None:
+    settings = with_language_model(tmp_path, towers, kind, **KINDS[kind])
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    stack = next(key.partition(".1.")[0] for key in weights if ".1." in key)
+    layer = {key: value for key, value in weights.items() if key.startswith(f"{stack}.1.")}
+    if name == "a layer":
+        weights = {key: value for key, value in weights.items() if key not in layer}
+    elif name == "all":
+        weights = {f"other.{key}": value for key, value in weights.items()}
+    elif name == "a shape":
+        matrix = next(key for key, value in layer.items() if value.ndim == 2)
+        weights[matrix] = weights[matrix][:-1].clone()
+    else:
+        more = {k.replace(f"{stack}.1.", f"{stack}.2."): v.clone() for k, v in layer.items()}
+        weights |= more
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"model.language_model.path: {tmp_path}.*{problem}"):
+        built(settings)
+
+
+def test_a_head_of_its_own_must_be_there_and_others_may_be_more(
+    towers: Path, tmp_path: Path
+) -> None:
+    settings = with_language_model(tmp_path, towers, "llama", **SMALL, tie_word_embeddings=False)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "score.weight": torch.zeros(2, 32)}, file, metadata={"format": "pt"})
+    built(settings)
+    weights.pop("lm_head.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"'lm_head.weight' is missing \(1 tensors differ\)"):
+        built(settings)
+
+
+BEYOND: dict[str, Any] = {
+    "padding": lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),
+    "a word": lambda tokenizer: tokenizer.add_tokens(["[BOX]"]),
+    "a control token of the prompt": lambda tokenizer: tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["assistant"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*BEYOND, "an unused control token"])
+def test_a_token_beyond_the_embedding_is_an_error_before_any_work(
+    kind: str, towers: Path, tmp_path: Path
+) -> None:
+    settings = with_language_model(tmp_path / "tower", towers, "llama", **KINDS["llama"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tower")
+    rows = len(tokenizer)
+    if kind in BEYOND:
+        BEYOND[kind](tokenizer)
+    else:  # as Gemma 3's image token in models of text
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert len(tokenizer) == rows + 1
+    tokenizer.save_pretrained(tmp_path / "tower")
+    settings = change(settings, data__dir=str(tmp_path))  # without rows
+    if kind in BEYOND:
+        with pytest.raises(UserError, match=f"as token {rows}, but the embedding has {rows} rows"):
+            check_lengths(settings)
+    else:
+        check_lengths(settings)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from panollava.cli.single_instance import single_instance
+from panollava.cli import main as cli
+from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError
 
 
@@ -31,3 +32,42 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
         single_instance("prepare"),
     ):
         pass
+
+
+LAUNCHES = {
+    "srun": {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"},
+    "torchrun": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},
+    "MPICH's mpiexec": {"PMI_SIZE": "2", "PMI_RANK": "1"},
+}
+
+
+@pytest.mark.parametrize("command", [["train", "vision"], ["train", "all"], ["prepare"]])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_all_processes_of_a_launch_but_the_first_write_nothing(
+    launch: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in LAUNCHES[launch].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="error: .*several processes.* set --ntasks=1"):
+        cli.main(command)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"},  # sbatch, no srun
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"RANK": "8"},  # something else, such as that of a LoRA adapter
+        {"SLURM_PROCID": ""},
+    ],
+)
+def test_the_first_process_of_a_launch_runs(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_first_process()

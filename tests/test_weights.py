@@ -45,6 +45,26 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_tied_tensors_are_saved_and_loaded(tmp_path: Path) -> None:
+    """As are parts of one tensor."""
+
+    class Tied(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+            self.encoder[1].weight = self.encoder[0].weight
+            both = torch.randn(2, 2)
+            self.encoder[1].bias = nn.Parameter(both[0])
+            self.encoder[2].bias = nn.Parameter(both[1])
+
+    one, other = Tied(), Tied()
+    save_weights(tmp_path / "w", one, ("encoder",), {"stage": "vision"})
+    load_weights(tmp_path / "w", other, ("encoder",), VISION)
+    assert other.encoder[1].weight is other.encoder[0].weight
+    for name, tensor in one.encoder.state_dict().items():
+        assert torch.equal(tensor, other.encoder.state_dict()[name]), name
+
+
 def test_one_part_of_several_can_be_loaded(tmp_path: Path) -> None:
     path, both = tmp_path / "w", ("encoder", "projector")
     save_weights(path, Model(), both, {"stage": "resampler"})

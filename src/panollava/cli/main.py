@@ -8,7 +8,7 @@ from pathlib import Path
 
 from panollava import logs, paths
 from panollava.cli import data_commands, train_command, use_commands
-from panollava.cli.single_instance import single_instance
+from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
 from panollava.stages import STAGES
@@ -33,6 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.logs is None:
         _run_anywhere(options)
         return
+    try:
+        check_first_process()
+    except UserError as error:
+        sys.exit(f"error: {error}")
     try:
         with (
             logs.start(name, options.logs),

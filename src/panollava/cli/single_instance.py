@@ -1,4 +1,4 @@
-"""One process at a time for each command in a folder."""
+"""One process at a time for each command in a folder, and one process of a parallel launch."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,22 @@ from collections.abc import Iterator
 
 from panollava import paths
 from panollava.errors import UserError
+
+# Variables that number the processes of one launch: srun's, torchrun's, Open MPI's and MPICH's. A
+# shell may have a RANK of its own, so torchrun's count only together with WORLD_SIZE.
+_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def check_first_process() -> None:
+    """Raises UserError in all processes but the first of a launch of several, which would do the
+    same work in the same folder."""
+    names = [*_RANKS, *(["RANK"] if os.environ.get("WORLD_SIZE", "1") != "1" else [])]
+    for name in names:
+        if (rank := os.environ.get(name) or "0") != "0":
+            raise UserError(
+                f"{name}={rank}: several processes of this command were started; one is supported, "
+                "with one device: set --ntasks=1 (SLURM), or start it without srun or torchrun"
+            )
 
 
 @contextlib.contextmanager

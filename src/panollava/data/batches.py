@@ -3,9 +3,9 @@
 An epoch's plan lists, for each optimizer step, the panoramas and their rows. It is a function of
 (seed, epoch), so that resuming needs no stored state.
 
-The loader's workers ignore Ctrl-C and SIGTERM; only the main process reacts to them, because it
-needs the workers until it has saved its work. Then it sends them SIGTERM itself. Workers exit when
-the main process is killed."""
+The loader's workers ignore Ctrl-C, SIGTERM and SIGUSR1; only the main process reacts to them,
+because it needs the workers until it has saved its work. Then it sends them SIGTERM itself. Workers
+exit when the main process is killed."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ Step = list[tuple[int, list[int]]]  # (panorama, its rows), each panorama once
 _LOOK_AHEAD = 64  # panoramas searched for one that fills a step
 _TURN_STREAM = 1  # makes the seed differ from that of an epoch's plan, also for panorama 0
 # Only on Linux can a worker see which process sent a signal.
-_BLOCKED = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else set()
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1} if sys.platform == "linux" else set()
 _POLL_SECONDS = 2.0
 
 BatchT = TypeVar("BatchT", covariant=True)
@@ -242,7 +242,7 @@ def gather(array: NDArray, index: list[int]) -> Tensor:
 
 
 class StepLoader(DataLoader):
-    """A DataLoader over a dataset of batches, whose workers ignore Ctrl-C and SIGTERM."""
+    """A DataLoader over a dataset of batches, whose workers ignore Ctrl-C, SIGTERM and SIGUSR1."""
 
     def __init__(self, dataset: Any, workers: int, pin_memory: bool) -> None:
         super().__init__(  # no batch size: the items are batches

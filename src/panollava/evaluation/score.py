@@ -14,6 +14,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.tables import read_records
 from panollava.errors import UserError
+from panollava.evaluation.captions import TOKENIZER
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.metrics import PREDICTION, compute_details, group_references, headline
 from panollava.files import read_prepared_rows, write_json
@@ -46,6 +47,7 @@ def score_file(file: Path, settings: Settings, out: Path | None) -> None:
     table = pd.json_normalize([headline(each, reader) for each in details.values()]).T
     table = table.astype(object).where(table.notna(), None)  # None: an empty cell
     log.info("%s", tabulate(table, headers=["", *details], tablefmt="plain", floatfmt=".3f"))
+    log.info("words: %s", TOKENIZER)
     if out is not None:
         write_json(out, details)
 

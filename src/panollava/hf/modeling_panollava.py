@@ -42,7 +42,19 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As of any model; where the folder refers to a language model, its weights are loaded from
-        there."""
+        there. Raises ValueError if weights are missing, which would be made up at random."""
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = cls._load(pretrained_model_name_or_path, *args, **kwargs)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {missing[0]!r} is missing from the weights "
+                f"({len(missing)} tensors are); copy or export the folder again"
+            )
+        return (model, report) if wants_report else model
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["output_loading_info"] = True
         place = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = kwargs.pop("config", None)
@@ -55,10 +67,12 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
         config.language_model = None  # all weights are in the model from here on
         for name in hub:
             kwargs.pop(name)
-        model = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        model, report = super().from_pretrained(
+            None, *args, config=config, state_dict=state, **kwargs
+        )
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(place, **hub)
-        return model
+        return model, report
 
 
 class PanoLLaVAResampler(nn.Module):

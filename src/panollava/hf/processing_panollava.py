@@ -1,6 +1,9 @@
 """The processor of an exported PanoLLaVA model: from an equirectangular panorama to its views, and
 from text to tokens."""
 
+import re
+from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +127,12 @@ class PanoLLaVAProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         image_seq_length: int = 1,
+        template: dict[str, str] | None = None,
     ) -> None:
-        """`image_seq_length`: vision tokens of a panorama."""
+        """`image_seq_length`: vision tokens of a panorama. `template`: the texts that the chat
+        template puts around the image, a question and an answer."""
         self.image_token, self.image_seq_length = image_token, image_seq_length
+        self.template = template
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         tokenizer.padding_side = "left"  # answers follow the text; not every tokenizer saves it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -137,7 +143,15 @@ class PanoLLaVAProcessor(ProcessorMixin):
             raise ValueError("text: expected a text, or several, with an image token each")
         texts = [text] if isinstance(text, str) else list(text)
         images = None if images is None else self.image_processor.fetch_images(images)
-        self.validate_inputs(images=images, text=texts)
+        counts = [self._count_images(each) for each in texts]
+        if max(counts, default=0) > 1:
+            raise ValueError(f"{max(counts)} images in one text; ask about one panorama")
+        count = 0 if images is None else len(make_flat_list_of_images(images))
+        if sum(counts) != count:
+            raise ValueError(
+                f"found {sum(counts)} {self.image_token} tokens and {count} images; the number of "
+                "image tokens must be the same as the number of images"
+            )
         options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         ids = [self._tokens(each) for each in texts]
         if options["text_kwargs"].get("truncation"):
@@ -154,14 +168,49 @@ class PanoLLaVAProcessor(ProcessorMixin):
 
     def _tokens(self, text: str) -> list[int]:
         """What is before and after the image is tokenized separately, as in training: some
-        tokenizers treat the start of a text in another way."""
+        tokenizers treat the start of a text in another way. In a text that the model's own chat
+        template rendered, control tokens in the question and the answer are plain text."""
+        image = [self.image_token_id] * self.image_seq_length
+        if parts := self._parts(text):
+            control, template = _control_tokens(self.tokenizer), self.template
+            query = _plain_tokens(self.tokenizer, control, *parts["query"])
+            before = _plain_tokens(self.tokenizer, (), "", template["before"], "")
+            ids = [*before, *(image if parts["image"] else []), *query]
+            if "answer" in parts:
+                opening, answer, stop = parts["answer"]
+                start = _plain_tokens(self.tokenizer, (), "", opening, "")
+                tokens = _plain_tokens(self.tokenizer, control, opening, answer, stop)
+                follows = tokens[: len(start)] == start
+                alone = _plain_tokens(self.tokenizer, control, "", answer, stop)
+                ids += tokens[len(start) :] if follows else alone
+            return ids
         pieces = text.split(self.image_token)
-        if len(pieces) > 2:
-            raise ValueError(f"{len(pieces) - 1} images in one text; ask about one panorama")
-        ids = [self.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
-        if len(pieces) == 1:
-            return ids[0]
-        return [*ids[0], *[self.image_token_id] * self.image_seq_length, *ids[1]]
+        ids = [_plain_tokens(self.tokenizer, (), "", piece, "") for piece in pieces]
+        return ids[0] if len(pieces) == 1 else [*ids[0], *image, *ids[1]]
+
+    def _parts(self, text: str) -> dict[str, Any] | None:
+        """Of a text that the chat template rendered: whether it has an `image`, the `query` between
+        the template's texts, and the `answer`, if there is one. None for any other text."""
+        template = self.template
+        if not template or not text.startswith(template["before"]):
+            return None
+        rest = text.removeprefix(template["before"])
+        image = rest.startswith(self.image_token)
+        rest = rest.removeprefix(self.image_token) if image else rest
+        between = template["between"] if rest.startswith(template["between"]) else ""
+        rest, stop = rest.removeprefix(between), template["stop"]
+        for opening in (template["opening"], template["plain_opening"]):
+            if rest.endswith(opening):
+                return {"image": image, "query": (between, rest.removesuffix(opening), opening)}
+            if opening in rest and rest.endswith(stop):
+                query, _, answer = rest.removesuffix(stop).partition(opening)
+                query = (between, query, opening)
+                return {"image": image, "query": query, "answer": (opening, answer, stop)}
+        return None
+
+    def _count_images(self, text: str) -> int:
+        parts = self._parts(text)
+        return int(parts["image"]) if parts else text.count(self.image_token)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, **kwargs: Any
@@ -180,3 +229,32 @@ class PanoLLaVAProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, "pixel_values"]
+
+
+# As in training: copies of functions of `panollava.data.dialogue`.
+def _control_tokens(tokenizer: Any) -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    names = [token.content for token in added if token.special or not token.normalized]
+    return [name.lower() for name in ("<image>", *names) if len(name.strip()) > 1]
+
+
+def _plain_tokens(
+    tokenizer: Any, control: Collection[str], before: str, text: str, after: str
+) -> list[int]:
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def continued(piece: str) -> list[int]:
+        start, tokens = encode("\n"), encode("\n" + piece)
+        return tokens[len(start) :] if tokens[: len(start)] == start else encode(piece)
+
+    whole, start, end = before + text + after, len(before), len(before) + len(text)
+    cuts = {
+        max(found.start() + 1, start)
+        for name in control
+        if name in whole.lower()
+        for found in re.finditer(f"(?={re.escape(name)})", whole, re.IGNORECASE)
+        if found.start() < end and found.start() + len(name) > start
+    }
+    first, *others = (whole[a:b] for a, b in pairwise([0, *sorted(cuts), len(whole)]))
+    return encode(first) + [token for piece in others for token in continued(piece)]

@@ -10,7 +10,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from panollava.config import PretrainedEncoder
 from panollava.errors import UserError
-from panollava.model.pretrained import describe_config, layer_stacks, load_from, load_model
+from panollava.model.pretrained import (
+    check_weights,
+    describe_config,
+    layer_stacks,
+    load_from,
+    load_model,
+)
 
 # Towers pretrained only by their class token: the patch tokens of their last layer are untrained.
 _CLASS_TOKEN_ONLY = set(
@@ -64,8 +70,8 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
     `weights`, only the shapes of its tensors.
 
     Raises:
-        UserError: it cannot be loaded, is no vision tower, needs views of another size, or has too
-            few layers.
+        UserError: it cannot be loaded, its weights do not fit it, it is no vision tower, needs
+            views of another size, or has too few layers.
     """
     config = load_from(AutoConfig.from_pretrained, pretrained)
     vision = getattr(config, "vision_config", config)
@@ -74,12 +80,14 @@ def load_encoder(pretrained: PretrainedEncoder, view_size: int, weights: bool = 
             f"model.encoder.path: {pretrained.path} is a '{config.model_type}' model without an "
             "image size; use a vision encoder such as google/siglip-base-patch16-224"
         )
-    model = load_model(AutoModel, pretrained, weights)
+    model, report = load_model(AutoModel, pretrained, weights)
     tower = getattr(model, "vision_model", model).float()
     used = _check_view_size(tower, pretrained.path, view_size, vision.image_size)
     if vision.image_size != view_size and tower.config.model_type in _INTERPOLATED:
         _interpolate_positions(tower, view_size)
     layer = _drop_unread(tower, pretrained, view_size, used)
+    prefix = "" if tower is model else "vision_model."
+    check_weights(report, tower, prefix, f"model.encoder.path: {pretrained.path}")
     processor, _ = load_from(ImageProcessingMixin.get_image_processor_dict, pretrained)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not (mean and std and len(mean) == len(std) == 3):

@@ -63,8 +63,7 @@ def answer(
     answers = iter(_decode(sequences, last, dialogue.ends, max_new_tokens, choose, report))
 
     def text_of(tokens: list[int]) -> Answer:
-        cut = len(tokens) == max_new_tokens
-        return Answer(dialogue.decode(dialogue.whole_characters(tokens) if cut else tokens), cut)
+        return Answer(dialogue.decode(tokens), cut=len(tokens) == max_new_tokens)
 
     return [[text_of(next(answers)) for _ in texts] for texts in queries]
 

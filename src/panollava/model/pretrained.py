@@ -1,6 +1,8 @@
 """Pretrained models from a hub id or a folder, through transformers' `from_pretrained`."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import hub
 
 from panollava.config import Pretrained
-from panollava.errors import UserError
+from panollava.errors import UserError, out_of_memory_reason
+from panollava.files import GIT_LFS_POINTER, is_git_lfs_pointer
 from panollava.provenance.fingerprint import file_sha256
 
 # Files of a tower's folder that loading reads: weights, configurations, tokenizer and code.
@@ -20,25 +23,63 @@ _READ = (
     *("*.safetensors*", "*.bin*", "*config.json", "*token*", "vocab*", "merges.txt", "*.model"),
     *("*.jinja", "*.py"),
 )
+# Tensors that older weights hold and newer models compute.
+_COMPUTED = re.compile(r"(inv_freq|masked_bias|position_ids)$")
+
+Report = Mapping[str, Any]  # what `from_pretrained` says of the weights; empty without weights
 
 
-def load_model(loader, pretrained: Pretrained, weights: bool, **options):  # type: ignore[no-untyped-def]
-    """Load a model with an Auto class. Without `weights`, build it from its configuration on the
-    meta device, where tensors have shapes but no data."""
+def load_model(  # type: ignore[no-untyped-def]
+    loader, pretrained: Pretrained, weights: bool, **options
+) -> tuple[Any, Report]:
+    """Load a model with an Auto class, and what to give to `check_weights`. Without `weights`,
+    build it from its configuration on the meta device, where tensors have shapes but no data."""
     if weights:
-        return load_from(loader.from_pretrained, pretrained, **options)
+        reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        return load_from(loader.from_pretrained, pretrained, **reported, **options)
     config = load_from(AutoConfig.from_pretrained, pretrained)
+    trust = pretrained.trust_remote_code
     with torch.device("meta"):
-        return loader.from_config(config, trust_remote_code=pretrained.trust_remote_code, **options)
+        return loader.from_config(config, trust_remote_code=trust, **options), {}
+
+
+def check_weights(report: Report, part: nn.Module, prefix: str, place: str) -> None:
+    """Raises UserError if the weights do not fit `part`, whose names in the model start with
+    `prefix`: transformers makes up the missing ones at random and ignores unexpected ones.
+
+    Weights outside `part` do not count, nor those of heads, which are outside its layers."""
+    state = {prefix + name for name in part.state_dict()}
+    stacks = layer_stacks(part)
+    layers = tuple(f"{prefix}{n}." for n, module in part.named_modules() if module in stacks)
+    problems = [f"'{n}' is missing" for n in report.get("missing_keys", ()) if n in state]
+    problems += [
+        f"'{name}' has shape {tuple(found)}, expected {tuple(expected)}"
+        for name, found, expected in report.get("mismatched_keys", ())
+        if name in state
+    ]
+    problems += [
+        f"'{name}' is not in the model"
+        for name in report.get("unexpected_keys", ())
+        if name.startswith(layers) and not _COMPUTED.search(name)
+    ]
+    if problems:
+        raise UserError(
+            f"{place}: the weights do not fit config.json: {min(problems)} ({len(problems)} "
+            "tensors differ); use a folder or hub id whose weights and config.json belong together"
+        )
 
 
 def load_from(load, pretrained: Pretrained, **options):  # type: ignore[no-untyped-def]
     """Call `load`, such as an Auto class's `from_pretrained`. A failure raises UserError."""
     revision = pretrained.revision or "main"
     source = {"revision": revision, "trust_remote_code": pretrained.trust_remote_code}
+    if pointers := [file for file in _files(Path(pretrained.path)) if is_git_lfs_pointer(file)]:
+        raise UserError(f"{pointers[0]}: {GIT_LFS_POINTER}")
     try:
         return load(pretrained.path, **source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and out_of_memory_reason(error):
+            raise
         raise UserError(
             f"cannot load '{pretrained.path}' (revision {revision}); use a reachable hub id, or a "
             "folder written by save_pretrained (for the demo's, run: dvc repro "
@@ -63,8 +104,12 @@ def describe_tower(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = {file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}
-    return {file.name: file_sha256(file) for file in sorted(files)}
+    return {file.name: file_sha256(file) for file in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that loading reads; none if it is not a folder."""
+    return sorted({f for pattern in _READ for f in folder.glob(pattern) if f.is_file()})
 
 
 def check_files(folder: Path, expected: dict[str, str], name: str) -> None:

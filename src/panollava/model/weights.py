@@ -6,6 +6,7 @@ stage's Lightning checkpoints (`.ckpt`)."""
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ def save_weights(
 ) -> None:
     """Write these parts of `model`. `header`: JSON values, `stage` among them."""
     state = _only(parts, model.state_dict())
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    # Tied tensors are written each by itself, as safetensors requires.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    tensors = {
+        name: tensor.clone() if places[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
     # One key of metadata: safetensors writes several in no fixed order.
     data = save(tensors, metadata={"panollava": json.dumps(header, sort_keys=True)})
     with atomic_write(path) as temporary:

@@ -24,19 +24,26 @@ def exported_tokenizer(dialogue: Dialogue) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def template_texts(dialogue: Dialogue) -> dict[str, str]:
+    """The texts around an image, a question and an answer. `plain_opening`: without the prompt."""
+    after_query = dialogue.prompt.split("{query}")[1]
+    return {
+        "before": dialogue.before,
+        "between": dialogue.between,
+        "opening": dialogue.opening,
+        "plain_opening": dialogue.opening.removeprefix(after_query),
+        "lead": dialogue.lead,
+        "stop": str(dialogue.tokenizer.decode([dialogue.stop])),
+    }
+
+
 def chat_template(dialogue: Dialogue) -> str:
     """A Jinja template of one question, and of its answer if there is one.
 
     The parts of a message give the text of the training, with the prompt around the question. A
     message that is one string stands inside the chat template as it is, so that `Dialogue` finds
     the same texts in this template as in the tokenizer's first one."""
-    after_query = dialogue.prompt.split("{query}")[1]
-    texts = {
-        "before": dialogue.before,
-        "between": dialogue.between,
-        "opening": dialogue.opening,
-        "plain_opening": dialogue.opening.removeprefix(after_query),
-        "stop": str(dialogue.tokenizer.decode([dialogue.stop])),
+    texts = template_texts(dialogue) | {
         "image": IMAGE,
         "error": "expected one message of the user, with one panorama and one question, and at "
         "most one of the assistant after it: the model was trained on single questions",
@@ -66,6 +73,7 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- if messages | length == 2 -%}
 {%- set answer = messages[1]['content'] -%}
+{{- lead -}}
 {%- if answer is string -%}{{- answer -}}{%- else -%}
 {%- for part in answer -%}{{- part['text'] -}}{%- endfor -%}
 {%- endif -%}

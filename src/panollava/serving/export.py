@@ -17,7 +17,7 @@ from panollava.model.exported import is_exported
 from panollava.model.header import TOWERS
 from panollava.model.panollava import MAX_NEW_TOKENS, PanoLLaVA
 from panollava.model.weights import read_header
-from panollava.serving.chat_template import IMAGE, exported_tokenizer
+from panollava.serving.chat_template import IMAGE, exported_tokenizer, template_texts
 from panollava.serving.model_card import model_card
 
 
@@ -180,6 +180,7 @@ def _processor(model: PanoLLaVA, tokenizer: PreTrainedTokenizerBase) -> hf.PanoL
         chat_template=tokenizer.chat_template,
         image_token=IMAGE,
         image_seq_length=tokens,
+        template=template_texts(model.dialogue),
     )
 
 

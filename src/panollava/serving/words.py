@@ -10,9 +10,9 @@ class Words:
         self.dialogue, self.given = dialogue, ""
 
     def of_tokens(self, tokens: list[int]) -> str:
-        """What is new in the text of all tokens so far. What may be half a character at its end,
-        or a space that ends the answer, waits for the next token."""
-        return self.rest(self.dialogue.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}").rstrip())
+        """What is new in the text of all tokens so far. Half a character at its end, or a space
+        that ends the answer, waits for the next token: `decode` leaves them out."""
+        return self.rest(self.dialogue.decode(tokens))
 
     def rest(self, text: str) -> str:
         """What is new in `text`; nothing if it changes what was given."""

@@ -16,7 +16,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
 from panollava.errors import UserError
 from panollava.geometry.views import forms_ring, layout
-from panollava.model.language_model import end_tokens
+from panollava.model.language_model import check_embedding, end_tokens
 from panollava.model.network import build_model
 from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
@@ -44,6 +44,7 @@ class Objective(nn.Module):
         ends = end_tokens(self.model.language_model)
         length, prompt = self.stage_settings.max_text_length, settings.model.prompt
         self.dialogue = Dialogue(tokenizer, length, ends, prompt)
+        check_embedding(self.model.language_model, self.dialogue)
         self.text_prefix = len(self.dialogue.text_prefix)  # tokens before the image
         self.reads_features = stage.reads_features  # instead of views
         encoder: Any = self.model.encoder

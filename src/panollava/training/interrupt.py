@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM during training: the first one requests a stop after the current step, the
-second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's, before a job's time ends) during training: the first one
+requests a stop after the current step, the second one stops at once."""
 
 import logging
 import signal
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
@@ -18,7 +20,7 @@ class Interrupt:
 
     def listen(self) -> None:
         self.restore()  # if it listens already
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:

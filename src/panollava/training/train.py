@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pydantic_core import to_jsonable_python
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from panollava import paths
 from panollava.config import Settings, Trainer
@@ -70,7 +71,7 @@ def train(
     if remaining := len(module.epoch_steps) - module.epoch:
         log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
-        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
+        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed], work)
     _publish(stage, module, checkpoints, track, header)
     resume.mark_finished(work)
 
@@ -142,7 +143,9 @@ def _parameters(stage: Stage, settings: Settings) -> dict[str, Any]:
     return {key: to_jsonable_python(operator.attrgetter(key)(settings)) for key in stage.reads}
 
 
-def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
+def _fit(
+    module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback], work: Path
+) -> None:
     with warnings.catch_warnings():
         # The number of workers is the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -155,7 +158,10 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             precision=settings.precision,
             max_epochs=epochs,
             callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
-            plugins=[AtomicCheckpointIO()],
+            # Whatever scheduler runs this, it is one process, and `Checkpoints` saves and resumes.
+            # Under SLURM, Lightning would also load a hpc_ckpt_*.ckpt from its root folder.
+            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+            default_root_dir=work / "lightning",  # does not exist
             logger=False,
             enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
