@@ -38,7 +38,7 @@ ABOUT_THE_MAP = (
 )
 _ASSETS = Path(__file__).with_name("assets")
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
-_PAGE = 24  # panoramas of the gallery at once
+_PAGE = 12  # panoramas of the gallery at once
 _UPLOADS = 16  # that are kept
 _SHOWN_WIDTH = 2048  # pixels of an uploaded panorama in the page, at least
 _HEADERS = {
@@ -180,7 +180,7 @@ class _Page:
         asked = await self._read(request)
         question, answer = _text(asked, "question"), _text(asked, "answer")
         part = _part(asked.get("part"), len(answer))
-        length = len(self.service.model.dialogue.row(question, answer).answer)
+        length = len(self.service.model.dialogue.row(question, answer, truncate=False).answer)
         self.service.count_tokens(Question(question, length, 0.0, 1.0, 0, False, False))
         panorama = self._find(asked.get("panorama"))
 

@@ -8,8 +8,9 @@
  *   viewer.setMap({width: 90, height: 45, values: "..."});  // null: none
  *   viewer.setStrength(0.7);  // of the map, from 0 to 1
  *   viewer.setOutlines([[[yaw, pitch], ...], ...]);  // closed lines in degrees; []: none
- *   viewer.look(yaw, pitch);  // degrees, yaw grows to the right and pitch upwards
- *   viewer.direction();  // {yaw, pitch} of the center
+ *   viewer.look(yaw, pitch);  // degrees, yaw grows to the right and pitch upwards; third, the
+ *                             // milliseconds that turning takes (default: 0)
+ *   viewer.direction();  // {yaw, pitch, fov}: the center, and the width of what is seen
  *   viewer.destroy();
  *   PanoramaViewer.drawLegend(canvas);  // the colors of the map from 0 to 1, from left to right
  *
@@ -80,8 +81,9 @@ class PanoramaViewer {
   }
 
   direction() {
-    if (!this._viewer) return {yaw: 0, pitch: 0};
-    return {yaw: this._viewer.getYaw(), pitch: this._viewer.getPitch()};
+    if (!this._viewer) return {yaw: 0, pitch: 0, fov: 360};
+    const viewer = this._viewer;
+    return {yaw: viewer.getYaw(), pitch: viewer.getPitch(), fov: viewer.getHfov()};
   }
 
   destroy() {
@@ -191,7 +193,7 @@ class PanoramaViewer {
       for (let column = 0; column < width + 2; column++) {
         const value = bytes[row * width + ((column - 1 + width) % width)] / 255;
         const [r, g, b] = PanoramaViewer._color(value);
-        const alpha = 255 * Math.min(0.8, 1.6 * value); // what lies below stays visible
+        const alpha = 255 * 0.75 * value; // what lies below stays visible
         pixels.data.set([r, g, b, alpha], 4 * (row * (width + 2) + column));
       }
     }
