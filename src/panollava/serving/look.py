@@ -25,7 +25,7 @@ from panollava.geometry.projections import Projection
 from panollava.geometry.sphere import angles_from_rays
 from panollava.model.panollava import PanoLLaVA
 from panollava.serving.answer_queue import Panorama
-from panollava.serving.gallery import open_gallery
+from panollava.serving.look_gallery import open_gallery
 from panollava.serving.replies import json_response
 from panollava.serving.requests import Question, RequestError, checked_question, parse_object
 from panollava.serving.server import HUNG_UP, Limits, Service, address, make_server, unless_hung_up
