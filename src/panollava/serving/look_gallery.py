@@ -23,7 +23,7 @@ class Gallery:
     """`entries[name]` describes a panorama: its title and its queries with their references."""
 
     def __init__(self, folder: Path) -> None:
-        self.split, self._pictures = folder.name, folder / paths.PICTURES
+        self.split, self._pictures = folder.name, folder.resolve() / paths.PICTURES
         self._views = open_array(folder / "views.npy")
         self._read = lru_cache(16)(self._read_views)
         rows = read_prepared_rows(folder / "rows.csv")
@@ -49,7 +49,7 @@ class Gallery:
         return len(found), found[start : start + count]
 
     def picture(self, name: str) -> Path:
-        return self._pictures / f"{int(name):06}.jpg"
+        return self._pictures / paths.picture_name(int(name))
 
     def panorama(self, name: str) -> Panorama:
         """With the views of `prepare`, so that answers are those of `evaluate`."""
