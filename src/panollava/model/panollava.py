@@ -19,6 +19,7 @@ from panollava.model.device import choose_device
 from panollava.model.exported import is_exported, load_exported
 from panollava.model.generate import GREEDY, Answer, Report, Sampling, answer
 from panollava.model.header import Header, load_header, with_tower
+from panollava.model.heat_map import HeatMaps
 from panollava.model.language_model import end_tokens
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
@@ -111,6 +112,13 @@ class PanoLLaVA:
         features = self.features([panorama])
         (answers,) = self.answer_features(features, [list(queries)], max_new_tokens, sampling)
         return [answer.text for answer in answers]
+
+    def heat_map(
+        self, panorama: Picture, query: str, answer: str, part: slice | None = None
+    ) -> NDArray[np.float32]:
+        """How much each direction of a panorama mattered for an answer, or for a `part` of its
+        characters: equirectangular, (45, 90), in [0, 1], see `HeatMaps.heat_map`."""
+        return HeatMaps(self, self.views(panorama)).heat_map(query, answer, part)
 
     def answer_features(
         self,
