@@ -28,20 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class Panorama:
-    """The views of a panorama, uint8 (views, size, size, 3), and its features in their place once
-    a question was asked."""
+    """The views of a panorama, uint8 (views, size, size, 3), and its features once a question was
+    asked."""
 
     def __init__(self, views: NDArray) -> None:
-        self._views: NDArray | None = views
+        self.views = views
         self._features: Tensor | None = None
 
     def features(self, model: PanoLLaVA) -> Tensor:
         """(1, *shape, features). Only the thread that uses the model may call it."""
         if self._features is None:
-            assert self._views is not None
             # One by one, so that the features are those of any other command.
-            self._features = model.features_of_views(self._views[None])
-            self._views = None
+            self._features = model.features_of_views(self.views[None])
         return self._features
 
 

@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 from panollava.data.images import read_panorama, reduced_jpeg
 from panollava.geometry.projections import Projection
 from panollava.geometry.sphere import angles_from_rays
+from panollava.model.heat_map import HeatMaps
 from panollava.model.panollava import PanoLLaVA
 from panollava.serving.answer_queue import Panorama
 from panollava.serving.look_gallery import open_gallery
@@ -83,6 +84,7 @@ class _Page:
     def __init__(self, service: Service, title: str) -> None:
         self.service, self.title = service, title
         self.gallery = open_gallery(service.model.header.views)
+        self._mapped: tuple[Panorama, HeatMaps] | None = None
         self._uploads: OrderedDict[str, tuple[Panorama, bytes]] = OrderedDict()
 
     def routes(self) -> list[BaseRoute]:
@@ -185,7 +187,7 @@ class _Page:
         panorama = self._find(asked.get("panorama"))
 
         def compute(model: PanoLLaVA) -> NDArray[np.float32]:
-            return model.heat_map(panorama.features(model), question, answer, part)
+            return self._heat_maps(model, panorama).heat_map(question, answer, part)
 
         result = await unless_hung_up(request, self.service.queue.use_model(compute))
         if result is None:
@@ -193,6 +195,13 @@ class _Page:
         height, width = result.shape
         values = base64.b64encode((result * 255).round().astype(np.uint8).tobytes()).decode()
         return json_response({"width": width, "height": height, "values": values}, headers=_HEADERS)
+
+    def _heat_maps(self, model: PanoLLaVA, panorama: Panorama) -> HeatMaps:
+        """Only those of the last panorama are kept: they need the memory of many panoramas."""
+        if self._mapped is None or self._mapped[0] is not panorama:
+            self._mapped = None
+            self._mapped = panorama, HeatMaps(model, panorama.views)
+        return self._mapped[1]
 
     async def _read(self, request: Request) -> dict[str, Any]:
         return parse_object(await self.service.read_body(request, "application/json"))

@@ -367,8 +367,8 @@ let peak = {yaw: 0, pitch: 0};
 function showPeak({width, height, values}, part) {
   const bytes = Uint8Array.from(atob(values), (letter) => letter.charCodeAt(0));
   const place = bytes.indexOf(bytes.reduce((most, value) => Math.max(most, value), 0));
-  if (!bytes[place]) {
-    $("peak").textContent = "No direction mattered for these words.";
+  if (bytes[place] < 26) { // a tenth
+    $("peak").textContent = "No direction mattered much for these words.";
     return;
   }
   peak = {
