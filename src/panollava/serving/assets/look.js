@@ -195,6 +195,7 @@ async function ask(question) {
   $("answer").replaceChildren();
   $("asked").textContent = question;
   for (const id of ["hint", "map", "references"]) $(id).hidden = true;
+  $("turn").disabled = true;
   $("result").hidden = false;
   $("result").scrollIntoView({block: "nearest"});
   $("answer").setAttribute("aria-busy", "true");
