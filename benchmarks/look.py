@@ -1,7 +1,8 @@
 """The page of `panollava look` with the demo's model loaded: the time until it can be used, and
 from the click on Ask to the first word and to the heat map, in headless Chromium.
 
-The model is the result of `finetune` where there is one, or has an untrained resampler."""
+The model is the result of `finetune` where there is one, or has an untrained resampler. Without
+Chromium, nothing is measured."""
 
 import contextlib
 import os
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.append(f"{sys.prefix}/bench")  # requirements-bench.txt
 from playwright.sync_api import Page, sync_playwright
 
 from measure import PANOLLAVA, ROOT, Line, options_parser, report
@@ -27,7 +30,7 @@ from panollava.model.network import build_model
 from panollava.model.weights import save_weights
 from panollava.stages import STAGES
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = Path("/usr/bin/chromium")
 OPTIONS = ("--no-sandbox", "--enable-unsafe-swiftshader", "--disable-background-networking")
 MOST = {"the page can be used": 2.0, "first word": 1.5, "heat map": 3.0}  # seconds
 # When a word or the map is there, without the delays of looking for it from outside.
@@ -45,6 +48,10 @@ $("ask").addEventListener("submit", () => times.click = performance.now(), {capt
 
 def main() -> None:
     options = options_parser(__doc__, repeats=10).parse_args()
+    if not CHROMIUM.is_file():
+        sys.stderr.write(f"{CHROMIUM} is missing (as root: apt-get install chromium)\n")
+        report([], options.out)
+        return
     os.chdir(ROOT)  # where the demo's towers are
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         panoramas = save_panoramas(Path(folder), options.repeats + 1)
@@ -110,6 +117,4 @@ def measure(page: Page, url: str, panorama: Path) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    if not Path(CHROMIUM).is_file():
-        sys.exit(f"{CHROMIUM} is missing; as root: apt-get install chromium")
     main()
