@@ -72,6 +72,7 @@ def serve(
 
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # they stand for all addresses
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
