@@ -34,12 +34,17 @@ setup: $(VENV)/ready ## install the pinned requirements into .venv
 repro: $(VENV)/ready ## run the stages of the pipeline that have changed
 	dvc repro
 
+WITHOUT_BROWSER := command -v chromium > /dev/null || \
+	echo 'No Chromium: tests in a browser are skipped. As root: apt-get install chromium'
+
 test test-all: export HF_HUB_OFFLINE := 1
 test test-all: export TRANSFORMERS_OFFLINE := 1
 test: $(VENV)/ready-dev ## run the tests offline, except the slow ones; ARGS="tests/test_rows.py"
+	@$(WITHOUT_BROWSER)
 	python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(VENV)/ready-dev ## run all tests offline
+	@$(WITHOUT_BROWSER)
 	python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/ready-dev ## check format, lint, spelling, types and imports; changes nothing

@@ -23,6 +23,7 @@ SECTIONS = {  # the script and its arguments
     "answers-real": ("evaluation.py", "real"),
     "sphere": ("sphere_tokens.py",),
     "ask": ("ask.py",),
+    "look": ("look.py",),
     "pipeline": ("pipeline.py",),
     "scaling": ("scaling.py",),
     "gpu": ("gpu.py",),  # measures nothing without a GPU

@@ -33,6 +33,12 @@ from panollava.model.network import Network
 from panollava.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
+# WebGL without a graphics card, and no connection that a page does not ask for.
+CHROMIUM_OPTIONS = (
+    "--no-sandbox --enable-unsafe-swiftshader --disable-background-networking --disable-quic "
+    "--no-first-run --disable-component-update --disable-sync"
+).split()
 SHARED = ROOT.parent / "shared"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -59,7 +59,8 @@ def test_an_evaluation_writes_answers_details_and_headline(
     predictions = pd.read_csv(paths.PREDICTIONS, keep_default_na=False)
     rolled = [f"turned by {degrees}" for degrees in (20, 45, 90, 180, 270)]
     first = ["panorama", "url", "query", "prediction", "swapped"]
-    assert [*predictions] == [*first, *rolled, "without picture", "references"]
+    scores = ["rouge_l", "cider_d"]
+    assert [*predictions] == [*first, *rolled, "without picture", "references", *scores]
     keys = list(dict.fromkeys(zip(rows["panorama"], rows["query"], strict=True)))
     assert list(zip(predictions["panorama"], predictions["query"], strict=True)) == keys
     references = dict(zip(predictions["query"], predictions["references"], strict=True))
@@ -69,6 +70,12 @@ def test_an_evaluation_writes_answers_details_and_headline(
     for name in rolled:
         identical = (predictions["prediction"] == predictions[name]).mean()
         assert details["rotation"][name.removeprefix("turned by ")]["identical"] == identical
+    for name in scores:
+        assert predictions[name].mean() == pytest.approx(details[name])
+    by_query = pd.read_csv(paths.SCORES_BY_QUERY, keep_default_na=False).set_index("query")
+    for query, asked in predictions.groupby("query"):
+        assert by_query.loc[query, "panoramas"] == len(asked)
+        assert by_query.loc[query, "cider_d"] == pytest.approx(asked["cider_d"].mean())
     metrics = json.loads(paths.EVALUATION.read_text())
     assert metrics["rouge_l"] == details["rouge_l"]
     assert re.search(rf"^rouge_l +{metrics['rouge_l']:.3f}$", output, re.MULTILINE), output

@@ -1,6 +1,7 @@
 """Panoramas become views, each decoded once; every row is written or rejected."""
 
 import csv
+import io
 import logging
 import shutil
 import time
@@ -19,7 +20,7 @@ from PIL import Image
 from helpers import ROOT, SHARED
 from panollava import config
 from panollava.data import prepare as module
-from panollava.data.images import read_panorama, roll
+from panollava.data.images import read_panorama, reduced_jpeg, roll
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.files import open_array
@@ -315,8 +316,9 @@ def test_the_number_of_threads_does_not_change_a_byte(root: Path) -> None:
     for threads in (1, 2, 5):
         out = root / PREPARED
         prepare(data(0.5), VIEWS, root, threads=threads)
-        results.append({p.relative_to(out): p.read_bytes() for p in sorted(out.glob("*/*"))})
-    assert len(results[0]) == 9
+        files = sorted(p for p in out.glob("*/**/*") if p.is_file())
+        results.append({p.relative_to(out): p.read_bytes() for p in files})
+    assert len(results[0]) == 10
     assert results[0] == results[1] == results[2]
 
 
@@ -442,3 +444,58 @@ def test_published_rows_without_their_pictures_are_all_rejected(tmp_path: Path) 
     rejects = read_csv(tmp_path / PREPARED / "train" / "rejects.csv")
     source = read_csv(folder / "train.csv")
     assert rejects[["url", "query", "annotation"]].equals(source[["url", "query", "annotation"]])
+
+
+def pictures(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (root / PREPARED).glob("*/pictures/*")}
+
+
+def test_the_evaluated_split_is_written_as_small_whole_pictures(root: Path) -> None:
+    """With the number of their panorama; a rejected picture has none."""
+    for seed in range(3):
+        save_picture(root / "data/images" / f"{seed}.jpg", 50 + seed)
+    (root / "data/images/1.jpg").write_text("gone")
+    add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in range(3)], "test")
+    prepare(data(0.5), VIEWS, root)
+    assert sorted(pictures(root)) == ["000000.jpg", "000001.jpg", "000002.jpg"]
+    assert not (root / PREPARED / "train/pictures").exists()
+    rows = read_csv(root / PREPARED / "test/rows.csv")
+    assert rows["panorama"].tolist() == [0, 1, 2]
+    width = Sampler(layout(VIEWS), 16).panorama_width
+    for panorama, url in zip(rows["panorama"], rows["url"], strict=True):
+        expected = read_panorama(root / "data" / url, width).astype(float)
+        file = root / PREPARED / f"test/pictures/{panorama:06d}.jpg"
+        actual = np.asarray(Image.open(file), float)  # the lower half too, which no view shows
+        assert np.abs(actual - expected).mean() < 6, url
+
+
+def test_the_pictures_have_the_same_bytes_and_none_of_an_earlier_run_stays(root: Path) -> None:
+    prepare(data(), VIEWS, root)
+    first = pictures(root)
+    stray = root / PREPARED / "test/pictures/000007.jpg"
+    stray.write_bytes(b"")
+    prepare(data(), VIEWS, root, threads=1)
+    assert pictures(root) == first and len(first) == 1
+    assert b"Exif" not in first["000000.jpg"]
+
+
+def test_an_interrupted_run_leaves_no_half_picture(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Path, content: bytes) -> int:
+        write_bytes(self, content[:100])
+        raise KeyboardInterrupt
+
+    write_bytes = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data(), VIEWS, root)
+    assert not pictures(root)
+
+
+@pytest.mark.parametrize("height", [700, 1500])
+def test_a_reduced_picture_is_small_whatever_it_shows(height: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, 2 * height, 3), dtype=np.uint8)
+    jpeg = reduced_jpeg(noise)
+    assert len(jpeg) <= 1 << 19
+    assert Image.open(io.BytesIO(jpeg)).size == (min(2 * height, 2048), min(height, 1024))

@@ -42,6 +42,9 @@ class NotRun(NamedTuple):
 NOT_RUN = {
     "make repro": NotRun("installs packages, takes minutes", "make -n repro", "dvc repro"),
     "make test": NotRun("would run this test again", "make -n test", "pytest"),
+    "panollava look --open": NotRun(
+        "serves until it is interrupted", "panollava look --help", "--open"
+    ),
     "source .venv/bin/activate": NotRun(
         "needs the environment that make installs", "make -n setup", "-m venv .venv"
     ),

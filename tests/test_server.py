@@ -27,13 +27,14 @@ import numpy as np
 import openai
 import psutil
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 from helpers import ROOT
 from panollava import PanoLLaVA
 from panollava.cli import main as cli
 from panollava.data.dialogue import Dialogue
-from panollava.model.generate import GREEDY, Sampling
+from panollava.model.generate import GREEDY, Answer, Sampling
 from panollava.serving.answer_queue import MAX_WAITING, AnswerQueue, Panorama, Pending
 from panollava.serving.requests import Question, RequestError
 from panollava.serving.server import Limits, bind, make_server
@@ -292,6 +293,52 @@ def test_too_many_waiting_questions_are_refused(model: PanoLLaVA) -> None:
         queue.add(waiting[0])
 
     asyncio.run(fill())
+
+
+def test_waiting_answers_go_before_other_uses_of_the_model(
+    model: PanoLLaVA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what nobody waits for is not computed."""
+    order: list[str] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def use(name: str) -> Any:
+        def function(_: PanoLLaVA) -> str:
+            order.append(name)
+            if name == "first":
+                started.set()
+                assert go_on.wait(30)
+            return name
+
+        return function
+
+    def answered(*_: Any) -> list[list[Answer]]:
+        order.append("answer")
+        return [[Answer("text", False)]]
+
+    monkeypatch.setattr(model, "answer_features", answered)
+    panorama = Panorama(np.zeros((1, 1, 1, 1, 3)))
+    monkeypatch.setattr(Panorama, "features", lambda *_: torch.zeros(1))
+
+    async def run() -> None:
+        queue = AnswerQueue(model, 1)
+        running = asyncio.create_task(queue.run())
+        first, second, dropped = (
+            asyncio.create_task(queue.use_model(use(name)))
+            for name in ("first", "second", "dropped")
+        )
+        await asyncio.to_thread(started.wait, 30)
+        pending = Pending(Question("what", 8, 0.0, 1.0, 0, False, False), panorama)
+        queue.add(pending)
+        dropped.cancel()
+        go_on.set()
+        assert (await pending.answer()).text == "text"
+        assert [await first, await second] == ["first", "second"]
+        running.cancel()
+        await asyncio.wait([running])
+
+    asyncio.run(run())
+    assert order == ["first", "answer", "second"]
 
 
 @contextlib.contextmanager

@@ -7,14 +7,23 @@ LOGS = Path("logs")
 LOGS_OF_DEMO = Path("../../logs")  # the demo's own pipeline runs in data/demo
 RESUME = Path(".resume")  # unfinished work of training stages
 PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
+PICTURES = "pictures"  # <split>/pictures/<panorama>.jpg of the evaluated split, for the report
 ROLLED = PREPARED / "rolled.npy"  # the evaluated split, rolled by evaluate.rolls; see `prepare`
 FEATURES = Path("runs/features")  # <split>.npy, rolled.npy
 DIGESTS = Path("runs/digest")  # <stage>.txt
 PREDICTIONS = Path("runs/evaluate/predictions.csv")
 EVALUATION_DETAILS = Path("runs/evaluate/details.json")
+SCORES_BY_QUERY = Path("runs/evaluate/scores_by_query.csv")
 EVALUATION = Path("metrics/evaluate/metrics.json")  # the headline numbers
+REPORT = Path("runs/report/index.html")
+SAMPLE = Path("runs/report/panoramas.svg")  # panoramas with answers, for `dvc plots`
 
 WEIGHTS = "model_final.safetensors"  # of a training stage
+
+
+def picture_name(panorama: int) -> str:
+    """Of a panorama in a folder of PICTURES."""
+    return f"{panorama:06d}.jpg"
 
 
 def run_folder(stage: str) -> Path:

@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
     help = "answer questions over HTTP, with OpenAI's chat completions API"
     use_commands.add_serve(add("serve", use_commands.serve, help, None))
+    help = "open a page that asks the model about panoramas, and shows where it looks"
+    use_commands.add_look(add("look", use_commands.look, help, None))
     help = "write a folder that transformers loads, with a model card"
     use_commands.add_export(add("export", use_commands.export, help, None))
     add("verify", _verify, "delete corrupted files from DVC's cache")

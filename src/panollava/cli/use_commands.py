@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,12 +54,8 @@ def _starting() -> Iterator[None]:
 
 
 def add_serve(command: argparse.ArgumentParser) -> None:
+    _add_listening(command)
     add = command.add_argument
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free one")
-    help = "address to listen on (default: 127.0.0.1, which only this machine reaches)"
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help=help)
-    help = "another host name that requests may use, in addition to localhost; may be repeated"
-    add("--allow-host", action="append", default=[], metavar="NAME", help=help)
     add("--name", default="panollava", help="the model's name in requests (default: panollava)")
     add_model_options(command)
     help = "tokens of an answer whose request names no number (default: 64)"
@@ -72,16 +69,50 @@ def add_serve(command: argparse.ArgumentParser) -> None:
 
 
 def serve(options: argparse.Namespace) -> None:
-    from panollava.serving.server import Limits, bind, serve
+    from panollava.serving.server import Limits, serve
 
-    _check("port", options.port, 0 <= options.port < 2**16, "from 0 to 65535")
     for name in Limits._fields:
         value = getattr(options, name)
         _check(name, value, value >= 1, "at least 1")
-    with bind(options.host, options.port) as listener:  # before the model is loaded
+    with _listening(options) as listener:
         limits = Limits(*(getattr(options, name) for name in Limits._fields))
         hosts = (options.host, *options.allow_host)
         serve(load(options), listener, options.name, hosts, limits)
+
+
+def add_look(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--open", action="store_true", help="open the page in a browser, too")
+    _add_listening(command)
+    add_model_options(command)
+    add_length_option(command)
+
+
+def look(options: argparse.Namespace) -> None:
+    from panollava.serving.look import look
+    from panollava.serving.server import Limits
+
+    _check("max_new_tokens", options.max_new_tokens, options.max_new_tokens >= 1, "at least 1")
+    with _listening(options) as listener:
+        limits = Limits(max_new_tokens=options.max_new_tokens)
+        hosts = (options.host, *options.allow_host)
+        look(load(options), str(options.model), listener, hosts, limits, options.open)
+
+
+def _add_listening(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free one")
+    help = "address to listen on (default: 127.0.0.1, which only this machine reaches)"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=help)
+    help = "another host name that requests may use, in addition to localhost; may be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=help)
+
+
+def _listening(options: argparse.Namespace) -> socket.socket:
+    """A socket, before the model is loaded: a port may be taken."""
+    from panollava.serving.server import bind
+
+    _check("port", options.port, 0 <= options.port < 2**16, "from 0 to 65535")
+    return bind(options.host, options.port)
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
@@ -116,13 +147,18 @@ def add_model_options(command: argparse.ArgumentParser, runs: bool = True) -> No
 
 
 def add_sampling_options(command: argparse.ArgumentParser) -> None:
+    add_length_option(command)
     add = command.add_argument
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     help = "above 0: sample answers, the more varied the higher (default: 0, the likeliest words)"
     add("--temperature", type=float, default=0.0, metavar="T", help=help)
     help = "sample among the likeliest tokens of this probability together (default: 1)"
     add("--top-p", type=float, default=1.0, metavar="P", help=help)
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+
+
+def add_length_option(command: argparse.ArgumentParser) -> None:
+    help = "tokens of an answer, at most (default: 64)"
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help=help)
 
 
 def load(options: argparse.Namespace) -> "PanoLLaVA":

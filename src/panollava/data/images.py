@@ -17,6 +17,10 @@ from panollava.data.picture_files import (
 )
 from panollava.data.picture_files import PictureError as PictureError  # for those who read pictures
 
+_JPEG_WIDTH = 2048  # of `reduced_jpeg`, at most
+_JPEG_BYTES = 1 << 19
+_JPEG_QUALITIES = (85, 60, 35, 10)
+
 _BACKGROUND = (0, 0, 0, 255)  # behind transparent pixels
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
 _TURNS = {  # by EXIF orientation
@@ -88,6 +92,19 @@ def roll(panorama: NDArray, degrees: float) -> NDArray:
     `degrees`, which is to the right."""
     columns = round(degrees / 360 * panorama.shape[1])
     return np.roll(panorama, columns, axis=1) if columns else panorama
+
+
+def reduced_jpeg(panorama: NDArray[np.uint8]) -> bytes:
+    """A JPEG to look at, of (height, width, 3): at most 2048 pixels wide, and of a quality that
+    needs at most 512 KiB. Equal pixels give equal bytes."""
+    width = min(panorama.shape[1], _JPEG_WIDTH)
+    if width < panorama.shape[1]:
+        panorama = np.asarray(Image.fromarray(panorama).resize((width, width // 2), reducing_gap=2))
+    for quality in _JPEG_QUALITIES:
+        jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(panorama), quality, "RGB", "420")
+        if len(jpeg) <= _JPEG_BYTES:
+            break
+    return jpeg
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

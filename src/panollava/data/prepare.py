@@ -1,6 +1,7 @@
 """Turns rows and panoramas into views. Each panorama is decoded once, and by no other stage."""
 
 import logging
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from panollava import config, paths
-from panollava.data.images import PictureError, read_panorama, roll
+from panollava.data.images import PictureError, read_panorama, reduced_jpeg, roll
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
 from panollava.errors import UserError
-from panollava.files import write_array, write_csv
+from panollava.files import atomic_write, write_array, write_csv
 from panollava.geometry.views import Sampler, layout, resampled
 from panollava.provenance import made_from
 
@@ -31,12 +32,13 @@ Result = TypeVar("Result")
 
 
 def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
-    """Write runs/prepared/<split>/{views.npy,rows.csv,rejects.csv} for each split, and
-    runs/prepared/rolled.npy. `root`: the project's folder.
+    """Write runs/prepared/<split>/{views.npy,rows.csv,rejects.csv} for each split,
+    runs/prepared/rolled.npy, and pictures/ of `evaluate.split`. `root`: the project's folder.
 
     views.npy is uint8 (panoramas, views, size, size, 3), with panoramas in the order of their first
     rows. rolled.npy has, for each panorama of `evaluate.split`, its views after a roll by each of
-    `evaluate.rolls` (degrees to the right) that does not only reorder them.
+    `evaluate.rolls` (degrees to the right) that does not only reorder them. pictures/<panorama>.jpg
+    are its panoramas, for people to look at.
 
     Raises:
         UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows.
@@ -94,6 +96,8 @@ def _clear(out: Path) -> None:
     for split in SPLITS:
         for name in ("views.npy", "rows.csv", "rejects.csv"):
             (out / split / name).unlink(missing_ok=True)
+        if (pictures := out / split / paths.PICTURES).is_dir():
+            shutil.rmtree(pictures)
 
 
 def _warn_of_untracked(pictures: set[Path], folder: Path) -> None:
@@ -110,16 +114,18 @@ def _warn_of_untracked(pictures: set[Path], folder: Path) -> None:
 def _write_views(
     out: Path, pictures: Sequence[Path], sampler: Sampler, threads: int, rolls: list[float] | None
 ) -> pd.DataFrame:
-    """Write views.npy with the good pictures in order, and rolled.npy unless `rolls` is None.
-    Returns picture, kind and reason of the others."""
+    """Write views.npy with the good pictures in order; unless `rolls` is None, also rolled.npy and
+    the pictures reduced. Returns picture, kind and reason of the others."""
 
-    def sample(path: Path) -> list[Views] | PictureError:
+    def sample(path: Path) -> tuple[list[Views], bytes] | PictureError:
         try:
             panorama = read_panorama(path, sampler.panorama_width)
         except PictureError as error:
             return error
-        return [sampler.sample(roll(panorama, degrees)) for degrees in (0, *(rolls or ()))]
+        views = [sampler.sample(roll(panorama, degrees)) for degrees in (0, *(rolls or ()))]
+        return views, b"" if rolls is None else reduced_jpeg(panorama)
 
+    count = 0
     rolled = nullcontext() if rolls is None else write_array(out.parent / "rolled.npy")
     faults = []
     with write_array(out / "views.npy") as append, rolled as append_rolled:
@@ -127,9 +133,14 @@ def _write_views(
             if isinstance(result, PictureError):
                 faults.append((path, result.kind, result.reason))
                 continue
-            append(result[0][None])
+            views, jpeg = result
+            append(views[0][None])
             if append_rolled and rolls:
-                append_rolled(np.stack(result[1:]))
+                append_rolled(np.stack(views[1:]))
+            if jpeg:
+                with atomic_write(out / paths.PICTURES / paths.picture_name(count)) as temporary:
+                    temporary.write_bytes(jpeg)
+            count += 1
     return pd.DataFrame(faults, columns=["picture", "kind", "reason"])
 
 

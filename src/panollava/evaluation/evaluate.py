@@ -19,6 +19,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather, roll_views
 from panollava.evaluation import metrics
+from panollava.evaluation.captions import Scores, score
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 READS = ("views", "model", "evaluate", *INFERENCE)
 _EVALUATED = STAGES["finetune"]
+SCORES = ("rouge_l", "cider_d")  # of single answers
+_SHOWN_QUERIES = 30
 
 
 class Inputs(NamedTuple):
@@ -48,8 +51,9 @@ class Inputs(NamedTuple):
 
 
 def evaluate(settings: Settings) -> None:
-    """Write the answers (runs/evaluate/predictions.csv), everything measured (details.json) and
-    the headline numbers (metrics/evaluate/metrics.json)."""
+    """Write the answers (runs/evaluate/predictions.csv), everything measured (details.json), mean
+    scores of each query (scores_by_query.csv) and the headline numbers
+    (metrics/evaluate/metrics.json)."""
     configure_cpu(settings.trainer.threads)
     model = _load_model(settings)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
@@ -60,10 +64,14 @@ def evaluate(settings: Settings) -> None:
     }
     answered[NO_PICTURE] = _answer_without_picture(model, [*references], settings)
     answers = {n: {key: a.text for key, a in each.items()} for n, each in answered.items()}
-    _write_predictions(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
+    scores = score(answers[PREDICTION], references)
+    table = _tabulate(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
+    table = table.assign(**{name: _column(scores, name, references) for name in SCORES})
+    write_csv(paths.PREDICTIONS, table)
+    write_csv(paths.SCORES_BY_QUERY, _by_query(table))
     facts = settings.evaluate.facts
     reader = None if facts is None else find_reader(facts)
-    details = metrics.compute_details(answers, references, settings.evaluate.rolls, reader)
+    details = metrics.compute_details(answers, references, settings.evaluate.rolls, reader, scores)
     details["cut_answers"] = _count_cut(answered[PREDICTION], settings.evaluate.max_new_tokens)
     headline = metrics.headline(details, reader)
     log.info("%s", tabulate(pd.json_normalize(headline).T, tablefmt="plain", floatfmt=".3f"))
@@ -150,11 +158,11 @@ def _count_cut(answers: Mapping[Key, Answer], limit: int) -> int:
     return cut
 
 
-def _write_predictions(answers: Answers, references: References, urls: dict[int, str]) -> None:
+def _tabulate(answers: Answers, references: References, urls: dict[int, str]) -> pd.DataFrame:
     """One row for each (panorama, query). `swapped` is another panorama's prediction, of the first
     draw; empty where no other panorama was asked the query."""
     swapped, *_ = swapped_answers(answers[PREDICTION]) or [{}]
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "panorama": panorama,
             "url": urls[panorama],
@@ -166,4 +174,16 @@ def _write_predictions(answers: Answers, references: References, urls: dict[int,
         }
         for (panorama, query), reference in references.items()
     )
-    write_csv(paths.PREDICTIONS, table)
+
+
+def _column(scores: Scores, name: str, references: References) -> list[float | None]:
+    """A score of each answer; None where there is none."""
+    each = scores.each.get(name, {})
+    return [each.get(key) for key in references]
+
+
+def _by_query(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean scores of the queries that most panoramas were asked, for a plot."""
+    groups = table.groupby("query", sort=False)
+    means = groups[[*SCORES]].mean().assign(panoramas=groups.size())
+    return means.nlargest(_SHOWN_QUERIES, "panoramas").reset_index()

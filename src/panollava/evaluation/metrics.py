@@ -42,18 +42,22 @@ def group_references(rows: pd.DataFrame) -> dict[Key, list[str]]:
 
 
 def compute_details(
-    answers: Answers, references: References, rolls: Sequence[float], reader: FactReader | None
+    answers: Answers,
+    references: References,
+    rolls: Sequence[float],
+    reader: FactReader | None,
+    scores: Scores | None = None,
 ) -> dict[str, Any]:
     """Caption scores; those of other panoramas' answers and the grounding gap, the difference to
     them; those of the answers without a picture; agreement with the answers for rolled panoramas;
     and, if there is a `reader`, F1 of the stated facts, their consistency under rotation and the
     seam's accuracy. `interval` holds 95% intervals of the scores that are means. The first
-    reference of each query holds the correct facts."""
+    reference of each query holds the correct facts. `scores`: those of the answers, if known."""
     original = answers[PREDICTION]
     details: dict[str, Any] = {
         "panoramas": len({panorama for panorama, _ in references}),
         "references": sum(map(len, references.values())),
-        **_with_intervals(score(original, references)),
+        **_with_intervals(scores or score(original, references)),
         **_grounding(original, references, reader),
     }
     if NO_PICTURE in answers:

@@ -1,14 +1,15 @@
 """The queue of questions. One thread uses the model: it answers all waiting questions that are
-sampled alike in one batch, and encodes each panorama once."""
+sampled alike in one batch, and encodes each panorama once. Other uses of the model wait until no
+question does."""
 
 import asyncio
 import logging
 import traceback
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -20,26 +21,25 @@ from panollava.model.panollava import PanoLLaVA
 from panollava.serving.requests import Question, RequestError
 from panollava.serving.words import Words
 
-MAX_WAITING = 512  # questions; more are refused
+MAX_WAITING = 512  # questions, and as many other uses of the model; more are refused
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 
 class Panorama:
-    """The views of a panorama, uint8 (views, size, size, 3), and its features in their place once
-    a question was asked."""
+    """The views of a panorama, uint8 (views, size, size, 3), and its features once a question was
+    asked."""
 
     def __init__(self, views: NDArray) -> None:
-        self._views: NDArray | None = views
+        self.views = views
         self._features: Tensor | None = None
 
     def features(self, model: PanoLLaVA) -> Tensor:
         """(1, *shape, features). Only the thread that uses the model may call it."""
         if self._features is None:
-            assert self._views is not None
             # One by one, so that the features are those of any other command.
-            self._features = model.features_of_views(self._views[None])
-            self._views = None
+            self._features = model.features_of_views(self.views[None])
         return self._features
 
 
@@ -66,21 +66,36 @@ class Pending:
                 raise event
             yield event
 
+    async def answer(self) -> Answer:
+        async for event in self.events():
+            if isinstance(event, Answer):
+                return event
+        raise AssertionError("the answer is the last event")
+
 
 class AnswerQueue:
     def __init__(self, model: PanoLLaVA, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self._waiting: list[Pending] = []
+        self._other: list[tuple[Callable[[PanoLLaVA], Any], asyncio.Future[Any]]] = []
         self._arrived = asyncio.Event()
 
     def add(self, pending: Pending) -> None:
         """Raises RequestError if too many questions wait."""
         self._waiting = [each for each in self._waiting if not each.hung_up]
-        if len(self._waiting) >= MAX_WAITING:
-            message = f"{MAX_WAITING} questions are waiting; try again later"
-            raise RequestError(message, code="rate_limit_exceeded", status=429)
+        _check_room(self._waiting, "questions")
         self._waiting.append(pending)
         self._arrived.set()
+
+    async def use_model(self, function: Callable[[PanoLLaVA], Result]) -> Result:
+        """What `function` returns, in the thread that uses the model, once no question waits. Not
+        called if this is canceled before. Raises RequestError if it fails, or too many wait."""
+        self._other = [each for each in self._other if not each[1].cancelled()]
+        _check_room(self._other, "requests")
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._other.append((function, future))
+        self._arrived.set()
+        return await future
 
     async def run(self) -> None:
         """Answer questions until canceled, and the batch at work then is given up."""
@@ -88,19 +103,32 @@ class AnswerQueue:
         with ThreadPoolExecutor(1, "model") as model_thread:
             try:
                 while await self._arrived.wait():
-                    batch = self._next_batch()
-                    if not batch:
+                    if batch := self._next_batch():
+                        answering = model_thread.submit(self._answer, batch)
+                        await asyncio.wait([asyncio.wrap_future(answering)])
+                        if error := answering.exception():
+                            refusal = internal_error(error, len(batch))
+                            for pending in batch:
+                                pending.put(refusal)
+                    elif other := self._next_other():
+                        function, future = other
+                        working = model_thread.submit(function, self.model)
+                        await asyncio.wait([asyncio.wrap_future(working)])
+                        if future.cancelled():
+                            continue
+                        if error := working.exception():
+                            future.set_exception(internal_error(error))
+                        else:
+                            future.set_result(working.result())
+                    else:
                         self._arrived.clear()
-                        continue
-                    answering = model_thread.submit(self._answer, batch)
-                    await asyncio.wait([asyncio.wrap_future(answering)])
-                    if error := answering.exception():
-                        refusal = internal_error(error, len(batch))
-                        for pending in batch:
-                            pending.put(refusal)
             finally:
                 for pending in batch:
                     pending.hung_up = True
+
+    def _next_other(self) -> tuple[Callable[[PanoLLaVA], Any], asyncio.Future[Any]] | None:
+        self._other = [each for each in self._other if not each[1].cancelled()]
+        return self._other.pop(0) if self._other else None
 
     def _next_batch(self) -> list[Pending]:
         """The question that waits longest and those that can be answered with it."""
@@ -138,6 +166,12 @@ class AnswerQueue:
             if pending.question.stream and (piece := its_words.rest(answer.text)):
                 pending.put(piece)
             pending.put(answer)
+
+
+def _check_room(waiting: list[Any], what: str) -> None:
+    if len(waiting) >= MAX_WAITING:
+        message = f"{MAX_WAITING} {what} are waiting; try again later"
+        raise RequestError(message, code="rate_limit_exceeded", status=429)
 
 
 def _kind(pending: Pending) -> tuple[Any, ...]:

@@ -71,7 +71,7 @@ def read_question(body: bytes, model: str, max_new_tokens: int) -> tuple[Questio
     Raises:
         RequestError: the request is faulty, or asks for what the model cannot do.
     """
-    request = _parse(body)
+    request = parse_object(body)
     _refuse_unsupported(request)
     name = request.get("model")
     if not isinstance(name, str):
@@ -91,7 +91,8 @@ def read_question(body: bytes, model: str, max_new_tokens: int) -> tuple[Questio
     return Question(text, length, *_read_sampling(request), stream, include_usage), picture
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises RequestError."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -140,7 +141,7 @@ def _read_messages(messages: Any) -> tuple[str, bytes]:
         found_pictures = f"{len(pictures)} pictures" if pictures else "no picture"
         expected = "expected exactly one image_url in all messages"
         raise RequestError(f"messages: {found_pictures}; {expected}", "messages", "one_picture")
-    return _checked_question("\n".join(texts), f"{place}.content"), _decode_url(*pictures[0])
+    return checked_question("\n".join(texts), f"{place}.content"), _decode_url(*pictures[0])
 
 
 def _read_content(content: Any, place: str) -> tuple[list[str], list[tuple[str, Any]]]:
@@ -166,7 +167,8 @@ def _read_content(content: Any, place: str) -> tuple[list[str], list[tuple[str, 
     return texts, pictures
 
 
-def _checked_question(text: str, place: str) -> str:
+def checked_question(text: str, place: str) -> str:
+    """`text`, if it can be asked. Raises RequestError, which names the `place` in the request."""
     if not text.strip():
         raise RequestError(f"{place}: no question", place)
     if len(text) > MAX_QUESTION:

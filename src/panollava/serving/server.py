@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import uvicorn
@@ -21,12 +21,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from panollava.data.images import PictureError, read_panorama
 from panollava.errors import UserError
-from panollava.model.generate import Answer
 from panollava.model.panollava import MAX_NEW_TOKENS, PanoLLaVA
 from panollava.serving.answer_queue import AnswerQueue, Panorama, Pending, internal_error
 from panollava.serving.replies import Reply, error_response, json_response
@@ -38,7 +37,8 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _HOST = re.compile(r"(\[[0-9a-f:.%]+\]|[^\s:/@\[\]]+)(:\d{1,5})?", re.IGNORECASE)
 _RECENT = 16  # panoramas whose features are kept
 _READERS = 2  # threads that read requests and decode pictures
-_HUNG_UP = Response(status_code=499)  # nobody reads it
+HUNG_UP = Response(status_code=499)  # nobody reads it
+Result = TypeVar("Result")
 
 
 class Limits(NamedTuple):
@@ -65,17 +65,28 @@ def serve(
 ) -> None:
     """Answer requests until interrupted. `hosts`: names in the Host header that are accepted beside
     the local ones."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    url = f"{address(listener)}/v1"
     log.info('serving "%s" at %s: OpenAI(base_url="%s", api_key="any")', name, url, url)
     make_server(model, name, hosts, limits).run([listener])
 
 
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # they stand for all addresses
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def make_server(
-    model: PanoLLaVA, name: str, hosts: Sequence[str], limits: Limits
+    model: PanoLLaVA,
+    name: str,
+    hosts: Sequence[str],
+    limits: Limits,
+    more: "Callable[[Service], list[BaseRoute]] | None" = None,
 ) -> uvicorn.Server:
+    """`more`: routes beside those of the API."""
+    service = Service(model, name, limits)
     config = uvicorn.Config(
-        _make_app(model, name, hosts, limits),
+        _make_app(service, hosts, more(service) if more else []),
         http="h11",
         ws="none",
         lifespan="on",
@@ -86,26 +97,28 @@ def make_server(
     return uvicorn.Server(config)
 
 
-def _make_app(model: PanoLLaVA, name: str, hosts: Sequence[str], limits: Limits) -> Starlette:
-    routes = _Routes(model, name, limits)
+def _make_app(service: "Service", hosts: Sequence[str], more: list[BaseRoute]) -> Starlette:
     return Starlette(
         routes=[
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name}", routes.model_by_name),
-            Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
+            Route("/v1/models", service.models),
+            Route("/v1/models/{name}", service.model_by_name),
+            Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
+            *more,
         ],
-        middleware=[Middleware(_CheckHost, names={*_LOCAL_NAMES, *map(str.lower, hosts)})],
+        middleware=[Middleware(_CheckSite, names={*_LOCAL_NAMES, *map(str.lower, hosts)})],
         exception_handlers={
             RequestError: lambda _, error: error_response(error),
             HTTPException: _http_error,
-            ClientDisconnect: lambda *_: _HUNG_UP,
+            ClientDisconnect: lambda *_: HUNG_UP,
             Exception: _internal_error,
         },
-        lifespan=routes.run,
+        lifespan=service.run,
     )
 
 
-class _Routes:
+class Service:
+    """The queue of one model, the panoramas that it remembers, and the routes of the API."""
+
     queue: AnswerQueue
 
     def __init__(self, model: PanoLLaVA, name: str, limits: Limits) -> None:
@@ -141,13 +154,28 @@ class _Routes:
         }
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await _read_body(request, self.limits.max_bytes)
-        # A page in a browser may send other types to any server without asking it first.
-        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-            raise RequestError("Content-Type: expected application/json", status=415)
-        read = anyio.to_thread.run_sync
-        question, panorama, prompt_tokens = await read(self._read, body, limiter=self._readers)
+        body = await self.read_body(request, "application/json")
+        question, panorama, prompt_tokens = await self.in_reader(self._read, body)
         del body
+        return await self.answer(request, question, panorama, prompt_tokens)
+
+    async def read_body(self, request: Request, kind: str) -> bytes:
+        """The body, of this content type. A page in a browser may send some others to any server
+        without asking it first. Raises RequestError."""
+        body = await _read_body(request, self.limits.max_bytes)
+        if request.headers.get("content-type", "").split(";")[0].strip() != kind:
+            raise RequestError(f"Content-Type: expected {kind}", status=415)
+        return body
+
+    async def in_reader(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of `function` in a thread that reads requests."""
+        run = anyio.to_thread.run_sync
+        return await run(function, *arguments, limiter=self._readers)
+
+    async def answer(
+        self, request: Request, question: Question, panorama: Panorama, prompt_tokens: int
+    ) -> Response:
+        """In OpenAI's form, as a stream if the question asks for it."""
         pending = Pending(question, panorama)
         self.queue.add(pending)
         reply = Reply(self.name, pending, prompt_tokens)
@@ -155,12 +183,19 @@ class _Routes:
             return StreamingResponse(
                 _with_hang_up(reply.stream(), pending), media_type="text/event-stream"
             )
-        answer = await _answer_unless_hung_up(request, pending)
-        return json_response(reply.complete(answer)) if answer else _HUNG_UP
+        try:
+            answer = await unless_hung_up(request, pending.answer())
+        finally:
+            pending.hung_up = True
+        return json_response(reply.complete(answer)) if answer else HUNG_UP
 
     def _read(self, body: bytes) -> tuple[Question, Panorama, int]:
         """The question, its panorama and the number of tokens before the answer."""
         question, picture = read_question(body, self.name, self.limits.max_new_tokens)
+        return question, self.panorama(picture), self.count_tokens(question)
+
+    def count_tokens(self, question: Question) -> int:
+        """Tokens before the answer. Raises RequestError if they do not fit the model."""
         tokens = self.model.prefix_tokens + len(self.model.dialogue.query(question.text))
         window = self.model.network.window
         if tokens + question.max_new_tokens > window:
@@ -170,9 +205,10 @@ class _Routes:
                 "messages",
                 "context_length_exceeded",
             )
-        return question, self._panorama(picture), tokens
+        return tokens
 
-    def _panorama(self, picture: bytes) -> Panorama:
+    def panorama(self, picture: bytes) -> Panorama:
+        """From what a picture's file contains. Raises RequestError."""
         key = hashlib.sha256(picture).digest()
         with self._lock:
             panorama = self._recent.get(key)
@@ -199,24 +235,19 @@ async def _with_hang_up(events: AsyncIterator[str], pending: Pending) -> AsyncIt
         pending.hung_up = True
 
 
-async def _answer_unless_hung_up(request: Request, pending: Pending) -> Answer | None:
-    async def answer() -> Answer | None:
-        async for event in pending.events():
-            if isinstance(event, Answer):
-                return event
-        return None
+async def unless_hung_up(request: Request, working: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result, or None if the client hangs up before, which cancels the work."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answering, leaving = asyncio.ensure_future(answer()), asyncio.ensure_future(hang_up())
+    work, leaving = asyncio.ensure_future(working), asyncio.ensure_future(hang_up())
     try:
-        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else None
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
     finally:
-        pending.hung_up = True
-        answering.cancel()
+        work.cancel()
         leaving.cancel()
 
 
@@ -237,22 +268,29 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-class _CheckHost:
-    """Refuses a request for another host name. Otherwise a web page could have its name resolve to
-    this machine, and read answers (DNS rebinding)."""
+class _CheckSite:
+    """Refuses a request for another host name: otherwise a web page could have its name resolve to
+    this machine, and read answers (DNS rebinding). Also one that a browser sends for a page of
+    another site, except to open this one."""
 
     def __init__(self, app: ASGIApp, names: set[str]) -> None:
         self.app, self.names = app, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if scope["type"] == "http":
-            headers = dict(scope["headers"])
-            host = _HOST.fullmatch(headers.get(b"host", b"").decode("latin-1"))
-            if not host or host[1].lower() not in self.names:
-                message = "Host: this name is not served; start the server with --allow-host NAME"
-                app = error_response(RequestError(message, code="host", status=403))
+        if scope["type"] == "http" and (reason := self._refusal(scope)):
+            app = error_response(RequestError(reason, code="host", status=403))
         await app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = _HOST.fullmatch(headers.get(b"host", ""))
+        if not host or host[1].lower() not in self.names:
+            return "Host: this name is not served; start the server with --allow-host NAME"
+        opens = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == "navigate"
+        if headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin") and not opens:
+            return "Sec-Fetch-Site: requests of other sites are refused"
+        return None
 
 
 def _http_error(request: Request, error: Exception) -> Response:
