@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -18,6 +18,10 @@ from panollava.stages import STAGES, Stage
 
 UNKNOWN = "unknown"
 SCORES = ("bleu_4", "rouge_l", "cider_d")
+SCORES_NOTE = (
+    "Intervals are 95%, by a cluster bootstrap over panoramas. The grounding gap is the score minus "
+    "that of the answers about other panoramas."
+)
 _STARTED, _WROTE = " INFO panollava: log: ", " INFO panollava.training.train: wrote "
 _DEVICE = " INFO panollava.training.train: device: "
 
@@ -104,24 +108,67 @@ def _log(stage: Stage) -> tuple[str, str]:
 
 
 def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
-    gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
-    best = gap.get("headline")
-    rows = [(n, _number(details.get(n)), _interval(intervals.get(n))) for n in SCORES]
-    between = _interval(gap.get("interval", {}).get(best))
-    rows.append((f"grounding gap ({best or UNKNOWN})", _number(gap.get(best)), between))
-    for kind, fact in details.get("facts", {}).items():
-        rows.append((f"facts: {kind}, F1", _number(fact["f1"]), _interval(fact)))
-    if seam := details.get("seam", {}).get("gap"):
-        rows.append(
-            ("facts elsewhere minus at the seam, F1", _number(seam["value"]), _interval(seam))
-        )
-    rows.append(("answers that were cut", details.get("cut_answers", UNKNOWN), ""))
+    rows = [score[:3] for score in scores(details)]
     return (
         f"Split `{prepared.get('evaluate.split', UNKNOWN)}`: {details.get('captions', UNKNOWN)} "
-        f"queries about {details.get('panoramas', UNKNOWN)} panoramas. Intervals are 95%, by a "
-        "cluster bootstrap over panoramas. The grounding gap is the score minus that of the "
-        f"answers about other panoramas.\n\n{table(['metric', 'value', '95% interval'], rows)}"
+        f"queries about {details.get('panoramas', UNKNOWN)} panoramas. {SCORES_NOTE}\n\n"
+        + table(["metric", "value", "95% interval"], rows)
     )
+
+
+class Score(NamedTuple):
+    """A line of a table of scores. `swapped` and `no_picture`: the same score of other panoramas'
+    answers and of those without a picture, empty where there is none."""
+
+    name: str
+    value: str
+    interval: str
+    swapped: str = ""
+    no_picture: str = ""
+
+
+def scores(details: dict[str, Any]) -> list[Score]:
+    gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
+    swapped, no_picture = details.get("swapped", {}), details.get("no_picture", {})
+    best = gap.get("headline")
+
+    def others(*keys: str) -> tuple[str, ...]:
+        values = [swapped, no_picture]
+        for key in keys:
+            values = [value.get(key, {}) for value in values]
+        return tuple("" if value in ({}, None) else _number(value) for value in values)
+
+    rows = [
+        Score(n, _number(details.get(n)), _interval(intervals.get(n)), *others(n)) for n in SCORES
+    ]
+    between = _interval(gap.get("interval", {}).get(best))
+    rows.append(Score(f"grounding gap ({best or UNKNOWN})", _number(gap.get(best)), between))
+    for kind, fact in details.get("facts", {}).items():
+        compared = others("facts", kind, "f1")
+        rows.append(Score(f"facts: {kind}, F1", _number(fact["f1"]), _interval(fact), *compared))
+    if seam := details.get("seam", {}).get("gap"):
+        name = "facts elsewhere minus at the seam, F1"
+        rows.append(Score(name, _number(seam["value"]), _interval(seam)))
+    rows.append(Score("answers that were cut", details.get("cut_answers", UNKNOWN), ""))
+    return rows
+
+
+def rotation_scores(details: dict[str, Any]) -> list[Score]:
+    """For each roll, the F1 of facts that stay and of those that turn, or the agreement of the
+    answers where no facts are read."""
+    rows = []
+    for degrees, each in details.get("rotation", {}).items():
+        name = f"rolled by {degrees}°: "
+        facts = [(kind, each[kind]) for kind in ("stays", "turns") if kind in each]
+        rows += [
+            Score(f"{name}facts, {kind}, F1", _number(fact["f1"]), _interval(fact))
+            for kind, fact in facts
+        ]
+        if not facts:
+            bounds = each.get("interval", {}).get("rouge_l")
+            value = _number(each.get("rouge_l"))
+            rows.append(Score(f"{name}same answer, ROUGE-L", value, _interval(bounds)))
+    return rows
 
 
 def _number(value: float | None) -> str:

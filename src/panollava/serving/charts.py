@@ -1,0 +1,100 @@
+"""Curves of a training stage as lines of a drawing, which a page shows as SVG."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from panollava import paths
+from panollava.errors import UserError
+
+WIDTH, HEIGHT = 320, 170  # of a chart's plane, in pixels of the page
+_POINTS = 400  # of a line, at most
+_NAMES = {"train": "training", "val": "validation"}
+
+
+class Line(NamedTuple):
+    name: str
+    points: list[tuple[float, float]]  # step and value
+
+
+class Chart(NamedTuple):
+    """`x_ticks` and `y_ticks`: places in the plane, from its upper left corner, and their labels."""
+
+    title: str
+    lines: list[Line]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    places: list[list[tuple[float, float]]]  # of the points of each line
+
+    @property
+    def description(self) -> str:
+        """The chart in words, for those who do not see it."""
+        ends = (f"{n} from {p[0][1]:.4g} to {p[-1][1]:.4g}" for n, p in self.lines)
+        return f"{self.title} by step: {', '.join(ends)}"
+
+
+def stage_charts(stage: str) -> list[Chart]:
+    """A chart for each quantity that the stage recorded: training and validation, or the groups of
+    parameters, are its lines. Quantities without a finite value are left out.
+
+    Raises:
+        UserError: no curves, or a damaged file.
+    """
+    folder = paths.curves_folder(stage) / "plots"
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; run: dvc repro {stage} (without DVC: panollava train {stage})"
+        )
+    quantities: dict[str, list[Line]] = {}
+    for file in sorted(folder.glob("metrics/**/*.tsv")):
+        split, quantity, *group = file.relative_to(folder / "metrics").with_suffix("").parts
+        name = group[0] if group else _NAMES.get(split, split)
+        if points := _read(file, stage):
+            quantities.setdefault(quantity, []).append(Line(name, points))
+    return [draw(name.replace("_", " "), lines) for name, lines in sorted(quantities.items())]
+
+
+def _read(file: Path, stage: str) -> list[tuple[float, float]]:
+    try:
+        _, *lines = file.read_text(encoding="utf-8").splitlines()
+        cells = [line.split("\t") for line in lines]
+        points = [(float(step), float(value)) for step, value in cells]
+    except ValueError as error:
+        raise UserError(
+            f"{file}: not a curve ({error}); remove it, and run: dvc repro {stage}"
+        ) from None
+    finite = [point for point in points if all(map(math.isfinite, point))]
+    every = math.ceil(len(finite) / _POINTS) or 1
+    return finite[::-every][::-1]  # the last one is always there
+
+
+def draw(title: str, lines: list[Line]) -> Chart:
+    steps, values = zip(*(point for line in lines for point in line.points), strict=True)
+    low, high = min(values), max(values)
+    low = 0 if 0 <= low < high / 2 else low
+    x, y = _Axis(0, max(steps), WIDTH, whole=True), _Axis(low, high, HEIGHT)
+    places = [[(x.place(s), HEIGHT - y.place(v)) for s, v in line.points] for line in lines]
+    y_ticks = [(round(HEIGHT - place, 1), label) for place, label in y.ticks()]
+    return Chart(title, lines, list(x.ticks()), y_ticks, places)
+
+
+class _Axis:
+    """From `low` to `high`, rounded up to a tick, on `length` pixels."""
+
+    def __init__(self, low: float, high: float, length: int, whole: bool = False) -> None:
+        span = (high - low) or 1.0
+        power = 10.0 ** math.floor(math.log10(span / 4))
+        self.step = next(n * power for n in (1, 2, 5, 10) if n * power * 5 >= span)
+        self.step = max(self.step, 1) if whole else self.step
+        self.first, self.last = math.floor(low / self.step), math.ceil(high / self.step)
+        self.last = max(self.last, self.first + 1)
+        self.length = length
+
+    def place(self, value: float) -> float:
+        share = (value / self.step - self.first) / (self.last - self.first)
+        return round(share * self.length, 1)
+
+    def ticks(self) -> Iterable[tuple[float, str]]:
+        for number in range(self.first, self.last + 1):
+            yield self.place(number * self.step), f"{number * self.step:.6g}"
