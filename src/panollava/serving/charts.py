@@ -10,6 +10,7 @@ from panollava.errors import UserError
 
 WIDTH, HEIGHT = 320, 170  # of a chart's plane, in pixels of the page
 _POINTS = 400  # of a line, at most
+_FIRST = ("accuracy", "loss")
 _NAMES = {"train": "training", "val": "validation"}
 
 
@@ -52,7 +53,8 @@ def stage_charts(stage: str) -> list[Chart]:
         name = group[0] if group else _NAMES.get(split, split)
         if points := _read(file, stage):
             quantities.setdefault(quantity, []).append(Line(name, points))
-    return [draw(name.replace("_", " "), lines) for name, lines in sorted(quantities.items())]
+    names = sorted(quantities, key=lambda name: (name not in _FIRST, name))
+    return [draw(name.replace("_", " "), quantities[name]) for name in names]
 
 
 def _read(file: Path, stage: str) -> list[tuple[float, float]]:

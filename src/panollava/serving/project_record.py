@@ -19,8 +19,8 @@ from panollava.stages import STAGES, Stage
 UNKNOWN = "unknown"
 SCORES = ("bleu_4", "rouge_l", "cider_d")
 SCORES_NOTE = (
-    "Intervals are 95%, by a cluster bootstrap over panoramas. The grounding gap is the score minus "
-    "that of the answers about other panoramas."
+    "Intervals are 95%, by a cluster bootstrap over panoramas. The grounding gap is the score "
+    "minus that of the answers about other panoramas."
 )
 _STARTED, _WROTE = " INFO panollava: log: ", " INFO panollava.training.train: wrote "
 _DEVICE = " INFO panollava.training.train: device: "
@@ -108,7 +108,14 @@ def _log(stage: Stage) -> tuple[str, str]:
 
 
 def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
-    rows = [score[:3] for score in scores(details)]
+    rows = [
+        (
+            each.name,
+            _number(each.value),
+            "" if each.low is None else f"{each.low:.4g} to {each.high:.4g}",
+        )
+        for each in scores(details)
+    ]
     return (
         f"Split `{prepared.get('evaluate.split', UNKNOWN)}`: {details.get('captions', UNKNOWN)} "
         f"queries about {details.get('panoramas', UNKNOWN)} panoramas. {SCORES_NOTE}\n\n"
@@ -117,68 +124,61 @@ def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
 
 
 class Score(NamedTuple):
-    """A line of a table of scores. `swapped` and `no_picture`: the same score of other panoramas'
-    answers and of those without a picture, empty where there is none."""
+    """A line of a table of scores, with the bounds of its 95% interval. `swapped` and `no_picture`:
+    the same score of other panoramas' answers and of those without a picture."""
 
     name: str
-    value: str
-    interval: str
-    swapped: str = ""
-    no_picture: str = ""
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    swapped: float | None = None
+    no_picture: float | None = None
 
 
 def scores(details: dict[str, Any]) -> list[Score]:
     gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
-    swapped, no_picture = details.get("swapped", {}), details.get("no_picture", {})
+    others = [details.get(name, {}) for name in ("swapped", "no_picture")]
     best = gap.get("headline")
-
-    def others(*keys: str) -> tuple[str, ...]:
-        values = [swapped, no_picture]
-        for key in keys:
-            values = [value.get(key, {}) for value in values]
-        return tuple("" if value in ({}, None) else _number(value) for value in values)
-
     rows = [
-        Score(n, _number(details.get(n)), _interval(intervals.get(n)), *others(n)) for n in SCORES
+        Score(n, details.get(n), *_bounds(intervals.get(n)), *(each.get(n) for each in others))
+        for n in SCORES
     ]
-    between = _interval(gap.get("interval", {}).get(best))
-    rows.append(Score(f"grounding gap ({best or UNKNOWN})", _number(gap.get(best)), between))
+    between = _bounds(gap.get("interval", {}).get(best))
+    rows.append(Score(f"grounding gap ({best or UNKNOWN})", gap.get(best), *between))
     for kind, fact in details.get("facts", {}).items():
-        compared = others("facts", kind, "f1")
-        rows.append(Score(f"facts: {kind}, F1", _number(fact["f1"]), _interval(fact), *compared))
+        compared = (each.get("facts", {}).get(kind, {}).get("f1") for each in others)
+        rows.append(Score(f"facts: {kind}, F1", fact["f1"], *_bounds(fact), *compared))
     if seam := details.get("seam", {}).get("gap"):
         name = "facts elsewhere minus at the seam, F1"
-        rows.append(Score(name, _number(seam["value"]), _interval(seam)))
-    rows.append(Score("answers that were cut", details.get("cut_answers", UNKNOWN), ""))
+        rows.append(Score(name, seam["value"], *_bounds(seam)))
+    rows.append(Score("answers that were cut", details.get("cut_answers")))
     return rows
 
 
 def rotation_scores(details: dict[str, Any]) -> list[Score]:
-    """For each roll, the F1 of facts that stay and of those that turn, or the agreement of the
-    answers where no facts are read."""
+    """For each roll, F1 of the facts that stay and of those that turn with the panorama, or the
+    agreement of the answers where no facts are read."""
     rows = []
     for degrees, each in details.get("rotation", {}).items():
-        name = f"rolled by {degrees}°: "
-        facts = [(kind, each[kind]) for kind in ("stays", "turns") if kind in each]
+        kinds = [kind for kind in ("stays", "turns") if kind in each]
         rows += [
-            Score(f"{name}facts, {kind}, F1", _number(fact["f1"]), _interval(fact))
-            for kind, fact in facts
+            Score(f"{degrees}°: facts, {kind}, F1", each[kind]["f1"], *_bounds(each[kind]))
+            for kind in kinds
         ]
-        if not facts:
-            bounds = each.get("interval", {}).get("rouge_l")
-            value = _number(each.get("rouge_l"))
-            rows.append(Score(f"{name}same answer, ROUGE-L", value, _interval(bounds)))
+        if not kinds:
+            bounds = _bounds(each.get("interval", {}).get("rouge_l"))
+            name = f"{degrees}°: agreement with the answer unrotated, ROUGE-L"
+            rows.append(Score(name, each.get("rouge_l"), *bounds))
     return rows
+
+
+def _bounds(interval: dict[str, Any] | None) -> tuple[float | None, float | None]:
+    """None where there is no interval: of one panorama, or of no facts."""
+    return (interval["low"], interval["high"]) if interval else (None, None)
 
 
 def _number(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4g}"
-
-
-def _interval(bounds: dict[str, Any] | None) -> str:
-    if not bounds or bounds["low"] is None:  # of one panorama, or of no facts
-        return ""
-    return f"{bounds['low']:.4g} to {bounds['high']:.4g}"
 
 
 def stages_before(stage: Stage) -> list[Stage]:

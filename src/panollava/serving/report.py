@@ -66,14 +66,16 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["short"] = shorten
+    pages.filters |= {"short": shorten, "words": _words}
     page = pages.get_template("report.html.jinja").render(
         asset=lambda name: Markup((_ASSETS / name).read_text(encoding="utf-8")),
         data=settings.data.dir,
         split=settings.evaluate.split,
         details=details,
-        scores=[*project.scores(details), *project.rotation_scores(details)],
+        scores=project.scores(details),
+        rotation=project.rotation_scores(details),
         scores_note=project.SCORES_NOTE,
+        stages=STAGES,
         metrics=metrics,
         charts=charts,
         width=WIDTH,
@@ -92,6 +94,13 @@ def write_report(
         write_text(paths.SAMPLE, sample.render(panoramas=[*_sample(shown, pictures)]))
     write_text(out, page)
     log.info("wrote %s (%.1f MB)", out, len(page.encode()) / 1e6)
+
+
+def _words(name: str) -> str:
+    """The name of a score as the field writes it, others without underscores."""
+    for key, text in (("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D")):
+        name = name.replace(key, text)
+    return name.replace("_", " ")
 
 
 def _picture(settings: Settings, panorama: int) -> str:
