@@ -20,7 +20,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """`x_ticks` and `y_ticks`: places in the plane, from its upper left corner, and their labels."""
+    """`x_ticks`, `y_ticks`: places in the plane, from its upper left corner, and their labels."""
 
     title: str
     lines: list[Line]
@@ -45,7 +45,8 @@ def stage_charts(stage: str) -> list[Chart]:
     folder = paths.curves_folder(stage) / "plots"
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder; run: dvc repro {stage} (without DVC: panollava train {stage})"
+            f"{folder}: no such folder; run: dvc repro {stage} "
+            f"(without DVC: panollava train {stage})"
         )
     quantities: dict[str, list[Line]] = {}
     for file in sorted(folder.glob("metrics/**/*.tsv")):

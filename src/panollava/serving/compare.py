@@ -1,6 +1,7 @@
 """The differences between the results in the working directory and those of another commit or
 experiment, read through git and DVC's cache."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,12 +63,12 @@ def compare(revision: str) -> Differences:
 
     parameters = both(paths.PARAMS, _yaml)
     metrics = [both(file, _json) for file in _METRICS.values()]
-    there, here = both(paths.PREDICTIONS, lambda *table: read_predictions(*table, _COLUMNS))
+    there, here = both(paths.PREDICTIONS, functools.partial(read_predictions, columns=_COLUMNS))
     before_answers, now_answers = _answers(there), _answers(here)
     shared = [key for key in now_answers if key in before_answers]
     references = dict(zip(now_answers, here["references"], strict=True))
     changed = [
-        Answer(*key, before_answers[key], now_answers[key], references[key][0])
+        Answer(*key, before_answers[key], now_answers[key], "".join(references[key][:1]))
         for key in shared
         if before_answers[key] != now_answers[key]
     ]

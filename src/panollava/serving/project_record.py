@@ -108,14 +108,10 @@ def _log(stage: Stage) -> tuple[str, str]:
 
 
 def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
-    rows = [
-        (
-            each.name,
-            _number(each.value),
-            "" if each.low is None else f"{each.low:.4g} to {each.high:.4g}",
-        )
-        for each in scores(details)
-    ]
+    rows = []
+    for each in scores(details):
+        interval = "" if each.low is None else f"{each.low:.4g} to {each.high:.4g}"
+        rows.append((each.name, _number(each.value), interval))
     return (
         f"Split `{prepared.get('evaluate.split', UNKNOWN)}`: {details.get('captions', UNKNOWN)} "
         f"queries about {details.get('panoramas', UNKNOWN)} panoramas. {SCORES_NOTE}\n\n"
