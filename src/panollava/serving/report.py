@@ -59,16 +59,8 @@ def write_report(
     details = _json(paths.EVALUATION_DETAILS, "evaluate")
     charts = {stage: stage_charts(stage) for stage in STAGES}
     metrics = {stage: _json(paths.metrics_file(stage), stage) for stage in STAGES}
-    pages = Environment(
-        loader=FileSystemLoader(_ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"short": shorten, "words": _words}
+    pages = _templates()
     page = pages.get_template("report.html.jinja").render(
-        asset=lambda name: Markup((_ASSETS / name).read_text(encoding="utf-8")),
         data=settings.data.dir,
         split=settings.evaluate.split,
         details=details,
@@ -89,11 +81,27 @@ def write_report(
         differences=differences,
     )
     if out == paths.REPORT:
-        shown = [group[0] for group in gallery.groups.values()]
+        shown = {name: group[0] for name, group in gallery.groups.items()}
         sample = pages.get_template("panoramas.svg.jinja")
-        write_text(paths.SAMPLE, sample.render(panoramas=[*_sample(shown, pictures)]))
+        write_text(
+            paths.SAMPLE, sample.render(score=gallery.score, panoramas=[*_sample(shown, pictures)])
+        )
     write_text(out, page)
     log.info("wrote %s (%.1f MB)", out, len(page.encode()) / 1e6)
+
+
+def _templates() -> Environment:
+    """Templates, in which texts from data are never HTML."""
+    pages = Environment(
+        loader=FileSystemLoader(_ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"short": shorten, "words": _words}
+    pages.globals["asset"] = lambda name: Markup((_ASSETS / name).read_text(encoding="utf-8"))
+    return pages
 
 
 def _words(name: str) -> str:
@@ -167,13 +175,18 @@ def _flatten(value: Any, key: str) -> dict[str, str]:
     return {name: text for part in parts for name, text in part.items()}
 
 
-def _sample(panoramas: list[Panorama], pictures: dict[int, str]) -> Iterator[dict[str, Any]]:
+def _sample(panoramas: dict[str, Panorama], pictures: dict[int, str]) -> Iterator[dict[str, Any]]:
     """Panoramas with lines of text that fit beside them."""
-    for panorama in panoramas:
+    for title, panorama in panoramas.items():
         texts = [
             (name, line)
             for row in panorama.rows[:_SAMPLE_ROWS]
             for name, text in (("query", row.query), ("answer", row.answer))
             for line in textwrap.wrap(text, 62, max_lines=2, placeholder=" …")
         ]
-        yield {"panorama": panorama, "picture": pictures[panorama.number], "lines": texts}
+        yield {
+            "title": title,
+            "panorama": panorama,
+            "picture": pictures[panorama.number],
+            "lines": texts,
+        }
