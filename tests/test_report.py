@@ -118,11 +118,11 @@ def test_choosing_an_answer_draws_its_map_and_choosing_it_again_removes_it(
 ) -> None:
     report()
     page = Opened(chromium).page
-    page.evaluate("""() => {
-        window.drawn = [];
-        const setMap = PanoramaViewer.prototype.setMap;
-        PanoramaViewer.prototype.setMap = function (map) { drawn.push(map); setMap.call(this, map); };
-    }""")
+    page.evaluate(
+        "window.drawn = []; const setMap = PanoramaViewer.prototype.setMap;"
+        "PanoramaViewer.prototype.setMap = function (map) {"
+        "drawn.push(map); setMap.call(this, map) }"
+    )
     page.locator("button.answer").first.click()
     page.wait_for_function("drawn.length === 1")
     (drawn,) = page.evaluate("drawn")
@@ -217,7 +217,7 @@ def cut(file: str) -> None:
     Path(file).write_bytes(Path(file).read_bytes()[:-20])
 
 
-def shorten_features(file: str) -> None:
+def shorten_views(file: str) -> None:
     np.save(file, np.load(file)[:1])
 
 
@@ -244,7 +244,7 @@ FAULTS = {
         "no such file; run: dvc repro finetune",
     ),
     "no model": (remove, "runs/vlm_finetune/model_final.safetensors", "no such"),
-    "few features": (shorten_features, "runs/features/test.npy", "1 panoramas, but"),
+    "few views": (shorten_views, "runs/prepared/test/views.npy", "1 panoramas, but"),
 }
 
 

@@ -28,6 +28,7 @@ from panollava.geometry.views import layout, resampled, view_shift
 from panollava.model.device import configure_cpu
 from panollava.model.generate import Answer
 from panollava.model.panollava import PanoLLaVA, load_finetuned
+from panollava.provenance.made_from import check_features
 from panollava.stages import INFERENCE
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def evaluate(settings: Settings) -> None:
     (metrics/evaluate/metrics.json)."""
     configure_cpu(settings.trainer.threads)
     model = load_finetuned(settings)
+    check_features(settings, model.network.encoder)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
     references = metrics.group_references(rows)
     answered = {

@@ -19,11 +19,12 @@ from panollava.model.device import choose_device
 from panollava.model.exported import is_exported, load_exported
 from panollava.model.generate import GREEDY, Answer, Report, Sampling, answer
 from panollava.model.header import Header, check_header, load_header, with_tower
+from panollava.model.heat_map import HeatMaps
 from panollava.model.language_model import end_tokens
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 from panollava.model.weights import load_weights
-from panollava.provenance.made_from import check_features, check_prepared
+from panollava.provenance.made_from import check_prepared
 from panollava.stages import STAGES
 
 Picture = str | Path | Image.Image | NDArray
@@ -114,6 +115,13 @@ class PanoLLaVA:
         (answers,) = self.answer_features(features, [list(queries)], max_new_tokens, sampling)
         return [answer.text for answer in answers]
 
+    def heat_map(
+        self, panorama: Picture, query: str, answer: str, part: slice | None = None
+    ) -> NDArray[np.float32]:
+        """How much each direction of a panorama mattered for an answer, or for a `part` of its
+        characters: equirectangular, (45, 90), in [0, 1], see `HeatMaps.heat_map`."""
+        return HeatMaps(self, self.views(panorama)).heat_map(query, answer, part)
+
     def answer_features(
         self,
         features: Tensor | None,
@@ -153,8 +161,8 @@ class PanoLLaVA:
 
 
 def load_finetuned(settings: config.Settings) -> PanoLLaVA:
-    """The project's finetuned model, after checking that it matches the settings, and the prepared
-    panoramas and features in runs/. Raises UserError if it does not."""
+    """The project's finetuned model, after checking that it and the prepared panoramas match the
+    settings. Raises UserError if they do not."""
     stage = STAGES["finetune"]
     file = paths.weights_file(stage.name)
     check_header(load_header(file), stage, settings, file)
@@ -165,7 +173,6 @@ def load_finetuned(settings: config.Settings) -> PanoLLaVA:
         trust_remote_code=True,  # as the settings say
     )
     check_prepared(settings.views, evaluate=settings.evaluate)
-    check_features(settings, model.network.encoder)
     return model
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
@@ -135,34 +137,35 @@ def _json(file: Path, stage: str) -> dict[str, Any]:
 
 
 def _maps(settings: Settings, gallery: Gallery) -> Maps:
-    """Where the model looked for each answer, from the features that it answered from."""
-    from panollava.data.batches import gather  # torch is slow to import
-    from panollava.model.device import configure_cpu
+    """Where the model looked for each answer."""
+    from panollava.model.device import configure_cpu  # torch is slow to import
+    from panollava.model.heat_map import HeatMaps
     from panollava.model.panollava import load_finetuned
 
     configure_cpu(settings.trainer.threads)
     model = load_finetuned(settings)
-    file = paths.FEATURES / f"{settings.evaluate.split}.npy"
-    features = open_array(file)
+    file = paths.PREPARED / settings.evaluate.split / "views.npy"
+    views = open_array(file)
     maps: Maps = {}
-    for panorama in gallery.panoramas:
-        if panorama.number >= len(features):
+    for panorama in tqdm(gallery.panoramas, desc="maps", delay=2, disable=None):
+        if panorama.number >= len(views):
             raise UserError(
-                f"{file}: {len(features)} panoramas, but {paths.PREDICTIONS} names number "
+                f"{file}: {len(views)} panoramas, but {paths.PREDICTIONS} names number "
                 f"{panorama.number}; run: dvc repro evaluate (without DVC: panollava evaluate)"
             )
-        own = gather(features, [panorama.number]).to(model.device)
+        computed = HeatMaps(model, np.array(views[panorama.number]))
+        computed.compute([(row.query, row.answer) for row in panorama.rows])
         maps[panorama.number] = [
-            _encode(model.heat_map(own, row.query, row.answer)) for row in panorama.rows
+            _encode(computed.heat_map(row.query, row.answer)) for row in panorama.rows
         ]
     return maps
 
 
-def _encode(heat_map: np.ndarray) -> dict[str, Any]:
+def _encode(heat_map: NDArray[np.float32]) -> dict[str, Any]:
     """As viewer.js reads a map: base64 of a byte for each direction."""
     height, width = heat_map.shape
     values = np.rint(255 * heat_map).astype(np.uint8)
-    return {"width": width, "height": height, "values": base64.b64encode(values).decode()}
+    return {"width": width, "height": height, "values": base64.b64encode(values.tobytes()).decode()}
 
 
 def _flatten(value: Any, key: str) -> dict[str, str]:
