@@ -1,7 +1,6 @@
 """Curves of a training stage as lines of a drawing, which a page shows as SVG."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,35 +68,35 @@ def _read(file: Path, stage: str) -> list[tuple[float, float]]:
         ) from None
     finite = [point for point in points if all(map(math.isfinite, point))]
     every = math.ceil(len(finite) / _POINTS) or 1
-    return finite[::-every][::-1]  # the last one is always there
+    return [*finite[:-1:every], *finite[-1:]]
 
 
 def draw(title: str, lines: list[Line]) -> Chart:
     steps, values = zip(*(point for line in lines for point in line.points), strict=True)
     low, high = min(values), max(values)
     low = 0 if 0 <= low < high / 2 else low
-    x, y = _Axis(0, max(steps), WIDTH, whole=True), _Axis(low, high, HEIGHT)
-    places = [[(x.place(s), HEIGHT - y.place(v)) for s, v in line.points] for line in lines]
-    y_ticks = [(round(HEIGHT - place, 1), label) for place, label in y.ticks()]
-    return Chart(title, lines, list(x.ticks()), y_ticks, places)
+    x, y = _Axis(0, max(steps), 0, WIDTH, whole=True), _Axis(low, high, HEIGHT, 0)
+    places = [[(x.place(step), y.place(value)) for step, value in line.points] for line in lines]
+    return Chart(title, lines, x.ticks(), y.ticks(), places)
 
 
 class _Axis:
-    """From `low` to `high`, rounded up to a tick, on `length` pixels."""
+    """Values from `low` to `high`, rounded to ticks, in the plane between the places `start` and
+    `end`. `whole`: ticks are whole numbers."""
 
-    def __init__(self, low: float, high: float, length: int, whole: bool = False) -> None:
+    def __init__(self, low: float, high: float, start: int, end: int, whole: bool = False) -> None:
         span = (high - low) or 1.0
         power = 10.0 ** math.floor(math.log10(span / 4))
-        self.step = next(n * power for n in (1, 2, 5, 10) if n * power * 5 >= span)
-        self.step = max(self.step, 1) if whole else self.step
-        self.first, self.last = math.floor(low / self.step), math.ceil(high / self.step)
-        self.last = max(self.last, self.first + 1)
-        self.length = length
+        step = next(n * power for n in (1, 2, 5, 10) if n * power * 5 >= span)
+        self.step = max(step, 1) if whole else step
+        self.first = math.floor(low / self.step)
+        self.last = max(math.ceil(high / self.step), self.first + 1)
+        self.start, self.end = start, end
 
     def place(self, value: float) -> float:
         share = (value / self.step - self.first) / (self.last - self.first)
-        return round(share * self.length, 1)
+        return round(self.start + share * (self.end - self.start), 1)
 
-    def ticks(self) -> Iterable[tuple[float, str]]:
-        for number in range(self.first, self.last + 1):
-            yield self.place(number * self.step), f"{number * self.step:.6g}"
+    def ticks(self) -> list[tuple[float, str]]:
+        values = (number * self.step for number in range(self.first, self.last + 1))
+        return [(self.place(value), f"{value:.6g}") for value in values]

@@ -38,7 +38,8 @@ _REFERENCES = 3  # of a query
 _JPEG = (b"\xff\xd8", b"\xff\xd9")  # how a file begins and ends
 _SAMPLE_ROWS = 4  # of a panorama in the picture for `dvc plots`
 
-Maps = dict[int, list[dict[str, Any]]]  # by panorama, one for each of its rows; see viewer.js
+# By panorama, for each of its rows; see viewer.js. None: an empty answer has no map.
+Maps = dict[int, list[dict[str, Any] | None]]
 
 
 def write_report(
@@ -154,9 +155,10 @@ def _maps(settings: Settings, gallery: Gallery) -> Maps:
                 f"{panorama.number}; run: dvc repro evaluate (without DVC: panollava evaluate)"
             )
         computed = HeatMaps(model, np.array(views[panorama.number]))
-        computed.compute([(row.query, row.answer) for row in panorama.rows])
+        pairs = [(row.query, row.answer) for row in panorama.rows]
+        computed.compute([pair for pair in pairs if pair[1]])
         maps[panorama.number] = [
-            _encode(computed.heat_map(row.query, row.answer)) for row in panorama.rows
+            _encode(computed.heat_map(*pair)) if pair[1] else None for pair in pairs
         ]
     return maps
 
