@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HEIGHT = 45  # pixels of a map, which is twice as wide
 SPACING = 15.0  # degrees between the centers of discs
-RADIUS = 16.0  # degrees
+RADIUS = 20.0  # degrees
 SMOOTHING = 11.0  # degrees
 _CHUNK = 16  # discs at once
 
@@ -38,7 +38,8 @@ class HeatMaps:
         """`views`: uint8 (views, size, size, 3), see `PanoLLaVA.views`."""
         self.model = model
         self.projections = model.sampler.layout.projections
-        self.centers = disc_centers(self.projections, SPACING)
+        self.rays = token_rays(model.sampler.layout, cell_centers(views.shape[1]))
+        self.centers = disc_centers(self.rays, SPACING, RADIUS)
         self._features = self._encode(torch.from_numpy(np.asarray(views)))
         # Of each (query, answer): the answer's tokens, and what each loses, (discs, tokens).
         self._losses: dict[tuple[str, str], tuple[list[int], NDArray]] = {}
@@ -59,11 +60,20 @@ class HeatMaps:
         """The log-likelihood, in nats, that the answer loses by each disc: (discs,)."""
         self.compute([(query, answer)])
         tokens, losses = self._losses[query, answer]
-        ends = [len(self.model.dialogue.decode(tokens[: i + 1])) for i in range(len(tokens))]
-        first, last, _ = (part or slice(None)).indices(len(answer))
-        pairs = enumerate(zip([0, *ends], ends, strict=False))
-        selected = [i for i, (start, end) in pairs if start < last and end > first]
-        return losses[:, selected].sum(axis=1)
+        if part is not None:
+            losses = losses[:, self.tokens(tokens, answer, part)]
+        return losses.sum(axis=1)
+
+    def tokens(self, tokens: list[int], answer: str, part: slice) -> list[int]:
+        """The indices of the tokens that have characters in `part`, spaces left out: decoded text
+        may have other spaces than the answer."""
+        decode = self.model.dialogue.decode
+        ends = [len("".join(decode(tokens[: i + 1]).split())) for i in range(len(tokens))]
+        first, last = (len("".join(answer[:at].split())) for at in part.indices(len(answer))[:2])
+        starts = [0, *ends[:-1]]
+        # A token of a space goes with the next one.
+        pairs = enumerate(zip(starts, ends, strict=True))
+        return [i for i, (start, end) in pairs if start < last and max(end, start + 1) > first]
 
     @torch.inference_mode()
     def compute(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -96,13 +106,12 @@ class HeatMaps:
         encoder, pooling = model.network.encoder, model.network.resampler.pooling
         views = views.to(model.device)
         paint = views.float().mean((0, 1, 2)).round().to(torch.uint8)
-        rays = token_rays(model.sampler.layout, cell_centers(views.shape[1]))
         with autocast(model.device, model.precision):
             original = encoder(views[None])
             chunks = [pooling(original).float()]
             for start in range(0, len(self.centers), _CHUNK):
                 discs = self.centers[start : start + _CHUNK]
-                masks = torch.from_numpy(disc_masks(rays, discs, RADIUS)).to(model.device)
+                masks = torch.from_numpy(disc_masks(self.rays, discs, RADIUS)).to(model.device)
                 disc, view = masks.any((2, 3)).nonzero(as_tuple=True)  # others stay as they are
                 painted = torch.where(masks[disc, view, ..., None], paint, views[view])
                 grids = original.repeat(len(discs), 1, 1, 1, 1)
