@@ -214,7 +214,7 @@ def test_many_large_panoramas_with_long_texts_make_a_small_page(root: Path) -> N
     for number in range(count):
         (folder / paths.picture_name(number)).write_bytes(jpeg)
     row = pd.read_csv(paths.PREDICTIONS, dtype=str, keep_default_na=False).iloc[0]
-    long = "파노라마 " * 2000
+    long = "파노라마 " * 250
     rows = [
         {**row, "panorama": number, "query": f"{query} {long}", "swapped": long, "prediction": "a"}
         | {"references": json.dumps([long] * 9)}
@@ -237,6 +237,10 @@ def cut(file: str) -> None:
     Path(file).write_bytes(Path(file).read_bytes()[:-20])
 
 
+def garble(file: str) -> None:
+    Path(file).write_text("step\tloss\n1\t0.\x001\n")
+
+
 def shorten_views(file: str) -> None:
     np.save(file, np.load(file)[:1])
 
@@ -257,7 +261,7 @@ FAULTS = {
     ),
     "half a picture": (cut, "runs/prepared/test/pictures/000000.jpg", "not a complete JPEG"),
     "no curves": (remove, "metrics/vision/plots", "no such folder; run: dvc repro vision"),
-    "half a curve": (cut, "metrics/finetune/plots/metrics/val/loss.tsv", "not a curve"),
+    "no numbers": (garble, "metrics/finetune/plots/metrics/val/loss.tsv", "not a curve"),
     "no metrics": (
         remove,
         "metrics/finetune/metrics.json",
@@ -286,16 +290,19 @@ def test_a_comparison_shows_both_and_leaves_the_pipeline_as_it_is(root: Path) ->
     project = Project(Path.cwd())
     commit = project.run("git", "rev-parse", "HEAD").strip()
     table = change_predictions(prediction=HOSTILE)
-    metrics = json.loads(paths.EVALUATION.read_text())
-    before = metrics["rouge_l"]
-    paths.EVALUATION.write_text(json.dumps({**metrics, "rouge_l": 0.125}))
+    file = paths.metrics_file("finetune")
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps({**metrics, "val_loss": 0.125}))
     project.replace("params.yaml", "max_new_tokens: ", "max_new_tokens: 1")
     answers = project.run("git", "status", "--short")
     cli.main(["report", "--no-maps", "--compare", commit])
     out = Path(f"runs/report-{commit}.html")
     page = " ".join(out.read_text(encoding="utf-8").split())
-    assert f"1 of {len(table)} answers to the same queries differ." in page
-    assert f'>{before:.3f}</td><td class="number">0.125</td>' in page
+    # The answers of the commit are empty.
+    changed = sum(table["prediction"] != "")
+    assert f"{changed} of {len(table)} answers to the same queries differ." in page
+    before = f"{metrics['val_loss']:.3f}"
+    assert f'>{before}</td><td class="number">0.125</td>' in page
     assert "<code>evaluate.max_new_tokens</code>" in page
     assert "<script>document.title" not in page
     assert project.run("git", "status", "--short") == answers  # the page is ignored
