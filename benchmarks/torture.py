@@ -29,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from helpers import Project, copy_project, save_towers
 
-STAGES = ("scenes", "prepare", "vision", "resampler", "features", "finetune", "evaluate")
+STAGES = (
+    *("scenes", "prepare", "vision", "resampler", "features", "finetune", "evaluate"),
+    "report",
+)
 TRAININGS = ("vision", "resampler", "finetune")
 WRITES_LONG = (*TRAININGS, "prepare", "features")  # stages that write large files
 _STARTS = re.compile(r"Running stage '(?:.*:)?(\w+)'")

@@ -270,7 +270,7 @@ def outputs(stage: str) -> dict[str, bytes]:
     }
 
 
-PIPELINE = ("prepare", "vision", "resampler", "features", "finetune", "evaluate")
+PIPELINE = ("prepare", "vision", "resampler", "features", "finetune", "evaluate", "report")
 
 
 class CodeEdit(NamedTuple):
@@ -295,8 +295,8 @@ CODE_EDITS = {
         "model/resampler.py",
         "functional.gelu(",
         "functional.silu(",
-        {"resampler", "features", "finetune", "evaluate"},
-        {"resampler", "features", "finetune", "evaluate"},
+        {"resampler", "features", "finetune", "evaluate", "report"},
+        {"resampler", "features", "finetune", "evaluate", "report"},
     ),
     "a line of evaluate.py": CodeEdit(
         "evaluation/evaluate.py",
@@ -304,6 +304,9 @@ CODE_EDITS = {
         'getLogger("evaluate")',
         {"evaluate"},
         {"evaluate"},
+    ),
+    "a line of charts.py": CodeEdit(
+        "serving/charts.py", "WIDTH, HEIGHT = 320", "WIDTH, HEIGHT = 300", {"report"}, {"report"}
     ),
     "a line of overlap.py": CodeEdit(
         "geometry/overlap.py",
@@ -313,7 +316,7 @@ CODE_EDITS = {
         set(PIPELINE) - {"prepare"},
     ),
     "a line of captions.py": CodeEdit(
-        "evaluation/captions.py", "lower case", "lower-case", {"evaluate"}, {"evaluate"}
+        "evaluation/captions.py", "lower case", "lower-case", {"evaluate"}, {"evaluate", "report"}
     ),
     # The weights stay the same, so that features and evaluate have nothing to do.
     "a log message of the training": CodeEdit(

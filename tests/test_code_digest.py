@@ -264,21 +264,22 @@ def test_an_edit_of_the_project_changes_these_digests(
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("data.images", "prepare evaluate demo-scenes"),
-        ("data.rows", "prepare"),
-        ("data.dialogue", "resampler finetune evaluate demo-language-model"),
+        ("data.images", "prepare evaluate report demo-scenes"),
+        ("data.rows", "prepare report"),
+        ("data.dialogue", "resampler finetune evaluate report demo-language-model"),
         ("geometry.overlap", "vision"),
         ("training.vicreg_objective", "vision"),
         ("training.losses", "vision"),
         ("training.answer_objective", "resampler finetune"),
-        ("model.encoder", "vision resampler features finetune evaluate demo-language-model"),
+        ("model.encoder", "vision resampler features finetune evaluate report demo-language-model"),
         *(
-            (module, "resampler features finetune evaluate demo-encoder demo-language-model")
+            (module, "resampler features finetune evaluate report demo-encoder demo-language-model")
             for module in ("model.resampler", "geometry.token_sphere")
         ),
-        ("model.network", "resampler finetune evaluate demo-language-model"),
-        ("model.generate", "evaluate demo-language-model"),
+        ("model.network", "resampler finetune evaluate report demo-language-model"),
+        ("model.generate", "evaluate report demo-language-model"),
         ("evaluation.captions", "evaluate"),
+        ("serving.gallery", "report"),
         ("demo.facts", "evaluate"),
         ("provenance.resume", "vision resampler finetune"),
         ("logs", ""),

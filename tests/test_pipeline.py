@@ -78,31 +78,35 @@ def edit_machine(project: Project) -> None:
 EDITS: dict[str, tuple[Callable[[Project], None], set[str]]] = {
     "vision's lr": (edit_param("vision", "lr", "2e-4"), set(PIPELINE[1:])),
     "resampler's lr": (edit_param("resampler", "lr", "3e-5"), AFTER_VISION),
-    "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate"}),
+    "finetune's lr": (edit_param("finetune", "lr", "3e-5"), {"finetune", "evaluate", "report"}),
     "seed": (edit("params.yaml", "seed: 0", "seed: 1"), set(PIPELINE[1:])),
     "views' pitch": (edit("params.yaml", "pitch: 0", "pitch: 10"), set(PIPELINE)),
     "a pixel of one panorama": (edit_pixel, set(PIPELINE)),
     # The pictures are the same, and the vision stage reads no text.
     "one annotation": (
         edit("small/data/train.csv", "the red box is left.", "the red ball is left."),
-        {"prepare", "resampler", "features", "finetune", "evaluate"},
+        {"prepare", "resampler", "features", "finetune", "evaluate", "report"},
     ),
     "one annotation of test": (
         edit("small/data/test.csv", "the red box is left.", "the red box is right."),
-        {"prepare", "evaluate"},
+        {"prepare", "evaluate", "report"},
     ),
     "length of the evaluation": (
         edit("params.yaml", "max_new_tokens: ", "max_new_tokens: 1"),
-        {"evaluate"},
+        {"evaluate", "report"},
     ),
     "the angles of the evaluation": (
         edit("params.yaml", "rolls: [20, 45", "rolls: [30, 45"),
-        {"prepare", "features", "evaluate"},
+        {"prepare", "features", "evaluate", "report"},
     ),
     # It only reorders the views, so that there are no features of it.
     "a multiple of the view stride": (
         edit("params.yaml", "rolls: [20, 45", "rolls: [20, 135"),
-        {"prepare", "evaluate"},
+        {"prepare", "evaluate", "report"},
+    ),
+    "the look of the report": (
+        edit("src/panollava/serving/assets/report.css", "flex-wrap: wrap", "flex-wrap: nowrap"),
+        {"report"},
     ),
     "the sphere's cells": (
         edit("params.yaml", "sphere_rows: 4", "sphere_rows: 5"),

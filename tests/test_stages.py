@@ -10,6 +10,7 @@ from panollava.config import ALWAYS_READABLE, VisionStage, load_settings
 from panollava.data import prepare
 from panollava.errors import UserError
 from panollava.evaluation import evaluate
+from panollava.serving import report
 from panollava.stages import STAGES
 from panollava.training import features
 from panollava.training.objective import freeze_all_but
@@ -51,7 +52,8 @@ def test_each_stage_starts_from_the_one_before() -> None:
 def test_the_pipeline_lists_exactly_the_parameters_that_its_stages_read() -> None:
     reads = {stage.name: stage.reads for stage in STAGES.values()}
     reads |= {
-        module.__name__.split(".")[-1]: module.READS for module in (prepare, features, evaluate)
+        module.__name__.split(".")[-1]: module.READS
+        for module in (prepare, features, evaluate, report)
     }
     assert {name: LISTED[name] for name in LISTED if name != "digest"} == reads
 
@@ -80,4 +82,4 @@ def test_the_prompt_is_read_by_the_stages_that_read_text_and_by_no_others() -> N
         with contextlib.suppress(AttributeError):
             assert load_settings(ROOT / "params.yaml", keys).model.prompt
             readers.add(name)
-    assert readers == {"resampler", "finetune", "evaluate"}
+    assert readers == {"resampler", "finetune", "evaluate", "report"}

@@ -1,5 +1,6 @@
 """Every path inside the project, defined once, relative to its root, where the commands run."""
 
+import re
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
@@ -24,6 +25,12 @@ WEIGHTS = "model_final.safetensors"  # of a training stage
 def picture_name(panorama: int) -> str:
     """Of a panorama in a folder of PICTURES."""
     return f"{panorama:06d}.jpg"
+
+
+def report_of(revision: str) -> Path:
+    """A page that compares with `revision`; beside the folder that DVC knows."""
+    name = re.sub(r"[^\w.~^-]", "-", revision)
+    return Path(f"runs/report-{name}.html")
 
 
 def run_folder(stage: str) -> Path:

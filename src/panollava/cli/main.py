@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     add("features", features, "compute the frozen encoder's features (runs/features)")
     evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
+    help = "write parameters, curves, scores and answers on one page (runs/report)"
+    _add_report(add("report", _report, help))
     use_commands.add_ask(add("ask", use_commands.ask, "answer questions about panoramas", None))
     _add_score(add("score", _score, "score another model's answers as `evaluate` scores ours"))
     help = "answer questions over HTTP, with OpenAI's chat completions API"
@@ -158,6 +160,16 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help=help)
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    help = "also show the differences to a commit or experiment"
+    add("--compare", metavar="REV", help=help)
+    help = f"file to write (default: {paths.REPORT}; with --compare: runs/report-REV.html)"
+    add("--out", type=Path, metavar="FILE", help=help)
+    help = "leave out the maps of where the model looks, which need its towers"
+    add("--no-maps", action="store_true", help=help)
+
+
 def _plan(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -180,6 +192,20 @@ def _score(options: argparse.Namespace) -> None:
     from panollava.evaluation.score import READS, score_file
 
     score_file(options.predictions, load_settings(paths.PARAMS, READS), options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from panollava.config import load_settings
+    from panollava.serving.report import READS, write_report
+
+    differences, out = None, options.out or paths.REPORT
+    if options.compare:
+        from panollava.serving.compare import compare
+
+        differences = compare(options.compare)
+        out = options.out or paths.report_of(options.compare)
+    settings = load_settings(paths.PARAMS, READS)
+    write_report(settings, out, not options.no_maps, differences)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -27,15 +27,13 @@ from panollava.files import open_array, read_prepared_rows, write_csv, write_jso
 from panollava.geometry.views import layout, resampled, view_shift
 from panollava.model.device import configure_cpu
 from panollava.model.generate import Answer
-from panollava.model.header import check_header, load_header
-from panollava.model.panollava import PanoLLaVA
-from panollava.provenance.made_from import check_features, check_prepared
-from panollava.stages import INFERENCE, STAGES
+from panollava.model.panollava import PanoLLaVA, load_finetuned
+from panollava.provenance.made_from import check_features
+from panollava.stages import INFERENCE
 
 log = logging.getLogger(__name__)
 
 READS = ("views", "model", "evaluate", *INFERENCE)
-_EVALUATED = STAGES["finetune"]
 SCORES = ("rouge_l", "cider_d")  # of single answers
 _SHOWN_QUERIES = 30
 
@@ -55,7 +53,8 @@ def evaluate(settings: Settings) -> None:
     scores of each query (scores_by_query.csv) and the headline numbers
     (metrics/evaluate/metrics.json)."""
     configure_cpu(settings.trainer.threads)
-    model = _load_model(settings)
+    model = load_finetuned(settings)
+    check_features(settings, model.network.encoder)
     rows = read_prepared_rows(paths.PREPARED / settings.evaluate.split / "rows.csv")
     references = metrics.group_references(rows)
     answered = {
@@ -77,21 +76,6 @@ def evaluate(settings: Settings) -> None:
     log.info("%s", tabulate(pd.json_normalize(headline).T, tablefmt="plain", floatfmt=".3f"))
     write_json(paths.EVALUATION_DETAILS, details)
     write_json(paths.EVALUATION, headline)
-
-
-def _load_model(settings: Settings) -> PanoLLaVA:
-    """The finetuned model, after checking that it matches the settings and the features."""
-    file = paths.weights_file(_EVALUATED.name)
-    check_header(load_header(file), _EVALUATED, settings, file)
-    model = PanoLLaVA.from_pretrained(
-        file,
-        accelerator=settings.trainer.accelerator,
-        precision=settings.trainer.precision,
-        trust_remote_code=True,  # as the settings say
-    )
-    check_prepared(settings.views, evaluate=settings.evaluate)
-    check_features(settings, model.network.encoder)
-    return model
 
 
 def _find_inputs(settings: Settings) -> list[Inputs]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from panollava import paths
+from panollava import config, paths
 from panollava.data.dialogue import Dialogue
 from panollava.data.images import convert_panorama, read_panorama
 from panollava.errors import UserError
@@ -18,12 +18,14 @@ from panollava.geometry.views import Sampler, layout
 from panollava.model.device import choose_device
 from panollava.model.exported import is_exported, load_exported
 from panollava.model.generate import GREEDY, Answer, Report, Sampling, answer
-from panollava.model.header import Header, load_header, with_tower
+from panollava.model.header import Header, check_header, load_header, with_tower
 from panollava.model.heat_map import HeatMaps
 from panollava.model.language_model import end_tokens
 from panollava.model.network import Network, build_model
 from panollava.model.precision import autocast, cast_frozen_linears
 from panollava.model.weights import load_weights
+from panollava.provenance.made_from import check_prepared
+from panollava.stages import STAGES
 
 Picture = str | Path | Image.Image | NDArray
 MAX_NEW_TOKENS = 64
@@ -156,6 +158,22 @@ class PanoLLaVA:
         if not isinstance(panorama, Image.Image):
             panorama = _as_image(panorama)
         return self.sampler.sample(convert_panorama(panorama, width))
+
+
+def load_finetuned(settings: config.Settings) -> PanoLLaVA:
+    """The project's finetuned model, after checking that it and the prepared panoramas match the
+    settings. Raises UserError if they do not."""
+    stage = STAGES["finetune"]
+    file = paths.weights_file(stage.name)
+    check_header(load_header(file), stage, settings, file)
+    model = PanoLLaVA.from_pretrained(
+        file,
+        accelerator=settings.trainer.accelerator,
+        precision=settings.trainer.precision,
+        trust_remote_code=True,  # as the settings say
+    )
+    check_prepared(settings.views, evaluate=settings.evaluate)
+    return model
 
 
 def _as_image(panorama: NDArray) -> Image.Image:

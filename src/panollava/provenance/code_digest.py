@@ -23,6 +23,7 @@ ENTRY_MODULES: Entries = {
     **{name: ("panollava.training.train", stage.objective) for name, stage in STAGES.items()},
     "features": ("panollava.training.features",),
     "evaluate": ("panollava.evaluation.evaluate", "panollava.demo.facts"),
+    "report": ("panollava.serving.report",),
     "demo-scenes": ("panollava.demo.dataset",),
     "demo-encoder": ("panollava.demo.encoder",),
     "demo-language-model": ("panollava.demo.language_model",),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -18,6 +18,10 @@ from panollava.stages import STAGES, Stage
 
 UNKNOWN = "unknown"
 SCORES = ("bleu_4", "rouge_l", "cider_d")
+SCORES_NOTE = (
+    "Intervals are 95%, by a cluster bootstrap over panoramas. The grounding gap is the score "
+    "minus that of the answers about other panoramas."
+)
 _STARTED, _WROTE = " INFO panollava: log: ", " INFO panollava.training.train: wrote "
 _DEVICE = " INFO panollava.training.train: device: "
 
@@ -104,34 +108,73 @@ def _log(stage: Stage) -> tuple[str, str]:
 
 
 def evaluation(details: dict[str, Any], prepared: dict[str, Any]) -> str:
-    gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
-    best = gap.get("headline")
-    rows = [(n, _number(details.get(n)), _interval(intervals.get(n))) for n in SCORES]
-    between = _interval(gap.get("interval", {}).get(best))
-    rows.append((f"grounding gap ({best or UNKNOWN})", _number(gap.get(best)), between))
-    for kind, fact in details.get("facts", {}).items():
-        rows.append((f"facts: {kind}, F1", _number(fact["f1"]), _interval(fact)))
-    if seam := details.get("seam", {}).get("gap"):
-        rows.append(
-            ("facts elsewhere minus at the seam, F1", _number(seam["value"]), _interval(seam))
-        )
-    rows.append(("answers that were cut", details.get("cut_answers", UNKNOWN), ""))
+    rows = []
+    for each in scores(details):
+        interval = "" if each.low is None else f"{each.low:.4g} to {each.high:.4g}"
+        rows.append((each.name, _number(each.value), interval))
     return (
         f"Split `{prepared.get('evaluate.split', UNKNOWN)}`: {details.get('captions', UNKNOWN)} "
-        f"queries about {details.get('panoramas', UNKNOWN)} panoramas. Intervals are 95%, by a "
-        "cluster bootstrap over panoramas. The grounding gap is the score minus that of the "
-        f"answers about other panoramas.\n\n{table(['metric', 'value', '95% interval'], rows)}"
+        f"queries about {details.get('panoramas', UNKNOWN)} panoramas. {SCORES_NOTE}\n\n"
+        + table(["metric", "value", "95% interval"], rows)
     )
+
+
+class Score(NamedTuple):
+    """A line of a table of scores, with the bounds of its 95% interval. `swapped` and `no_picture`:
+    the same score of other panoramas' answers and of those without a picture."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    swapped: float | None = None
+    no_picture: float | None = None
+
+
+def scores(details: dict[str, Any]) -> list[Score]:
+    gap, intervals = details.get("grounding_gap", {}), details.get("interval", {})
+    others = [details.get(name, {}) for name in ("swapped", "no_picture")]
+    best = gap.get("headline")
+    rows = [
+        Score(n, details.get(n), *_bounds(intervals.get(n)), *(each.get(n) for each in others))
+        for n in SCORES
+    ]
+    between = _bounds(gap.get("interval", {}).get(best))
+    rows.append(Score(f"grounding gap ({best or UNKNOWN})", gap.get(best), *between))
+    for kind, fact in details.get("facts", {}).items():
+        compared = (each.get("facts", {}).get(kind, {}).get("f1") for each in others)
+        rows.append(Score(f"facts: {kind}, F1", fact["f1"], *_bounds(fact), *compared))
+    if seam := details.get("seam", {}).get("gap"):
+        name = "facts elsewhere minus at the seam, F1"
+        rows.append(Score(name, seam["value"], *_bounds(seam)))
+    rows.append(Score("answers that were cut", details.get("cut_answers")))
+    return rows
+
+
+def rotation_scores(details: dict[str, Any]) -> list[Score]:
+    """For each roll, F1 of the facts that stay and of those that turn with the panorama, or the
+    agreement of the answers where no facts are read."""
+    rows = []
+    for degrees, each in details.get("rotation", {}).items():
+        kinds = [kind for kind in ("stays", "turns") if kind in each]
+        rows += [
+            Score(f"{degrees}°: facts, {kind}, F1", each[kind]["f1"], *_bounds(each[kind]))
+            for kind in kinds
+        ]
+        if not kinds:
+            bounds = _bounds(each.get("interval", {}).get("rouge_l"))
+            name = f"{degrees}°: agreement with the answer unrotated, ROUGE-L"
+            rows.append(Score(name, each.get("rouge_l"), *bounds))
+    return rows
+
+
+def _bounds(interval: dict[str, Any] | None) -> tuple[float | None, float | None]:
+    """None where there is no interval: of one panorama, or of no facts."""
+    return (interval["low"], interval["high"]) if interval else (None, None)
 
 
 def _number(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4g}"
-
-
-def _interval(bounds: dict[str, Any] | None) -> str:
-    if not bounds or bounds["low"] is None:  # of one panorama, or of no facts
-        return ""
-    return f"{bounds['low']:.4g} to {bounds['high']:.4g}"
 
 
 def stages_before(stage: Stage) -> list[Stage]:
