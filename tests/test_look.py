@@ -44,6 +44,7 @@ from panollava.serving.look import look, make_page_server
 from panollava.serving.server import Limits, bind
 from panollava.stages import STAGES
 
+expect.set_options(timeout=30_000)  # the machine may be busy
 LIMITS = Limits(max_new_tokens=16, max_bytes=1 << 20, max_pixels=1 << 21)
 MARKUP = "<img src=x onerror='window.hacked=true'><script>window.hacked=true</script>"
 LEFT = QUERIES["left"]
@@ -196,7 +197,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def expect_map(page: Page) -> None:
-    expect(page.locator("#turn")).to_be_enabled(timeout=30_000)
+    expect(page.locator("#turn")).to_be_enabled()
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -454,6 +454,8 @@ def test_the_evaluated_split_is_written_as_small_whole_pictures(root: Path) -> N
     """With the number of their panorama; a rejected picture has none."""
     for seed in range(3):
         save_picture(root / "data/images" / f"{seed}.jpg", 50 + seed)
+    large = Image.open(root / "data/images/2.jpg").resize((1024, 512))
+    large.save(root / "data/images/2.jpg")
     (root / "data/images/1.jpg").write_text("gone")
     add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in range(3)], "test")
     prepare(data(0.5), VIEWS, root)

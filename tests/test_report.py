@@ -151,6 +151,10 @@ def test_the_page_opens_from_the_disk_and_reads_texts_as_texts(root: Path, chrom
     assert page.locator("article img").count() == 2
     assert page.locator("[aria-pressed=true].answer").count() == 0
     assert opened.problems == []
+    # Nor could it load anything.
+    page.evaluate("document.body.append(Object.assign(new Image(), {src: 'https://example.org/'}))")
+    page.wait_for_timeout(100)
+    assert any("Content Security Policy" in problem for problem in opened.problems)
 
 
 def test_without_javascript_everything_but_the_viewer_is_there(root: Path, chromium: Any) -> None:
@@ -223,7 +227,7 @@ def test_many_large_panoramas_with_long_texts_make_a_small_page(root: Path) -> N
     ]
     write_csv(paths.PREDICTIONS, pd.DataFrame(rows))
     page = report("--no-maps")
-    assert page.count("<article") == 9
+    assert page.count("<article") == 9 and page.count('class="query"') == 9 * 12
     assert "8 more queries about this panorama" in page and "and 6 more" in page
     assert paths.REPORT.stat().st_size < 15e6 - 9 * 12 * 6000  # room for the maps
 
