@@ -71,7 +71,7 @@ def train(
     if remaining := len(module.epoch_steps) - module.epoch:
         log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
-        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed], work)
+        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
     resume.mark_finished(work)
 
@@ -143,9 +143,7 @@ def _parameters(stage: Stage, settings: Settings) -> dict[str, Any]:
     return {key: to_jsonable_python(operator.attrgetter(key)(settings)) for key in stage.reads}
 
 
-def _fit(
-    module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback], work: Path
-) -> None:
+def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
     with warnings.catch_warnings():
         # The number of workers is the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -161,7 +159,7 @@ def _fit(
             # Whatever scheduler runs this, it is one process, and `Checkpoints` saves and resumes.
             # Under SLURM, Lightning would also load a hpc_ckpt_*.ckpt from its root folder.
             plugins=[AtomicCheckpointIO(), LightningEnvironment()],
-            default_root_dir=work / "lightning",  # does not exist
+            default_root_dir=paths.RESUME / "lightning",  # does not exist
             logger=False,
             enable_checkpointing=False,
             reload_dataloaders_every_n_epochs=1,
