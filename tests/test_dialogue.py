@@ -1,6 +1,7 @@
 """Prompts follow the tokenizer's chat template, in training and generation alike."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -231,7 +232,7 @@ class Letters(PythonBackend):
         return "".join(tokens)
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte level": byte_level_tokenizer,
     "sentence piece": sentence_piece_tokenizer,
     "Python": Letters,
@@ -294,7 +295,7 @@ def test_control_tokens_in_texts_are_plain_text(kind: str, template: str) -> Non
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_answers_have_the_tokens_of_one_text(kind: str, template: str) -> None:
-    """Whole conversations are what a language model was trained on. In them, a word has its space."""
+    """Whole conversations are what a language model was trained on: there, a word has its space."""
     tokenizer = made(kind, template)
     dialogue = Dialogue(tokenizer, 999)
     for query, answer in (("what is this?", "the room is a room."), ("", "a"), ("is", "?")):

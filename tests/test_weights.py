@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_tied_tensors_are_saved_and_loaded(tmp_path: Path) -> None:
     class Tied(Model):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+            self.encoder: Any = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
             self.encoder[1].weight = self.encoder[0].weight
             both = torch.randn(2, 2)
             self.encoder[1].bias = nn.Parameter(both[0])

@@ -67,9 +67,10 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
         config.language_model = None  # all weights are in the model from here on
         for name in hub:
             kwargs.pop(name)
-        model, report = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             None, *args, config=config, state_dict=state, **kwargs
         )
+        model, report = loaded
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(place, **hub)
         return model, report

@@ -146,7 +146,8 @@ class PanoLLaVAProcessor(ProcessorMixin):
         counts = [self._count_images(each) for each in texts]
         if max(counts, default=0) > 1:
             raise ValueError(f"{max(counts)} images in one text; ask about one panorama")
-        count = 0 if images is None else len(make_flat_list_of_images(images))
+        flat: Any = [] if images is None else make_flat_list_of_images(images)
+        count = len(flat)
         if sum(counts) != count:
             raise ValueError(
                 f"found {sum(counts)} {self.image_token} tokens and {count} images; the number of "
@@ -172,9 +173,9 @@ class PanoLLaVAProcessor(ProcessorMixin):
         template rendered, control tokens in the question and the answer are plain text."""
         image = [self.image_token_id] * self.image_seq_length
         if parts := self._parts(text):
-            control, template = _control_tokens(self.tokenizer), self.template
+            control = _control_tokens(self.tokenizer)
             query = _plain_tokens(self.tokenizer, control, *parts["query"])
-            before = _plain_tokens(self.tokenizer, (), "", template["before"], "")
+            before = _plain_tokens(self.tokenizer, (), "", parts["before"], "")
             ids = [*before, *(image if parts["image"] else []), *query]
             if "answer" in parts:
                 opening, answer, stop = parts["answer"]
@@ -189,23 +190,26 @@ class PanoLLaVAProcessor(ProcessorMixin):
         return ids[0] if len(pieces) == 1 else [*ids[0], *image, *ids[1]]
 
     def _parts(self, text: str) -> dict[str, Any] | None:
-        """Of a text that the chat template rendered: whether it has an `image`, the `query` between
-        the template's texts, and the `answer`, if there is one. None for any other text."""
+        """Of a text that the chat template rendered: what is `before` the image, whether it has an
+        `image`, and, between the template's texts, the `query` and, if there is one, the `answer`.
+        None for any other text."""
         template = self.template
         if not template or not text.startswith(template["before"]):
             return None
-        rest = text.removeprefix(template["before"])
+        before = template["before"]
+        rest = text.removeprefix(before)
         image = rest.startswith(self.image_token)
         rest = rest.removeprefix(self.image_token) if image else rest
         between = template["between"] if rest.startswith(template["between"]) else ""
         rest, stop = rest.removeprefix(between), template["stop"]
         for opening in (template["opening"], template["plain_opening"]):
+            parts = {"before": before, "image": image}
             if rest.endswith(opening):
-                return {"image": image, "query": (between, rest.removesuffix(opening), opening)}
+                return {**parts, "query": (between, rest.removesuffix(opening), opening)}
             if opening in rest and rest.endswith(stop):
                 query, _, answer = rest.removesuffix(stop).partition(opening)
-                query = (between, query, opening)
-                return {"image": image, "query": query, "answer": (opening, answer, stop)}
+                answers = {"query": (between, query, opening), "answer": (opening, answer, stop)}
+                return {**parts, **answers}
         return None
 
     def _count_images(self, text: str) -> int:

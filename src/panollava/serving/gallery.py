@@ -11,7 +11,7 @@ from panollava import paths
 from panollava.errors import UserError
 
 SCORES = {"cider_d": "CIDEr-D", "rouge_l": "ROUGE-L"}  # the first one that is known ranks
-_EACH = 3  # panoramas
+_EACH = 2  # panoramas
 _QUERIES = 12  # of a panorama
 _LETTERS = 1000  # of a text
 _TEXTS = ("url", "query", "prediction")
