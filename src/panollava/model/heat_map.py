@@ -4,9 +4,10 @@ part of the panorama is painted over.
 Parts are painted over in the views, before the encoder: its tokens also hold what is next to them,
 so that an answer hardly depends on any few of them."""
 
+import base64
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,13 @@ SPACING = 15.0  # degrees between the centers of discs
 RADIUS = 20.0  # degrees
 SMOOTHING = 11.0  # degrees
 _CHUNK = 16  # discs at once
+
+
+def encode_map(heat_map: NDArray[np.float32]) -> dict[str, Any]:
+    """A map as viewer.js reads it: base64 of a byte for each direction."""
+    height, width = heat_map.shape
+    values = np.rint(255 * heat_map).astype(np.uint8)
+    return {"width": width, "height": height, "values": base64.b64encode(values.tobytes()).decode()}
 
 
 class HeatMaps:

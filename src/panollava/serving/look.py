@@ -3,7 +3,6 @@ server of `serve`.
 
 The page is made of the files in `assets`, and needs no other host."""
 
-import base64
 import hashlib
 import logging
 import socket
@@ -23,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 from panollava.data.images import read_panorama, reduced_jpeg
 from panollava.geometry.projections import Projection
 from panollava.geometry.sphere import angles_from_rays
-from panollava.model.heat_map import HeatMaps
+from panollava.model.heat_map import HeatMaps, encode_map
 from panollava.model.panollava import PanoLLaVA
 from panollava.serving.answer_queue import Panorama
 from panollava.serving.look_gallery import open_gallery
@@ -33,10 +32,6 @@ from panollava.serving.server import HUNG_UP, Limits, Service, address, make_ser
 
 log = logging.getLogger(__name__)
 
-# Shown beside the map: what it is, and how faithful it was measured to be.
-ABOUT_THE_MAP = (
-    "The map shows how much each direction of the panorama mattered for the words that are chosen."
-)
 _ASSETS = Path(__file__).with_name("assets")
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 _PAGE = 12  # panoramas of the gallery at once
@@ -113,7 +108,7 @@ class _Page:
         return json_response(
             {
                 "title": self.title,
-                "about": ABOUT_THE_MAP,
+                "about": (_ASSETS / "about_maps.txt").read_text(encoding="utf-8"),
                 "split": gallery.split if gallery else None,
                 "examples": gallery.examples if gallery else [],
                 "max_bytes": limits.max_bytes,
@@ -192,9 +187,7 @@ class _Page:
         result = await unless_hung_up(request, self.service.queue.use_model(compute))
         if result is None:
             return HUNG_UP
-        height, width = result.shape
-        values = base64.b64encode((result * 255).round().astype(np.uint8).tobytes()).decode()
-        return json_response({"width": width, "height": height, "values": values}, headers=_HEADERS)
+        return json_response(encode_map(result), headers=_HEADERS)
 
     def _heat_maps(self, model: PanoLLaVA, panorama: Panorama) -> HeatMaps:
         """Only those of the last panorama are kept: they need the memory of many panoramas."""

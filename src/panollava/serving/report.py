@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from panollava import paths
@@ -31,8 +30,6 @@ if TYPE_CHECKING:  # slow to import, and not needed without --compare
 log = logging.getLogger(__name__)
 
 READS = ("seed", "data", "views", "model", "stage", "trainer", "evaluate")
-# What the map is, and how faithful it was measured to be.
-ABOUT_MAPS = "The map shows how much each direction of the panorama mattered for the answer."
 _ASSETS = Path(__file__).parent / "assets"
 _REFERENCES = 3  # of a query
 _JPEG = (b"\xff\xd8", b"\xff\xd9")  # how a file begins and ends
@@ -80,7 +77,6 @@ def write_report(
         pictures=pictures,
         maps=_maps(settings, gallery) if with_maps else None,
         parameters={name: _flatten(getattr(settings, name), name) for name in READS},
-        about_maps=ABOUT_MAPS,
         differences=differences,
     )
     if out == paths.REPORT:
@@ -140,7 +136,7 @@ def _json(file: Path, stage: str) -> dict[str, Any]:
 def _maps(settings: Settings, gallery: Gallery) -> Maps:
     """Where the model looked for each answer."""
     from panollava.model.device import configure_cpu  # torch is slow to import
-    from panollava.model.heat_map import HeatMaps
+    from panollava.model.heat_map import HeatMaps, encode_map
     from panollava.model.panollava import load_finetuned
 
     configure_cpu(settings.trainer.threads)
@@ -158,16 +154,9 @@ def _maps(settings: Settings, gallery: Gallery) -> Maps:
         pairs = [(row.query, row.answer) for row in panorama.rows]
         computed.compute([pair for pair in pairs if pair[1]])
         maps[panorama.number] = [
-            _encode(computed.heat_map(*pair)) if pair[1] else None for pair in pairs
+            encode_map(computed.heat_map(*pair)) if pair[1] else None for pair in pairs
         ]
     return maps
-
-
-def _encode(heat_map: NDArray[np.float32]) -> dict[str, Any]:
-    """As viewer.js reads a map: base64 of a byte for each direction."""
-    height, width = heat_map.shape
-    values = np.rint(255 * heat_map).astype(np.uint8)
-    return {"width": width, "height": height, "values": base64.b64encode(values.tobytes()).decode()}
 
 
 def _flatten(value: Any, key: str) -> dict[str, str]:
