@@ -79,7 +79,10 @@ def test_a_delimiter_is_told_by_the_header_not_by_the_texts(tmp_path: Path) -> N
     ("data", "message"),
     [
         (POINTER, "a git-lfs pointer: run git lfs pull"),
-        (gzip.compress((HEADER + ROW).encode()), "a gzip archive instead of a table; unpack it"),
+        (
+            gzip.compress((HEADER + ROW).encode(), mtime=0),
+            "a gzip archive instead of a table; unpack it",
+        ),
         (b"PK\x03\x04\x14\x00\x06\x00", r"an Excel workbook \(xlsx\) or a zip .*export it as CSV"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", r"an Excel workbook \(xls\).*export it"),
         (b"PAR1\x15\x04", "a Parquet file"),
