@@ -1,9 +1,8 @@
 """`panollava check --look`: one HTML file with pictures and texts for a person to look through."""
 
 import base64
-import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from panollava.data.check import Report
 from panollava.data.images import PictureError, read_panorama
 from panollava.data.prepare import map_pictures
 from panollava.data.rows import read_rows
+from panollava.data.suspicions import equal_files
 from panollava.data.texts import is_blank
 from panollava.errors import UserError
 from panollava.files import write_text
@@ -28,6 +28,7 @@ _SUSPECTS, _SAMPLES, _TEXTS, _QUERIES = 400, 200, 300, 100
 _ROWS, _CHARACTERS = 3, 200  # shown of a picture, and of each text
 _MAX_COUNTED = 20_000  # rows whose tokens are counted
 _SIZE = (320, 160)
+_NO_ROWS = pd.DataFrame(columns=["row", "url", "query", "annotation", "picture", "split"])
 
 
 class Lengths(NamedTuple):
@@ -65,7 +66,9 @@ def write_overview(
     cards = _cards(shown, suspects, by_picture, folder, workers)
     queries = rows["query"].value_counts(sort=True)
     order = sorted(queries.items(), key=lambda item: (-item[1], item[0]))
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
+        Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
+    )
     text = page.render(
         folder=folder,
         splits={split: len(table) for split, table in splits.items()},
@@ -85,114 +88,6 @@ def write_overview(
     write_text(file, printable(text))
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ folder }}: panoramas and rows</title>
-<style>
-  :root { color-scheme: light dark; }
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 0 auto; padding: 16px;
-    overflow-wrap: break-word; }
-  h1, h2 { line-height: 1.25; }
-  .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
-  .cards > div { border: 1px solid #8886; border-radius: 8px; padding: 8px; min-width: 0; }
-  img, .none { width: 100%; aspect-ratio: 2; border-radius: 4px; background: #8883; }
-  .none { display: grid; place-content: center; }
-  .note { font-weight: 600; }
-  .quiet { opacity: 0.75; font-size: 0.9em; }
-  table { border-collapse: collapse; }
-  td, th { text-align: left; padding: 2px 16px 2px 0; vertical-align: top; }
-  .number { text-align: right; font-variant-numeric: tabular-nums; }
-  .scroll { overflow-x: auto; }
-</style>
-{% macro card_of(card) %}
-<div>
-  {% if card.image %}
-  <img src="{{ card.image }}" alt="{{ card.name }}" loading="lazy" width="320" height="160">
-  {% else %}
-  <div class="none">not shown</div>
-  {% endif %}
-  <div class="quiet">{{ card.name }}</div>
-  {% for note in card.notes %}
-  <div class="note">{{ note }}</div>
-  {% endfor %}
-  {% for place, query, annotation in card.rows %}
-  <div><span class="quiet">{{ place }}:</span> <b>{{ query }}</b> {{ annotation }}</div>
-  {% endfor %}
-</div>
-{% endmacro %}
-{% macro of(shown, all) %}
-{% if shown < all %}
-<p class="quiet">The first {{ shown }} of {{ all }}.</p>
-{% endif %}
-{% endmacro %}
-<h1>{{ folder }}</h1>
-<p>{% for split, count in splits.items() %}{{ split }}: {{ count }} rows. {% endfor %}
-{{ pictures }} pictures, {{ all_faults }} faults, {{ all_suspicions }} suspicions.</p>
-<h2>Suspicions</h2>
-{{ of(suspicions | length, all_suspicions) }}
-<ul>
-{% for text in suspicions %}
-  <li>{{ text }}</li>
-{% else %}
-  <li>None.</li>
-{% endfor %}
-</ul>
-<h2>Suspect pictures</h2>
-{{ of(suspects | length, all_suspects) }}
-<div class="cards">
-{% for card in suspects %}
-{{ card_of(card) }}
-{% else %}
-<p>None.</p>
-{% endfor %}
-</div>
-<h2>Samples of the other pictures</h2>
-<div class="cards">
-{% for card in samples %}
-{{ card_of(card) }}
-{% else %}
-<p>None.</p>
-{% endfor %}
-</div>
-<h2>Rows per query</h2>
-{{ of(queries | length, all_queries) }}
-<table>
-{% for query, count in queries %}
-  <tr><td class="number">{{ count }}</td><td>{{ query }}</td></tr>
-{% endfor %}
-</table>
-<h2>Text lengths</h2>
-{% if tokens %}
-<p>Tokens of a query with its prompt and annotation, of {{ tokens.rows }} rows of train: median
-{{ tokens.quantiles[0] }}, 95% at most {{ tokens.quantiles[1] }}, longest {{ tokens.quantiles[2] }}.
-Longer ones than max_text_length are cut.</p>
-<div class="scroll"><table>
-  <tr><th>stage</th><th>max_text_length</th><th>longer rows</th><th>share</th></tr>
-{% for stage, limit, longer, share in tokens.stages %}
-  <tr><td>{{ stage }}</td><td class="number">{{ limit }}</td><td class="number">{{ longer }}</td>
-  <td class="number">{{ share }}</td></tr>
-{% endfor %}
-</table></div>
-{% else %}
-<p>Not counted. {{ lengths.missing }}</p>
-{% endif %}
-<h2>Faults</h2>
-{{ of(faults | length, all_faults) }}
-<div class="scroll"><table>
-{% for split, row, reason, url in faults %}
-  <tr><td>{{ split }}</td><td class="number">{{ "" if row is none else row }}</td>
-  <td>{{ reason }}</td><td>{{ url }}</td></tr>
-{% else %}
-  <tr><td>None.</td></tr>
-{% endfor %}
-</table></div>
-</html>
-"""
-_NO_ROWS = pd.DataFrame(columns=["row", "url", "query", "annotation", "picture", "split"])
-
-
 def _suspects(
     by_picture: dict[Path, pd.DataFrame], folder: Path, report: Report
 ) -> dict[Path, list[str]]:
@@ -209,24 +104,11 @@ def _suspects(
     for name, signs in report.signs.items():
         picture = (folder / name).resolve()
         notes.setdefault(picture, []).extend(f"{sign}: {seen}" for sign, seen in signs.items())
-    for group in _equal_files(by_picture):
+    for group in equal_files(by_picture):
         for picture in group:
-            names = ", ".join(other.name for other in group if other != picture)
+            names = ", ".join(sorted(other.name for other in group if other != picture))
             notes.setdefault(picture, []).append(f"the same bytes as {names[:_CHARACTERS]}")
     return {picture: notes[picture] for picture in sorted(notes) if picture in by_picture}
-
-
-def _equal_files(pictures: Iterable[Path]) -> list[list[Path]]:
-    by_size: dict[int, list[Path]] = {}
-    by_digest: dict[bytes, list[Path]] = {}
-    for picture in pictures:
-        if picture.is_file():
-            by_size.setdefault(picture.stat().st_size, []).append(picture)
-    for group in by_size.values():
-        for picture in group if len(group) > 1 else ():
-            digest = hashlib.sha256(picture.read_bytes()).digest()
-            by_digest.setdefault(digest, []).append(picture)
-    return [group for group in by_digest.values() if len(group) > 1]
 
 
 def _cards(

@@ -70,8 +70,7 @@ def _name_collisions(rows: pd.DataFrame, folder: Path) -> list[str]:
 def find_copies(splits: dict[str, pd.DataFrame]) -> list[str]:
     """Pictures that are under two names, in one split or in two."""
     pictures = {split: set(rows["picture"].dropna()) for split, rows in splits.items()}
-    groups = _groups(set().union(*pictures.values()), lambda path: path.stat().st_size)
-    copies = [group for same_size in groups for group in _groups(same_size, _digest)]
+    copies = equal_files(set().union(*pictures.values()))
     suspicions = []
     for one, other in combinations_with_replacement(pictures, 2):
         pairs = [
@@ -88,6 +87,12 @@ def find_copies(splits: dict[str, pd.DataFrame]) -> list[str]:
                 f"such as {pairs[0][0]} and {pairs[0][1]}"
             )
     return suspicions
+
+
+def equal_files(paths: Iterable[Path]) -> list[set[Path]]:
+    """Groups of files with the same bytes."""
+    same_size = _groups(paths, lambda path: path.stat().st_size)
+    return [group for files in same_size for group in _groups(files, _digest)]
 
 
 def _groups(paths: Iterable[Path], key: Callable[[Path], Hashable]) -> list[set[Path]]:
