@@ -75,7 +75,7 @@ def test_the_page_shows_suspects_with_what_is_suspected_and_samples(folder: Path
     assert "images/train_a.jpg stereo: its halves are alike" in suspects
     assert "images/train_b.jpg in train and in valid" in suspects
     assert "the same bytes as test_b.jpg" in suspects
-    assert "images/test_b.jpg the same bytes as test_a.jpg" in suspects
+    assert "the same bytes as test_a.jpg" in suspects
     samples = section(page, "Samples of the other pictures", "Rows per query")
     assert "images/valid_a.jpg valid 0: weather It is a." in samples
     assert "train" not in samples and "test" not in samples
