@@ -159,6 +159,17 @@ def save_panorama(path: Path, seed: int, height: int = 64) -> None:
     Image.fromarray(small).resize((2 * height, height), Image.Resampling.BICUBIC).save(path)
 
 
+def save_whole_panorama(path: Path, seed: int, height: int = 64) -> None:
+    """A picture of soft stripes and a gradient between the poles: its edges meet."""
+    rows, columns = np.mgrid[:height, : 2 * height] + 0.5
+    phases = np.random.default_rng(seed).uniform(0, 2 * np.pi, 3)
+    pitch, yaw = np.pi * rows / height, np.pi * columns / height
+    waves = np.sin(pitch)[..., None] * np.sin(3 * yaw[..., None] + phases)
+    pixels = 128 + 60 * waves + 50 * np.cos(pitch)[..., None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
 def write_params(path: Path, towers: Path, data: Path) -> None:
     """The project's params.yaml, for `save_towers` and `save_data`, with one epoch a stage."""
     text = (ROOT / "params.yaml").read_text()

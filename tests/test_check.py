@@ -9,23 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import SHARED, write_rows
+from helpers import SHARED, save_whole_panorama, write_rows
 from panollava.cli import main as cli
 from panollava.data.check import Report, check
 from panollava.data.picture_paths import picture_file, plain_file
 
 LINK = "https://example.org/{}.jpg"
-
-
-def save_panorama(path: Path, seed: int, height: int = 64) -> None:
-    """A panorama of soft stripes and a gradient between the poles: its edges meet."""
-    rows, columns = np.mgrid[:height, : 2 * height] + 0.5
-    phases = np.random.default_rng(seed).uniform(0, 2 * np.pi, 3)
-    pitch, yaw = np.pi * rows / height, np.pi * columns / height
-    waves = np.sin(pitch)[..., None] * np.sin(3 * yaw[..., None] + phases)
-    pixels = 128 + 60 * waves + 50 * np.cos(pitch)[..., None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 @pytest.fixture
@@ -34,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "valid", "test"):
         for name in "ab":
-            save_panorama(
+            save_whole_panorama(
                 tmp_path / f"data/images/{split}_{name}.jpg", seed=ord(name) + ord(split[1])
             )
         rewrite(tmp_path / "data", split, [])
@@ -62,7 +51,7 @@ def test_a_good_folder_passes(folder: Path) -> None:
 
 
 def test_all_faults_of_rows_and_pictures_are_listed_at_once(folder: Path) -> None:
-    save_panorama(folder / "images/cut.jpg", seed=3, height=256)
+    save_whole_panorama(folder / "images/cut.jpg", seed=3, height=256)
     complete = (folder / "images/cut.jpg").read_bytes()
     (folder / "images/cut.jpg").write_bytes(complete[: len(complete) // 2])
     (folder / "images/page.jpg").write_text("<html>")
@@ -99,7 +88,7 @@ def test_links_are_faults_only_after_the_download(folder: Path) -> None:
     assert report.passed and report.links == {"train": 3, "valid": 3, "test": 3}
     for split in ("train", "valid", "test"):
         for c in "xy":
-            save_panorama(picture_file(LINK.format(split + c), linked), seed=1)
+            save_whole_panorama(picture_file(LINK.format(split + c), linked), seed=1)
     report = run(linked, max_rejected=0.3)
     assert [(fault.row, fault.reason) for fault in report.faults] == [
         (2, "link not downloaded")
@@ -118,7 +107,7 @@ def test_a_split_without_a_good_row_never_passes(folder: Path, allowed: float) -
 
 def test_suspicions_are_listed_but_fail_nothing(folder: Path) -> None:
     one, other = (f"https://example.org/{side}/same.jpg" for side in (1, 2))
-    save_panorama(plain_file(one, folder), seed=9)
+    save_whole_panorama(plain_file(one, folder), seed=9)
     rewrite(
         folder,
         "train",
