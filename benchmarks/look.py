@@ -1,11 +1,9 @@
 """The page of `panollava look` with the demo's model loaded: the time until it can be used, and
 from the click on Ask to the first word and to the heat map, in headless Chromium.
 
-The model is the result of `finetune` where there is one, or has an untrained resampler. Without
-Chromium, nothing is measured."""
+Nothing is measured without Chromium, or before `make repro`."""
 
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -21,16 +19,12 @@ from playwright.sync_api import Page, sync_playwright
 
 from measure import PANOLLAVA, ROOT, Line, options_parser, report
 from panollava import paths
-from panollava.config import load_settings
 from panollava.demo.questions import QUERIES
 from panollava.demo.render import render
 from panollava.demo.scenes import make_scene
-from panollava.model.header import TOWERS, make_header
-from panollava.model.network import build_model
-from panollava.model.weights import save_weights
-from panollava.stages import STAGES
 
 CHROMIUM = Path("/usr/bin/chromium")
+MODEL = ROOT / paths.weights_file("finetune")
 OPTIONS = ("--no-sandbox", "--enable-unsafe-swiftshader", "--disable-background-networking")
 MOST = {"the page can be used": 2.0, "first word": 1.5, "heat map": 3.0}  # seconds
 # When a word or the map is there, without the delays of looking for it from outside.
@@ -48,16 +42,14 @@ $("ask").addEventListener("submit", () => times.click = performance.now(), {capt
 
 def main() -> None:
     options = options_parser(__doc__, repeats=10).parse_args()
-    if not CHROMIUM.is_file():
-        sys.stderr.write(f"{CHROMIUM} is missing (as root: apt-get install chromium)\n")
-        report([], options.out)
-        return
-    os.chdir(ROOT)  # where the demo's towers are
+    for file, remedy in ((CHROMIUM, "as root: apt-get install chromium"), (MODEL, "make repro")):
+        if not file.is_file():
+            sys.stderr.write(f"{file} is missing ({remedy}); nothing was measured\n")
+            return
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         panoramas = save_panoramas(Path(folder), options.repeats + 1)
-        model = find_model(Path(folder))
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        with serving(model) as url:
+        with serving() as url:
             measured = [measure(browser.new_page(), url, file) for file in panoramas][1:]
         browser.close()
     lines = [
@@ -75,20 +67,10 @@ def save_panoramas(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def find_model(folder: Path) -> Path:
-    file = ROOT / paths.weights_file("finetune")
-    if not file.is_file():
-        file = folder / paths.WEIGHTS
-        settings, stage = load_settings(paths.PARAMS), STAGES["finetune"]
-        network, _ = build_model(settings.model, settings.views)
-        save_weights(file, network, stage.saves, make_header(stage, settings, TOWERS))
-    return file
-
-
 @contextlib.contextmanager
-def serving(model: Path) -> Iterator[str]:
-    command = [*PANOLLAVA, "look", "--port", "0", "--model", str(model), "--max-new-tokens=16"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def serving() -> Iterator[str]:
+    command = [*PANOLLAVA, "look", "--port", "0"]
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr
         line = next(line for line in server.stderr if "look at " in line)
@@ -99,18 +81,19 @@ def serving(model: Path) -> Iterator[str]:
 
 
 def measure(page: Page, url: str, panorama: Path) -> tuple[float, float, float]:
-    """Seconds: until a question can be typed and the panorama, if there is a gallery, is drawn;
-    from the click to the first word; and to the heat map."""
+    """Seconds: until the first panorama is drawn and a question can be typed; from the click to the
+    first word; and to the heat map."""
     start = time.perf_counter()
     page.goto(url)
-    page.wait_for_selector("#viewer canvas" if (ROOT / paths.PREPARED).is_dir() else "#no-gallery")
+    page.wait_for_selector("#viewer canvas")
     page.get_by_label("Your question").fill(QUERIES["left"])
     usable = time.perf_counter() - start
     page.locator("#file").set_input_files(panorama)
-    page.get_by_text(panorama.name).wait_for()
+    page.locator("#name", has_text=panorama.name).wait_for()
     page.evaluate(WATCH)
     page.get_by_role("button", name="Ask", exact=True).click()
     while "map" not in (times := page.evaluate("times")):
+        assert time.perf_counter() - start < 120, page.inner_text("body")
         time.sleep(0.05)
     page.close()
     return usable, (times["word"] - times["click"]) / 1000, (times["map"] - times["click"]) / 1000

@@ -22,7 +22,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, Request, expect
+from playwright.sync_api import Browser, Error, Page, Request, Route, expect
 
 from helpers import ROOT, change
 from panollava import PanoLLaVA, paths
@@ -200,11 +200,11 @@ def expect_map(page: Page) -> None:
     expect(page.locator("#turn")).to_be_enabled()
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(page: Page, condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        page.wait_for_timeout(50)
 
 
 def direction(page: Page) -> dict[str, float]:
@@ -235,12 +235,12 @@ def test_the_page_turns_answers_and_shows_the_map_where_the_object_is(
     page.mouse.down()
     page.mouse.move(box["x"] + 300, box["y"] + 200, steps=5)
     page.mouse.up()
-    until(lambda: direction(page)["yaw"] > 5)  # what is dragged comes from the right
+    until(page, lambda: direction(page)["yaw"] > 5)  # what is dragged comes from the right
     page.wait_for_timeout(500)
     dragged = direction(page)["yaw"]
     viewer.focus()
     page.keyboard.down("ArrowLeft")
-    until(lambda: direction(page)["yaw"] < dragged - 5)
+    until(page, lambda: direction(page)["yaw"] < dragged - 5)
     page.keyboard.up("ArrowLeft")
 
     page.evaluate(
@@ -366,6 +366,29 @@ def test_a_wrong_file_is_refused_in_plain_words(page: Page, folder: Path, model:
         }"""
     )
     expect(page.get_by_role("alert")).to_contain_text("dropped.txt cannot be used: not a picture")
+
+
+def test_a_question_waits_for_the_file_that_is_read(
+    page: Page, folder: Path, model: PanoLLaVA
+) -> None:
+    """It is about that panorama, not about the one before; and the last choice counts."""
+    uploads: list[Route] = []
+    page.route("**/look/panoramas", lambda route: uploads.append(route))
+    for number in (1, 2):
+        Image.fromarray(render(TEST_SCENES[number], 256)).save(folder / f"late_{number}.png")
+        page.locator("#file").set_input_files(folder / f"late_{number}.png")
+        page.get_by_label("Your question").fill(LEFT)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        until(page, lambda: len(uploads) == number)  # noqa: B023
+    for upload in reversed(uploads):
+        with contextlib.suppress(Error):  # the first one was given up
+            upload.continue_()
+    expect(page.locator("#name")).to_have_text("late_2.png")
+    expect(page.locator("#answer")).to_have_text(model.answer(folder / "late_2.png", [LEFT], 16)[0])
+    page.locator("#file").set_input_files(folder / "late_1.png")
+    page.locator("#thumbnails button").last.click()  # instead
+    expect(page.locator("#name")).to_have_text("images/test_11.png")
+    page.unroute("**/look/panoramas")
 
 
 def test_the_gallery_is_searched_and_paged(page: Page, url: str) -> None:

@@ -9,8 +9,10 @@ const state = {
   answer: "",
   words: [], // buttons of the answer, with the places of their characters
   maps: new Map(), // of this answer, by part
-  asking: null, // AbortController of the answer, and of the map
+  asking: null, // AbortController of the answer, of the map and of the panorama's choice
   mapping: null,
+  choosing: null,
+  reading: null, // the promise of a file that is read
   start: null, // what the server says about itself
   page: 0,
   total: 0,
@@ -126,7 +128,16 @@ function showExamples() {
   $("examples").hidden = !examples.length;
 }
 
-async function upload(file) {
+/* Questions wait for it; the last choice counts. */
+function upload(file) {
+  const signal = started("choosing");
+  state.reading = read(file, signal).finally(() => {
+    if (state.choosing.signal === signal) state.reading = null;
+  });
+  return state.reading;
+}
+
+async function read(file, signal) {
   hideError();
   if (file.size > state.start.max_bytes) {
     const size = Math.floor(state.start.max_bytes / 2 ** 20);
@@ -136,8 +147,9 @@ async function upload(file) {
   const headers = {"Content-Type": "application/octet-stream"};
   let response;
   try {
-    response = await request("/look/panoramas", {method: "POST", headers, body: file});
+    response = await request("/look/panoramas", {method: "POST", headers, body: file, signal});
   } catch (error) {
+    if (signal.aborted) throw error;
     throw new Error(`${file.name} cannot be used: ${error.message}`);
   }
   const entry = await response.json();
@@ -177,6 +189,8 @@ function thumbnail(entry) {
   title.textContent = entry.title.split("/").pop();
   button.append(picture, title);
   button.addEventListener("click", () => {
+    started("choosing");
+    state.reading = null;
     choose(entry).then(() => $("viewer").scrollIntoView({block: "nearest"})).catch(showError);
   });
   item.append(button);
@@ -186,6 +200,7 @@ function thumbnail(entry) {
 /* Asking. */
 
 async function ask(question) {
+  await state.reading;
   hideError();
   if (!state.panorama) throw new Error("Choose a panorama first.");
   const signal = started("asking");
