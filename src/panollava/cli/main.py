@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import train_command, use_commands
+from panollava.cli import convert_command, train_command, use_commands
 from panollava.cli.single_instance import single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     _add_download(add("download", _download, "download the pictures that rows link to"))
+    help = "make upright 2:1 panoramas of stereo pairs, cube faces, parts or tilted ones"
+    convert_command.add_to(add("convert", convert_command.run, help, None))
     _add_check(add("check", _check, "report every problem of rows and pictures"))
     prepare = _with_settings("panollava.data.prepare", "prepare_project")
     add("prepare", prepare, "check the rows and convert each panorama into views")

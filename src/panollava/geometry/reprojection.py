@@ -3,14 +3,14 @@ equirectangular panorama."""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from panollava.geometry.projections import PANORAMA, Gnomonic, Projection
-from panollava.geometry.sphere import Array, cell_centers, rotation
+from panollava.geometry.sphere import cell_centers, rotation
 
 # The faces of a cube, by letter. The lower edge of the upper face and the upper edge of the lower
 # face are at the front.
@@ -26,6 +26,7 @@ MAX_SIDE = 32_000  # OpenCV addresses pixels with 16 bits
 _TILE = 64  # rows and columns that are sampled together
 _MINIFIED = 1.1  # source pixels per pixel from which two samples are averaged
 _CACHED_PIXELS = 1 << 26  # maps of larger panoramas are computed again for each: 6 bytes a pixel
+Array = NDArray[Any]  # float32, except for the views' rays
 Map = tuple[NDArray[np.int16], NDArray[np.uint16]]
 
 
@@ -133,9 +134,8 @@ def _in_picture(face: Face, rays: Array, wraps: bool = False) -> Array:
 
 
 def _fixed(points: Array) -> Map:
-    return cv2.convertMaps(
-        *(np.ascontiguousarray(points[..., axis]) for axis in (0, 1)), cv2.CV_16SC2
-    )
+    x, y = (np.ascontiguousarray(points[..., axis]) for axis in (0, 1))
+    return cv2.convertMaps(x, y, cv2.CV_16SC2)
 
 
 def _remap(picture: NDArray, at: Map, out: NDArray) -> NDArray:
