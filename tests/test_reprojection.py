@@ -6,7 +6,6 @@ import pytest
 
 from panollava.geometry.projections import (
     PANORAMA,
-    Window,
     panorama_position,
     panorama_rays,
 )
@@ -117,11 +116,3 @@ def test_sampling_is_closer_to_supersampling_than_one_sample_is(
     ours = error()
     monkeypatch.setattr("panollava.geometry.reprojection._MINIFIED", float("inf"))
     assert ours < 0.9 * error()
-
-
-def test_a_part_of_the_sphere_is_seen_where_its_window_is() -> None:
-    window = Window(30, 10, 90, 60)
-    rays = window.rays(cell_centers(90), cell_centers(60))
-    position = panorama_position(rays)
-    left, top = (30 - 45 + 180) / 360, (90 - 40) / 180
-    assert position.min(axis=(0, 1)) == pytest.approx([left, top], abs=0.01)

@@ -13,16 +13,14 @@ _ANGLES = {
 
 
 def add_to(command: argparse.ArgumentParser) -> None:
-    from panollava.data.upright import LAYOUTS
-
     add = command.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="pictures, or folders of them")
     add("out", type=Path, metavar="OUT", help="folder to write to; nothing in it is overwritten")
     help = (
-        "what the pictures are (default: panoramas, whole or in part by their GPano tags); "
-        "docs/data.md describes each: %(choices)s"
+        "panorama (default; may be a part by its GPano tags), top-bottom, side-by-side, vr180, "
+        "cross, strip or faces (six files); see docs/data.md"
     )
-    add("--layout", choices=LAYOUTS, default="panorama", metavar="LAYOUT", help=help)
+    add("--layout", default="panorama", metavar="LAYOUT", help=help)
     help = "take this eye of a stereo pair; a left eye is above or on the left"
     add("--eye", choices=("left", "right"), help=help)
     help = "order of the faces in a strip, by rows, such as rludfb; upper case: upside down"
@@ -47,9 +45,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from panollava.data.upright import STEREO
+    from panollava.data.upright import LAYOUTS, STEREO
     from panollava.geometry.reprojection import CUBE
 
+    if options.layout not in LAYOUTS:
+        expected = ", ".join(LAYOUTS)
+        raise UserError(f"--layout: expected one of {expected}; found '{options.layout}'")
     for name in _ANGLES:
         value = getattr(options, name)
         if not -360 <= value <= 360:

@@ -18,7 +18,7 @@ from panollava.config import Count, checked
 from panollava.data.images import PictureError, read_picture
 from panollava.data.picture_files import open_picture
 from panollava.data.prepare import map_pictures
-from panollava.data.upright import Conversion, UnusableError, Upright, face_letters, make_upright
+from panollava.data.upright import Conversion, Upright, face_letters, make_upright
 from panollava.errors import UserError
 from panollava.files import atomic_write
 
@@ -179,8 +179,8 @@ def _convert(job: Job, conversion: Conversion) -> Upright:
     pictures = [read_picture(path) for path in job.pictures]
     try:
         upright = make_upright(pictures, conversion)
-    except UnusableError as error:
-        raise PictureError(job.pictures[0], error.kind, error.detail) from None
+    except PictureError as error:
+        raise PictureError(job.pictures[0], error.reason) from None
     height, width = upright.panorama.shape[:2]
     tags = {"ProjectionType": "equirectangular", "UsePanoramaViewer": "True"}
     for side, pixels in (("Width", width), ("Height", height)):

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from panollava.data.images import Picture
 from panollava.data.picture_files import (
+    IN_MEMORY,
     MAX_PIXELS,
     CroppedArea,
+    PictureError,
     cropped_area,
     is_2_to_1,
     is_alike,
@@ -43,14 +45,6 @@ Pixels = NDArray[np.uint8]  # (height, width, 3)
 Angles = tuple[float, float, float]  # yaw, pitch, roll in degrees
 
 
-class UnusableError(ValueError):
-    """No panorama can be made of a picture: the kind of fault, and what to do."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail = kind, detail
-
-
 @dataclass(frozen=True)
 class Conversion:
     """What is done to every picture. `faces`: the order of a strip's faces by rows, letters of
@@ -74,7 +68,7 @@ def make_upright(pictures: Sequence[Picture], conversion: Conversion) -> Upright
     """`pictures`: one, or six faces in the order of `face_letters`.
 
     Raises:
-        UnusableError: the picture is of another layout, a raw fisheye photo, or too large.
+        PictureError: the picture is of another layout, a raw fisheye photo, or too large.
     """
     pixels, tags = pictures[0].pixels, pictures[0].gpano
     faces: tuple[Face, ...] = ()
@@ -93,7 +87,7 @@ def make_upright(pictures: Sequence[Picture], conversion: Conversion) -> Upright
             pixels, unseen = _place(pixels, area)
             notes.append(_unseen(unseen))
         elif not is_2_to_1(pixels.shape[1], pixels.shape[0]):
-            raise UnusableError("not 2:1", f"{_size(pixels)} pixels; {_OTHER_LAYOUTS}")
+            raise PictureError(IN_MEMORY, "not 2:1", f"{_size(pixels)} pixels; {_OTHER_LAYOUTS}")
     angles, pose = _angles(tags, conversion.angles)
     if any(angles):
         names = zip(("yaw", "pitch", "roll"), angles, strict=True)
@@ -114,15 +108,16 @@ def _check_signs(pixels: Pixels, tags: dict[str, str], conversion: Conversion) -
     """Notes of signs that the picture is of another layout.
 
     Raises:
-        UnusableError: fisheye circles, or not equirectangular by its tags.
+        PictureError: fisheye circles, or not equirectangular by its tags.
     """
     small = cv2.resize(pixels, (512, 256), interpolation=cv2.INTER_AREA)
     signs = find_signs(small.astype(np.uint8, copy=False), tags)
     if "projection" in signs:
-        raise UnusableError("not equirectangular", f"{signs['projection']}; export it as such")
+        detail = f"{signs['projection']}; export it as equirectangular"
+        raise PictureError(IN_MEMORY, "not equirectangular", detail)
     if "fisheye" in signs and is_2_to_1(pixels.shape[1], pixels.shape[0]):
         detail = "stitch them with the camera's program, or with ffmpeg's filter v360=dfisheye:e"
-        raise UnusableError("raw fisheye circles", detail)
+        raise PictureError(IN_MEMORY, "raw fisheye circles", detail)
     if "stereo" in signs and not conversion.eye:
         return [f"may be a stereo pair ({signs['stereo']}); --eye takes one eye"]
     return []
@@ -136,7 +131,7 @@ def _take_eye(pixels: Pixels, conversion: Conversion) -> tuple[Pixels, str]:
         layout = next((form for form, r in _EYES.items() if is_alike(ratio, r)), "")
     if not any(is_alike(ratio, expected) for expected in _STEREO_RATIOS.get(layout, ())):
         detail = f"{_size(pixels)} pixels; name the pair's layout: --layout {', '.join(STEREO)}"
-        raise UnusableError("not clearly a stereo pair", detail)
+        raise PictureError(IN_MEMORY, "not clearly a stereo pair", detail)
     halves = np.array_split(pixels, 2, axis=0 if layout == "top-bottom" else 1)
     eye = np.ascontiguousarray(halves[0 if conversion.eye == "left" else 1])
     note = f"{conversion.eye} eye of a {layout} pair"
@@ -155,11 +150,11 @@ def _place(pixels: Pixels, area: CroppedArea) -> tuple[Pixels, float]:
     """The full sphere, black where the picture does not show it, and the share of that.
 
     Raises:
-        UnusableError: it does not fit.
+        PictureError: it does not fit.
     """
     if area.full_width > 2 * MAX_PIXELS**0.5:
         detail = f"a sphere of {area.full_width:.0f} pixels around; save the picture smaller"
-        raise UnusableError("too large", detail)
+        raise PictureError(IN_MEMORY, "too large", detail)
     height, width = pixels.shape[:2]
     lowest, tolerance = area.full_height - height, area.full_height / 100
     if not (
@@ -170,7 +165,7 @@ def _place(pixels: Pixels, area: CroppedArea) -> tuple[Pixels, float]:
     ):
         numbers = " ".join(f"{name} {value:.0f}," for name, value in area._asdict().items())
         detail = f"{_size(pixels)} pixels do not fit: {numbers} correct the tags with exiftool"
-        raise UnusableError("contradictory GPano tags", detail)
+        raise PictureError(IN_MEMORY, "contradictory GPano tags", detail)
     full_height = max(round(area.full_width / 2), height, math.ceil(width / 2))
     panorama = np.zeros((full_height, 2 * full_height, 3), np.uint8)
     top = min(max(round(area.top), 0), full_height - height)
@@ -187,7 +182,7 @@ def _in_one(pictures: Sequence[Picture]) -> Pixels:
     height, width = pictures[0].pixels.shape[:2]
     if len(sizes) > 1 or height != width:
         detail = f"{', '.join(sorted(sizes))} pixels; save them as squares of one size"
-        raise UnusableError("cube faces of several sizes", detail)
+        raise PictureError(IN_MEMORY, "cube faces of several sizes", detail)
     first, second = (
         np.concatenate([picture.pixels for picture in row], axis=1)
         for row in (pictures[:3], pictures[3:])
@@ -211,7 +206,7 @@ def _cube(pixels: Pixels, conversion: Conversion) -> tuple[Face, ...]:
             return cube_faces(rows, side)
     known = ", ".join(f"{len(rows[0])} x {len(rows)}" for rows in arrangements)
     detail = f"{width} x {height} pixels; a {conversion.layout} has {known} squares"
-    raise UnusableError(f"no {conversion.layout} of cube faces", detail)
+    raise PictureError(IN_MEMORY, f"no {conversion.layout} of cube faces", detail)
 
 
 def _angles(tags: dict[str, str], angles: Angles | None) -> tuple[Angles, dict[str, str]]:
@@ -230,7 +225,7 @@ def _reproject(pixels: Pixels, faces: tuple[Face, ...], angles: Angles) -> Pixel
         return pixels
     if max(height, width) > MAX_SIDE:
         detail = f"{_size(pixels)} pixels, limit {MAX_SIDE:,} each way; save it smaller"
-        raise UnusableError("too large", detail)
+        raise PictureError(IN_MEMORY, "too large", detail)
     if faces:
         out = 2 * faces[0].width
     else:  # an eye may be squeezed to half of its width or height

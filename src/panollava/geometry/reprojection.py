@@ -27,7 +27,7 @@ _TILE = 64  # rows and columns that are sampled together
 _MINIFIED = 1.1  # source pixels per pixel from which two samples are averaged
 _CACHED_PIXELS = 1 << 26  # maps of larger panoramas are computed again for each: 6 bytes a pixel
 Array = NDArray[Any]  # float32, except for the views' rays
-Map = tuple[NDArray[np.int16], NDArray[np.uint16]]
+Map = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Face(NamedTuple):
@@ -61,7 +61,8 @@ class Reprojection:
     ) -> None:
         self.faces, self.height, self.width = faces, height, width
         self._rotation = rotation(*angles).astype(np.float32)
-        self._x, self._y = (cell_centers(n).astype(np.float32) for n in (width, height))
+        self._x: Array = cell_centers(width).astype(np.float32)
+        self._y: Array = cell_centers(height).astype(np.float32)
         if height * width <= _CACHED_PIXELS:
             self._maps = functools.cache(self._maps)  # type: ignore[method-assign]
 
@@ -91,8 +92,8 @@ class Reprojection:
 
     def _points(self, top: int, columns: slice, shift: float = 0) -> Array:
         """Where pixels, shifted by a part of a pixel, are in the picture: (rows, columns, 2)."""
-        x = self._x[columns] + np.float32(shift / self.width)
-        y = self._y[top : top + _TILE] + np.float32(shift / self.height)
+        x: Array = self._x[columns] + np.float32(shift / self.width)
+        y: Array = self._y[top : top + _TILE] + np.float32(shift / self.height)
         rays = PANORAMA.rays(x, y) @ self._rotation
         if len(self.faces) == 1:  # a panorama: it continues beyond its left and right edges
             (face,) = self.faces
