@@ -456,7 +456,7 @@ def test_a_part_of_a_panorama_is_refused_by_its_gpano_tags(name: str) -> None:
         )
     without_poles = HALF | {"CroppedAreaImageWidthPixels": 256}
     content = with_xmp(gpano(**without_poles), smooth(32, 128))
-    assert reason(content).startswith("part of a panorama: its GPano tags place 256 x 64 pixels")
+    assert reason(content).startswith("part of a panorama: its GPano tags place 128 x 32 pixels")
     odd = {"FullPanoWidthPixels": "wide", "CroppedAreaImageWidthPixels": ""}
     for tags in (WHOLE, WHOLE | odd, without_poles, {"ProjectionType": "equirectangular"}):
         assert not reason(with_xmp(gpano(**tags), smooth())), tags

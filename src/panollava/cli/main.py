@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import data_commands, train_command, use_commands
+from panollava.cli import convert_command, data_commands, train_command, use_commands
 from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "download a published data set, or the pictures that rows link to"
     data_commands.add_download(add("download", data_commands.download, help))
+    help = "make upright 2:1 panoramas of stereo pairs, cube faces, parts or tilted ones"
+    convert_command.add_to(add("convert", convert_command.run, help, None))
     help = "report every problem of rows and pictures"
     data_commands.add_check(add("check", data_commands.check, help))
     help = "convert LLaVA's JSON or JSONL into a CSV file of rows"

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -12,8 +13,11 @@ from panollava.data.picture_files import (
     IN_MEMORY,
     MAX_PIXELS,
     check_panorama,
+    check_picture,
+    exif_times,
     gpano_tags,
     open_picture,
+    rgb_profile,
 )
 from panollava.data.picture_files import PictureError as PictureError  # for those who read pictures
 
@@ -58,20 +62,29 @@ def read_panorama(
     path = IN_MEMORY if isinstance(picture, bytes) else picture
     with open_picture(picture) as (opened, content):
         orientation = check_panorama(path, opened, max_pixels)
-        if opened.format not in ("JPEG", "MPO"):
-            if opened.format == "TIFF":  # Pillow turns it, and would fail at other, odd EXIF
-                exif = opened.getexif()
-                exif.clear()
-                exif[ExifTags.Base.Orientation], orientation = orientation, 1
-            return _finish(_to_rgb(opened), orientation, width)
-        opened.draft("RGB", (1, width) if orientation >= 5 else (width, 1))
-        if opened.mode not in ("RGB", "L"):
-            _decode_jpeg(content, opened.size, "CMYK")  # to check it
-            return _finish(_to_rgb(opened), orientation, width)
-        pixels = _decode_jpeg(content, opened.size, "RGB")
-        if orientation == 1 and opened.width < 2 * width:
-            return pixels
-        return _finish(Image.fromarray(pixels), orientation, width)
+        return _decode(opened, content, orientation, width)
+
+
+class Picture(NamedTuple):
+    """A decoded picture and what its file says of it."""
+
+    pixels: NDArray[np.uint8]  # (height, width, 3), upright
+    gpano: dict[str, str]
+    times: Image.Exif  # of its EXIF, only when it was taken
+    profile: bytes | None  # of RGB colors
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode any picture at full size, like `read_panorama`.
+
+    Raises:
+        PictureError: missing, unreadable, broken, cut off or too large.
+    """
+    with open_picture(path) as (opened, content):
+        orientation = check_picture(path, opened)
+        # Decoding clears the EXIF of TIFF.
+        gpano, times, profile = gpano_tags(opened), exif_times(opened), rgb_profile(opened)
+        return Picture(_decode(opened, content, orientation, MAX_PIXELS), gpano, times, profile)
 
 
 def read_gpano_tags(picture: Path | bytes) -> dict[str, str]:
@@ -105,6 +118,24 @@ def reduced_jpeg(panorama: NDArray[np.uint8]) -> bytes:
         if len(jpeg) <= _JPEG_BYTES:
             break
     return jpeg
+
+
+def _decode(opened: Image.Image, content: bytes, orientation: int, width: int) -> NDArray[np.uint8]:
+    """The pixels, upright and box-averaged to at least `width`."""
+    if opened.format not in ("JPEG", "MPO"):
+        if opened.format == "TIFF":  # Pillow turns it, and would fail at other, odd EXIF
+            exif = opened.getexif()
+            exif.clear()
+            exif[ExifTags.Base.Orientation], orientation = orientation, 1
+        return _finish(_to_rgb(opened), orientation, width)
+    opened.draft("RGB", (1, width) if orientation >= 5 else (width, 1))
+    if opened.mode not in ("RGB", "L"):
+        _decode_jpeg(content, opened.size, "CMYK")  # to check it
+        return _finish(_to_rgb(opened), orientation, width)
+    pixels = _decode_jpeg(content, opened.size, "RGB")
+    if orientation == 1 and opened.width < 2 * width:
+        return pixels
+    return _finish(Image.fromarray(pixels), orientation, width)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

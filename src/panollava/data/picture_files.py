@@ -3,13 +3,14 @@ metadata say about the panorama. `images.py` decodes the pixels."""
 
 import contextlib
 import io
+import math
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
@@ -25,6 +26,7 @@ Image.MAX_IMAGE_PIXELS = None  # checked below, with a remedy
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
 
 _RATIO_TOLERANCE = 0.01
+_CONVERTIBLE = (1, 4, 6, 1 / 6)  # of stereo pairs and cube faces; others are those of photos
 # No others, because Pillow runs a program to read EPS. JPEG includes MPO.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -44,6 +46,9 @@ _DECODING_ERRORS = (
     *(TypeError, AttributeError, AssertionError, struct.error, zlib.error),
 )
 _SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
+_TIMES = [
+    tag for tag in ExifTags.Base if tag.name.startswith(("DateTime", "OffsetTime", "SubsecTime"))
+]
 _GPANO_TAG = re.compile(r"(?<!/)GPano:(\w+)(?:\s*=\s*[\"']|>)\s*([^\"'<]*)")
 
 
@@ -90,11 +95,38 @@ def open_picture(picture: Path | bytes) -> Iterator[tuple[Image.Image, bytes]]:
 
 
 def check_panorama(path: Path, picture: Image.Image, max_pixels: int = MAX_PIXELS) -> int:
+    """The picture's EXIF orientation, 1..8.
+
+    Raises:
+        PictureError: as `check_picture`; not 2:1, or part of a panorama.
+    """
+    orientation = check_picture(path, picture, max_pixels)
+    width, height = upright_size(picture, orientation)
+    if area := cropped_area(gpano_tags(picture), width, height):
+        detail = (
+            f"its GPano tags place {width} x {height} pixels in a sphere of "
+            f"{area.full_width:.0f} x {area.full_height:.0f}; make it whole with: panollava convert"
+        )
+        raise PictureError(path, "part of a panorama", detail)
+    if not is_2_to_1(width, height):
+        detail = f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high"
+        if orientation >= 5:
+            detail = (
+                f"{width} x {height} pixels by its EXIF orientation {orientation}; if it is "
+                f"upright without ({height} x {width}), remove the tag: exiftool -Orientation= FILE"
+            )
+        elif any(is_alike(width / height, ratio) for ratio in _CONVERTIBLE):
+            detail += "; stereo pairs and cube faces become one with: panollava convert"
+        raise PictureError(path, "not 2:1", detail)
+    return orientation
+
+
+def check_picture(path: Path, picture: Image.Image, max_pixels: int = MAX_PIXELS) -> int:
     """The picture's EXIF orientation, 1..8. PNG is decoded, because EXIF may follow its pixels.
 
     Raises:
-        PictureError: too large, not 2:1, part of a panorama, a raw photo, or pixels that are
-            neither RGB nor gray of 8 or 16 bits.
+        PictureError: too large, a raw photo, or pixels that are neither RGB nor gray of 8 or 16
+            bits.
     """
     width, height = picture.size
     if width * height > max_pixels:
@@ -104,25 +136,27 @@ def check_panorama(path: Path, picture: Image.Image, max_pixels: int = MAX_PIXEL
     if _DNG_VERSION in tags or tags.get(_SUBFILE_TYPE) == 1:
         detail = "its first page is a thumbnail; develop and stitch it, and save it as JPEG or PNG"
         raise PictureError(path, "raw photo (DNG)", detail)
-    if picture.format == "PNG" and "exif" not in picture.info:
-        picture.load()
-    orientation = _orientation(picture)
-    if orientation >= 5 and picture.format != "TIFF":  # stored on its side
-        width, height = height, width
-    if reason := _partial(gpano_tags(picture), width, height):
-        raise PictureError(path, "part of a panorama", reason)
-    if not height or abs(width / height - 2) > 2 * _RATIO_TOLERANCE:
-        detail = f"{width} x {height} pixels; an equirectangular panorama is twice as wide as high"
-        if orientation >= 5:
-            detail = (
-                f"{width} x {height} pixels by its EXIF orientation {orientation}; if it is "
-                f"upright without ({height} x {width}), remove the tag: exiftool -Orientation= FILE"
-            )
-        raise PictureError(path, "not 2:1", detail)
     if picture.mode in ("F", "LAB", "HSV") or (picture.mode == "I" and picture.format != "PPM"):
         detail = f"pixels of mode {picture.mode}; save it as RGB with 8 or 16 bits per channel"
         raise PictureError(path, "not 8 or 16 bits", detail)
-    return orientation
+    if picture.format == "PNG" and "exif" not in picture.info:
+        picture.load()
+    return _orientation(picture)
+
+
+def upright_size(picture: Image.Image, orientation: int) -> tuple[int, int]:
+    """Width and height of a picture, which may be stored on its side."""
+    width, height = picture.size
+    # Pillow has turned the size of TIFF.
+    return (height, width) if orientation >= 5 and picture.format != "TIFF" else (width, height)
+
+
+def is_alike(ratio: float, other: float) -> bool:
+    return abs(ratio / other - 1) <= _RATIO_TOLERANCE
+
+
+def is_2_to_1(width: float, height: float) -> bool:
+    return bool(height) and is_alike(width / height, 2)
 
 
 def gpano_tags(picture: Image.Image) -> dict[str, str]:
@@ -132,26 +166,50 @@ def gpano_tags(picture: Image.Image) -> dict[str, str]:
     return {name: value.strip() for name, value in _GPANO_TAG.findall(text)}
 
 
+def exif_times(picture: Image.Image) -> Image.Exif:
+    """What a picture's EXIF says of when it was taken, and nothing else."""
+    times = Image.Exif()
+    with contextlib.suppress(*_DECODING_ERRORS):
+        exif = picture.getexif()
+        details = exif.get_ifd(ExifTags.IFD.Exif)
+        for tags, copy in ((exif, times), (details, times.get_ifd(ExifTags.IFD.Exif))):
+            copy.update({tag: tags[tag] for tag in _TIMES if isinstance(tags.get(tag), str)})
+    return times
+
+
+def rgb_profile(picture: Image.Image) -> bytes | None:
+    profile = picture.info.get("icc_profile")
+    return profile if profile and profile[16:20] == b"RGB " else None
+
+
 def number(tags: dict[str, str], name: str) -> float:
-    """NaN if there is no such tag or it is no number."""
-    try:
-        return float(tags[name])
-    except (KeyError, ValueError):
-        return float("nan")
+    """NaN if there is no such tag or it is no finite number."""
+    with contextlib.suppress(KeyError, ValueError):
+        if math.isfinite(value := float(tags[name])):
+            return value
+    return math.nan
 
 
-def _partial(tags: dict[str, str], width: int, height: int) -> str | None:
-    """Why the picture is only a part of a panorama. Tags that describe a part of other proportions
-    than the picture's are of an earlier version of it."""
+class CroppedArea(NamedTuple):
+    """Where a part of a panorama is in the full sphere, in the part's pixels."""
+
+    full_width: float
+    full_height: float
+    left: float
+    top: float
+
+
+def cropped_area(tags: dict[str, str], width: int, height: int) -> CroppedArea | None:
+    """Of a picture of `width` x `height` pixels, by its GPano tags; NaN for missing ones. None: it
+    is no part. Tags that describe a part of other proportions than the picture's are of an earlier
+    version of it."""
     full = [number(tags, f"FullPano{side}Pixels") for side in ("Width", "Height")]
     part = [number(tags, f"CroppedAreaImage{side}Pixels") for side in ("Width", "Height")]
-    is_part = any(p < (1 - _RATIO_TOLERANCE) * f for p, f in zip(part, full, strict=True))
+    is_part = any(0 < p < (1 - _RATIO_TOLERANCE) * f for p, f in zip(part, full, strict=True))
     if not is_part or abs(part[0] * height - part[1] * width) > 0.02 * part[1] * width:
         return None
-    return (
-        f"its GPano tags place {part[0]:.0f} x {part[1]:.0f} pixels in a sphere of "
-        f"{full[0]:.0f} x {full[1]:.0f}; make it whole with: panollava convert"
-    )
+    place = (number(tags, f"CroppedArea{side}Pixels") for side in ("Left", "Top"))
+    return CroppedArea(*(value * width / part[0] for value in (*full, *place)))
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -11,7 +11,7 @@ from panollava.data.picture_files import number
 
 # What pictures with a sign may be, and what to do.
 SIGNS = {
-    "stereo": "may be stereo pairs; take one eye with: panollava convert",
+    "stereo": "may be stereo pairs; take one eye with: panollava convert --eye left",
     "fisheye": "may be raw fisheye circles; stitch them with the camera's program",
     "part": "may be parts of a panorama, or no panoramas; use whole ones",
     "projection": "may not be equirectangular; export them as equirectangular",

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 READS = ("data", "views", "evaluate.split", "evaluate.rolls")
 Views = NDArray[np.uint8]  # (views, size, size, 3)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -145,8 +146,8 @@ def _write_views(
 
 
 def map_pictures(
-    function: Callable[[Path], Result], pictures: Sequence[Path], threads: int, title: str
-) -> Iterator[tuple[Path, Result]]:
+    function: Callable[[Item], Result], pictures: Sequence[Item], threads: int, title: str
+) -> Iterator[tuple[Item, Result]]:
     """Each picture with its result, in order, with a progress bar. Threads compute the results only
     a few pictures ahead, so that memory does not grow with the number of pictures."""
     bar = tqdm(pictures, desc=title, delay=2, disable=None)

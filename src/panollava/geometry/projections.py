@@ -8,7 +8,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from panollava.geometry.sphere import Array, angles_from_rays, cell_centers, rays_from_angles
+from panollava.geometry.sphere import (
+    Array,
+    angles_from_rays,
+    cell_centers,
+    rays_from_angles,
+    rotation,
+)
 
 
 class Projection(Protocol):
@@ -47,12 +53,7 @@ class Gnomonic:
         return position, front & ((position >= 0) & (position <= 1)).all(axis=-1)
 
     def _rotation(self) -> Array:
-        """Rotation matrix from the view's axes to the panorama's: pitch first, then yaw."""
-        cp, sp = np.cos(np.radians(self.pitch)), np.sin(np.radians(self.pitch))
-        cy, sy = np.cos(np.radians(self.yaw)), np.sin(np.radians(self.yaw))
-        about_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
-        about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-        return about_y @ about_x
+        return rotation(self.yaw, self.pitch, roll=0)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,17 @@ def angles_from_rays(rays: Array) -> tuple[Array, Array]:
     return np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
 
 
+def rotation(yaw: float, pitch: float, roll: float) -> Array:
+    """The matrix, (3, 3), from the axes of a camera to the world's, in degrees: turned clockwise by
+    `roll`, then upwards by `pitch`, then to the right by `yaw`."""
+    cy, cp, cr = np.cos(np.radians((yaw, pitch, roll)))
+    sy, sp, sr = np.sin(np.radians((yaw, pitch, roll)))
+    about_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cr, sr, 0], [-sr, cr, 0], [0, 0, 1]])
+    return about_y @ about_x @ about_z
+
+
 def cell_centers(count: int) -> Array:
     """Centers of `count` equal cells of [0, 1]: (count,)."""
     return (np.arange(count) + 0.5) / count
