@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HEIGHT = 45  # pixels of a map, which is twice as wide
 SPACING = 15.0  # degrees between the centers of discs
 RADIUS = 20.0  # degrees
-SMOOTHING = 11.0  # degrees
+SMOOTHING = 14.0  # degrees
 _CHUNK = 16  # discs at once
 
 
