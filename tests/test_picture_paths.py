@@ -133,6 +133,13 @@ def test_the_last_part_of_a_link_in_other_letters_is_another_picture(tmp_path: P
     assert reason(folder, "https://example.org/a.jpg") == "link not downloaded"
 
 
+def test_a_link_names_no_file_outside_of_images(tmp_path: Path) -> None:
+    folder = put(tmp_path / "data", "b.jpg", "sub/c.jpg")
+    (folder / "mine.jpg").touch()
+    for last in ("..%2Fmine.jpg", "%2E%2E%5Cmine.jpg", "sub%2Fc.jpg", ".."):
+        assert reason(folder, f"https://example.org/{last}") == "link not downloaded"
+
+
 def test_spellings_of_one_address_have_one_file() -> None:
     links = [
         "https://example.org/A.jpg",

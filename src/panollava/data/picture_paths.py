@@ -82,7 +82,9 @@ class PictureFinder:
             return picture
         folder = self._bases[0]
         if is_link(url):  # case matters in addresses
-            near = self._near(folder, f"images/{_last_part(url)}", _spelling)
+            names = self._like(folder / "images", _last_part(url), _spelling)
+            paths = (folder / "images" / name for name in names)
+            near = {file: path.name for path in paths if (file := _file(path))}
             if not near:
                 raise PictureError(Path(url), NOT_DOWNLOADED)
         else:
