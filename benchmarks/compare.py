@@ -16,6 +16,7 @@ from measure import ROOT, format_table, read
 
 SECTIONS = {  # the script and its arguments
     "prepare": ("prepare.py",),
+    "convert": ("convert.py",),
     "resampler": ("training.py", "resampler"),
     "finetune": ("training.py", "finetune"),
     "memory": ("memory.py",),
