@@ -252,8 +252,8 @@ def test_a_pipeline_answers(views: Exported, pictures: list[Path]) -> None:
         expected = model.answer(picture, QUERIES, NEW)
         for query, text in zip(QUERIES, expected, strict=True):
             (found,) = ask(text=chat(picture, query), max_new_tokens=NEW, return_full_text=False)
-            # PanoLLaVA leaves out a character whose bytes were cut.
-            assert found["generated_text"].strip().startswith(text.rstrip("\ufffd"))
+            # PanoLLaVA leaves out characters whose bytes were cut.
+            assert found["generated_text"].replace("\ufffd", "").strip().startswith(text)
 
 
 def test_saving_it_again_gives_the_same_folder(

@@ -60,14 +60,15 @@ def test_no_control_character_reaches_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError), logs.start("check", tmp_path) as path:
-        log.info("a\tb\n\x1b[31mred \x9b2J \u202eleft \udc80 전경 🧭\0")
+        log.info("a\tb\n\x1b[31mred \x9b2J \u202eleft 전경 🧭\0")
         raise UserError("x\x07.jpg: \r missing")
     console = capsys.readouterr().err
-    assert "a\tb\n\\x1b[31mred \\x9b2J \\u202eleft \\udc80 전경 🧭\\x00\n" in console
+    assert "a\tb\n\\x1b[31mred \\x9b2J \\u202eleft 전경 🧭\\x00\n" in console
     assert console.endswith("error: x\\x07.jpg: \\r missing\n")
     text = path.read_text(encoding="utf-8")
     assert "\\x1b[31mred" in text and "\\x07.jpg" in text
     assert not set(console + text) & set("\0\x07\x1b\r\x9b\u202e")
+    assert logs.printable("\udc80") == r"\udc80"
 
 
 def test_after_the_block_nothing_is_logged_or_changed(

@@ -333,7 +333,7 @@ def jpeg(width: int, height: int) -> bytes:
 FILES = {
     "notes.txt": (b"no picture", "notes.txt cannot be used: not a picture"),
     "square.jpg": (jpeg(64, 64), "square.jpg cannot be used: not 2:1: 64 x 64 pixels; an equirec"),
-    "cut.jpg": (jpeg(640, 320)[:900], "cut.jpg cannot be used: broken picture"),
+    "cut.jpg": (jpeg(640, 320)[:900], "cut.jpg cannot be used: cut off"),
     "wide.jpg": (jpeg(4096, 2048), "wide.jpg cannot be used: too large: 4096 x 2048 pixels"),
     "big.jpg": (bytes(1 << 21), "big.jpg is too large: a file may have 1 MiB"),
     "<script>.jpg": (b"<script>hacked=true</script>", "<script>.jpg cannot be used: not a"),

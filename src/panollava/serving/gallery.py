@@ -84,8 +84,8 @@ def read_project_predictions() -> pd.DataFrame:
 
 
 def choose(table: pd.DataFrame) -> Gallery:
-    """The best, median and worst panoramas by the mean score of their answers; fewer than three of
-    each where there are not enough. Equal ones are in their order."""
+    """The best, median and worst panoramas by the mean score of their answers; one of each
+    where there are few. Equal ones are in their order."""
     score = next((name for name in SCORES if table[name].notna().any()), None)
     panoramas = table.groupby("panorama")
     ranks = panoramas[score].mean().fillna(0.0) if score else panoramas.size() * 0.0
