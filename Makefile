@@ -13,13 +13,12 @@ export DVC_NO_ANALYTICS := 1
 export GOMP_SPINCOUNT ?= 10000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# An environment knows its folder by its absolute path.
-MADE_IN := $(shell sed -n 's/^ *\(export \)\{0,1\}VIRTUAL_ENV=["'"'"']\{0,1\}\(\/[^"'"'"']*\).*/\2/p' $(VENV)/bin/activate 2> /dev/null | head -n 1)
-ifneq ($(and $(MADE_IN),$(filter-out help clean,$(or $(MAKECMDGOALS),help))),)
-ifeq ($(filter clean,$(MAKECMDGOALS)),)
-ifneq ($(MADE_IN),$(CURDIR)/$(VENV))
+# An environment knows its folder by its absolute path: that of another folder, if it was moved.
+MADE_IN := $(shell made=$$(sed -nE "s/^ *(export )?VIRTUAL_ENV=[\"']?(\/[^\"']*).*/\2/p" $(VENV)/bin/activate 2> /dev/null | head -n 1); \
+	[ -z "$$made" ] || [ "$$made" -ef $(VENV) ] || echo "$$made")
+ifneq ($(MADE_IN),)
+ifeq ($(filter clean help,$(or $(MAKECMDGOALS),help)),)
 $(error $(CURDIR)/$(VENV) was made in another folder, as $(MADE_IN): make it again by `make clean setup`)
-endif
 endif
 endif
 

@@ -70,6 +70,8 @@ def test_make_says_that_the_environment_was_moved(tmp_path: Path, tools: str) ->
         return run(folder, "make", "--dry-run", *goals, path=path)
 
     assert make(first, "repro").stderr == ""
+    (tmp_path / "link").symlink_to(first)
+    assert make(tmp_path / "link", "repro").stderr == ""
     first.rename(second)
     for goal in ("repro", "verify", "test", "setup"):
         done = make(second, goal)
