@@ -13,11 +13,10 @@ from pathlib import Path
 import cv2
 
 from panollava.config import Count, checked
-from panollava.data.images import PictureError, read_picture
+from panollava.data.images import PictureError, map_pictures, read_picture
 from panollava.data.panorama_files import save_panorama
 from panollava.data.picture_files import open_picture
-from panollava.data.prepare import map_pictures
-from panollava.data.upright import Conversion, Upright, face_letters, make_upright
+from panollava.data.upright import Conversion, face_letters, make_upright
 from panollava.errors import UserError
 from panollava.files import atomic_write
 
@@ -78,20 +77,18 @@ def convert(inputs: Sequence[Path], out: Path, conversion: Conversion, workers: 
     cv2.setNumThreads(1)  # the workers keep the cores busy
     failed = []
 
-    def run(job: Job) -> Upright | str:
+    def run(job: Job) -> str | PictureError:
         try:
             return _convert(job, conversion)
         except PictureError as error:
-            return str(error)
+            return error
 
     for job, result in map_pictures(run, waiting, workers, "panoramas"):
         if isinstance(result, str):
+            log.info("%s -> %s: %s", job.name, job.out, result)
+        else:
             log.warning("%s", result)
             failed.append(result)
-        else:
-            height, width = result.panorama.shape[:2]
-            notes = "; ".join((f"{width} x {height} pixels", *result.notes))
-            log.info("%s -> %s: %s", job.name, job.out, notes)
     if failed:
         listed = "".join(f"\n- {reason}" for reason in failed)
         raise UserError(f"{len(failed)} of {len(jobs)} panoramas could not be made:{listed}")
@@ -165,8 +162,8 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
             )
 
 
-def _convert(job: Job, conversion: Conversion) -> Upright:
-    """Raises PictureError if the panorama cannot be made."""
+def _convert(job: Job, conversion: Conversion) -> str:
+    """What was done. Raises PictureError if the panorama cannot be made."""
     if job.problem:
         raise PictureError(job.pictures[0], job.problem)
     pictures = [read_picture(path) for path in job.pictures]
@@ -176,7 +173,8 @@ def _convert(job: Job, conversion: Conversion) -> Upright:
         raise PictureError(job.pictures[0], error.reason) from None
     with atomic_write(job.out) as temporary:
         save_panorama(temporary, upright, pictures[0], _source(job, conversion), conversion.form)
-    return upright
+    height, width = upright.panorama.shape[:2]
+    return "; ".join((f"{width} x {height} pixels", *upright.notes))
 
 
 def _source(job: Job, conversion: Conversion) -> str:

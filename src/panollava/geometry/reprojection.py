@@ -25,7 +25,7 @@ CROSSES = (  # an upper-case letter: the face is stored upside down
 )
 MAX_SIDE = 32_000  # OpenCV addresses pixels with 16 bits
 _TILE = 64  # rows and columns that are sampled together
-_MINIFIED = 1.2  # source pixels per pixel from which two samples are averaged
+_MINIFIED = 1.3  # source pixels per pixel from which two samples are averaged
 _CACHED_PIXELS = 1 << 26  # maps of larger panoramas are computed again for each: 6 bytes a pixel
 Array = NDArray[Any]  # float32, except for the views' rays
 Map = tuple[NDArray[Any], NDArray[Any]]
