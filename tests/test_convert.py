@@ -3,6 +3,7 @@ reason, and nothing is ever overwritten."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from panollava.data.images import (
     read_panorama,
     read_picture,
 )
+from panollava.data.panorama_files import save_panorama
 from panollava.data.upright import LAYOUTS, Conversion, make_upright
 from panollava.errors import UserError
 from panollava.geometry.projections import panorama_rays
@@ -365,17 +367,16 @@ def test_an_interrupted_run_continues_and_leaves_no_half_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [save(tmp_path / f"in/{name}.png") for name in "abc"]
-    save_picture = Image.Image.save
     saved = []
 
-    def interrupted(self: Image.Image, path: Path, *arguments: object, **options: object) -> None:
+    def interrupted(path: Path, *arguments: Any) -> None:
         saved.append(path)
         if len(saved) == 2:
             path.write_bytes(b"half of it")
             raise KeyboardInterrupt
-        save_picture(self, path, *arguments, **options)  # type: ignore[arg-type]
+        save_panorama(path, *arguments)
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
+    monkeypatch.setattr("panollava.data.convert.save_panorama", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(files, tmp_path / "out", Conversion(), 1)
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}

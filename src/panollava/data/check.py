@@ -14,10 +14,9 @@ import pandas as pd
 from tabulate import tabulate
 
 from panollava.config import Count, Share, checked
-from panollava.data.images import PictureError, read_gpano_tags, read_panorama
+from panollava.data.images import PictureError, map_pictures, read_gpano_tags, read_panorama
 from panollava.data.picture_paths import NOT_DOWNLOADED
 from panollava.data.picture_suspicions import SIGNS, find_signs
-from panollava.data.prepare import map_pictures
 from panollava.data.rows import SPLITS, read_rows
 from panollava.data.suspicions import find_copies, find_suspicions
 from panollava.errors import UserError

@@ -9,23 +9,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
-from PIL import Image, PngImagePlugin
 
 from panollava.config import Count, checked
-from panollava.data.images import PictureError, read_picture
+from panollava.data.images import PictureError, map_pictures, read_picture
+from panollava.data.panorama_files import save_panorama
 from panollava.data.picture_files import open_picture
-from panollava.data.prepare import map_pictures
-from panollava.data.upright import Conversion, Upright, face_letters, make_upright
+from panollava.data.upright import Conversion, face_letters, make_upright
 from panollava.errors import UserError
 from panollava.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the results: another number makes them again
-_QUALITY = 95
 _SUFFIXES = set(
     ".jpg .jpeg .jpe .mpo .png .webp .avif .tif .tiff .bmp .gif .jp2 .ppm .tga .heic .heif".split()
 )
@@ -38,11 +35,6 @@ _FACE_NAMES = {
     **dict.fromkeys(("down", "bottom", "d", "ny", "negy"), "d"),
 }
 _FACE = re.compile(rf"(?:(.+)[_. -])?({'|'.join(_FACE_NAMES)})", re.IGNORECASE)
-_XMP = (
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-'
-    'syntax-ns#"><rdf:Description rdf:about="" xmlns:GPano="http://ns.google.com/photos/1.0/'
-    'panorama/" xmlns:dc="http://purl.org/dc/elements/1.1/" {}/></rdf:RDF></x:xmpmeta>'
-)
 _SOURCE = 'dc:source="sha256:{}"'  # of a result: its pictures, and what was done
 
 
@@ -85,20 +77,18 @@ def convert(inputs: Sequence[Path], out: Path, conversion: Conversion, workers: 
     cv2.setNumThreads(1)  # the workers keep the cores busy
     failed = []
 
-    def run(job: Job) -> Upright | str:
+    def run(job: Job) -> str | PictureError:
         try:
             return _convert(job, conversion)
         except PictureError as error:
-            return str(error)
+            return error
 
     for job, result in map_pictures(run, waiting, workers, "panoramas"):
         if isinstance(result, str):
+            log.info("%s -> %s: %s", job.name, job.out, result)
+        else:
             log.warning("%s", result)
             failed.append(result)
-        else:
-            height, width = result.panorama.shape[:2]
-            notes = "; ".join((f"{width} x {height} pixels", *result.notes))
-            log.info("%s -> %s: %s", job.name, job.out, notes)
     if failed:
         listed = "".join(f"\n- {reason}" for reason in failed)
         raise UserError(f"{len(failed)} of {len(jobs)} panoramas could not be made:{listed}")
@@ -172,8 +162,8 @@ def _check_collisions(jobs: Sequence[Job]) -> None:
             )
 
 
-def _convert(job: Job, conversion: Conversion) -> Upright:
-    """Raises PictureError if the panorama cannot be made."""
+def _convert(job: Job, conversion: Conversion) -> str:
+    """What was done. Raises PictureError if the panorama cannot be made."""
     if job.problem:
         raise PictureError(job.pictures[0], job.problem)
     pictures = [read_picture(path) for path in job.pictures]
@@ -181,26 +171,10 @@ def _convert(job: Job, conversion: Conversion) -> Upright:
         upright = make_upright(pictures, conversion)
     except PictureError as error:
         raise PictureError(job.pictures[0], error.reason) from None
-    height, width = upright.panorama.shape[:2]
-    tags = {"ProjectionType": "equirectangular", "UsePanoramaViewer": "True"}
-    for side, pixels in (("Width", width), ("Height", height)):
-        tags |= {f"FullPano{side}Pixels": str(pixels), f"CroppedAreaImage{side}Pixels": str(pixels)}
-    tags |= {"CroppedAreaLeftPixels": "0", "CroppedAreaTopPixels": "0", **upright.pose}
-    attributes = [f'GPano:{name}="{value}"' for name, value in tags.items()]
-    xmp = _XMP.format(" ".join([*attributes, _source(job, conversion)]))
-    picture = Image.fromarray(upright.panorama)
-    first = pictures[0]
     with atomic_write(job.out) as temporary:
-        if conversion.form == "png":
-            info = PngImagePlugin.PngInfo()
-            info.add_itxt("XML:com.adobe.xmp", xmp)
-            options: dict[str, Any] = {"pnginfo": info, "compress_level": 3}
-        else:
-            options = {"xmp": xmp.encode(), "quality": _QUALITY, "subsampling": 0}
-        file_format = {"jpg": "JPEG", "png": "PNG"}[conversion.form]
-        metadata = {"exif": first.times, "icc_profile": first.profile}
-        picture.save(temporary, file_format, **metadata, **options)
-    return upright
+        save_panorama(temporary, upright, pictures[0], _source(job, conversion), conversion.form)
+    height, width = upright.panorama.shape[:2]
+    return "; ".join((f"{width} x {height} pixels", *upright.notes))
 
 
 def _source(job: Job, conversion: Conversion) -> str:

@@ -1,13 +1,18 @@
-"""Decodes panoramas to arrays, upright and no larger than needed, and rolls them."""
+"""Decodes panoramas to arrays, upright and no larger than needed, many at once, and rolls them."""
 
 import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from tqdm import tqdm
 
 from panollava.data.picture_files import (
     IN_MEMORY,
@@ -25,6 +30,8 @@ _JPEG_WIDTH = 2048  # of `reduced_jpeg`, at most
 _JPEG_BYTES = 1 << 19
 _JPEG_QUALITIES = (85, 60, 35, 10)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _BACKGROUND = (0, 0, 0, 255)  # behind transparent pixels
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
 _TURNS = {  # by EXIF orientation
@@ -118,6 +125,22 @@ def reduced_jpeg(panorama: NDArray[np.uint8]) -> bytes:
         if len(jpeg) <= _JPEG_BYTES:
             break
     return jpeg
+
+
+def map_pictures(
+    function: Callable[[Item], Result], pictures: Sequence[Item], threads: int, title: str
+) -> Iterator[tuple[Item, Result]]:
+    """Each picture, or what stands for it, with its result, in order, with a progress bar. Threads
+    compute the results only a few pictures ahead, so that memory does not grow with their number.
+    """
+    bar = tqdm(pictures, desc=title, delay=2, disable=None)
+    with ThreadPoolExecutor(threads) as pool:
+        futures = ((picture, pool.submit(function, picture)) for picture in bar)
+        ahead = deque(islice(futures, 2 * threads))
+        while ahead:
+            picture, future = ahead.popleft()
+            yield picture, future.result()
+            ahead.extend(islice(futures, 1))
 
 
 def _decode(opened: Image.Image, content: bytes, orientation: int, width: int) -> NDArray[np.uint8]:

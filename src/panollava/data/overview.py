@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from panollava.data.check import Report
-from panollava.data.images import PictureError, read_panorama
-from panollava.data.prepare import map_pictures
+from panollava.data.images import PictureError, map_pictures, read_panorama
 from panollava.data.rows import read_rows
 from panollava.data.suspicions import equal_files
 from panollava.data.texts import is_blank

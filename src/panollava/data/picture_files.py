@@ -173,7 +173,7 @@ def exif_times(picture: Image.Image) -> Image.Exif:
         exif = picture.getexif()
         details = exif.get_ifd(ExifTags.IFD.Exif)
         for tags, copy in ((exif, times), (details, times.get_ifd(ExifTags.IFD.Exif))):
-            copy.update({tag: tags[tag] for tag in _TIMES if isinstance(tags.get(tag), str)})
+            copy.update({tag: str(tags[tag])[:64] for tag in _TIMES if tag in tags})
     return times
 
 

@@ -2,22 +2,23 @@
 
 import logging
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from panollava import config, paths
-from panollava.data.images import PictureError, read_panorama, reduced_jpeg, roll
+from panollava.data.images import (
+    PictureError,
+    map_pictures,
+    read_panorama,
+    reduced_jpeg,
+    roll,
+)
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
 from panollava.errors import UserError
 from panollava.files import atomic_write, write_array, write_csv
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 READS = ("data", "views", "evaluate.split", "evaluate.rolls")
 Views = NDArray[np.uint8]  # (views, size, size, 3)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
@@ -143,21 +142,6 @@ def _write_views(
                     temporary.write_bytes(jpeg)
             count += 1
     return pd.DataFrame(faults, columns=["picture", "kind", "reason"])
-
-
-def map_pictures(
-    function: Callable[[Item], Result], pictures: Sequence[Item], threads: int, title: str
-) -> Iterator[tuple[Item, Result]]:
-    """Each picture with its result, in order, with a progress bar. Threads compute the results only
-    a few pictures ahead, so that memory does not grow with the number of pictures."""
-    bar = tqdm(pictures, desc=title, delay=2, disable=None)
-    with ThreadPoolExecutor(threads) as pool:
-        futures = ((picture, pool.submit(function, picture)) for picture in bar)
-        ahead = deque(islice(futures, 2 * threads))
-        while ahead:
-            picture, future = ahead.popleft()
-            yield picture, future.result()
-            ahead.extend(islice(futures, 1))
 
 
 def _check_rejects(

@@ -110,7 +110,8 @@ def _check_signs(pixels: Pixels, tags: dict[str, str], conversion: Conversion) -
     Raises:
         PictureError: fisheye circles, or not equirectangular by its tags.
     """
-    small = cv2.resize(pixels, (512, 256), interpolation=cv2.INTER_AREA)
+    step = max(1, pixels.shape[1] // 2048)  # averaging all pixels takes a tenth of the time
+    small = cv2.resize(pixels[::step, ::step], (512, 256), interpolation=cv2.INTER_AREA)
     signs = find_signs(small.astype(np.uint8, copy=False), tags)
     if "projection" in signs:
         detail = f"{signs['projection']}; export it as equirectangular"

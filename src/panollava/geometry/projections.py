@@ -46,7 +46,7 @@ class Gnomonic:
 
     def position(self, rays: Array) -> tuple[Array, NDArray[np.bool_]]:
         half = np.tan(np.radians(self.fov) / 2)
-        x, y, z = np.moveaxis(rays @ self._rotation(), -1, 0)
+        x, y, z = np.moveaxis(rays @ self._rotation().astype(rays.dtype, copy=False), -1, 0)
         front = z > 0
         depth = np.where(front, z, 1) * half
         position = np.stack([(1 + x / depth) / 2, (1 - y / depth) / 2], axis=-1)

@@ -2,14 +2,15 @@
 equirectangular panorama."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from panollava.geometry.projections import PANORAMA, Gnomonic, Projection
+from panollava.geometry.projections import PANORAMA, Gnomonic, Projection, panorama_position
 from panollava.geometry.sphere import cell_centers, rotation
 
 # The faces of a cube, by letter. The lower edge of the upper face and the upper edge of the lower
@@ -24,7 +25,7 @@ CROSSES = (  # an upper-case letter: the face is stored upside down
 )
 MAX_SIDE = 32_000  # OpenCV addresses pixels with 16 bits
 _TILE = 64  # rows and columns that are sampled together
-_MINIFIED = 1.1  # source pixels per pixel from which two samples are averaged
+_MINIFIED = 1.3  # source pixels per pixel from which two samples are averaged
 _CACHED_PIXELS = 1 << 26  # maps of larger panoramas are computed again for each: 6 bytes a pixel
 Array = NDArray[Any]  # float32, except for the views' rays
 Map = tuple[NDArray[Any], NDArray[Any]]
@@ -99,30 +100,35 @@ class Reprojection:
             (face,) = self.faces
             return _in_picture(face, rays, wraps=True)
         centers = [face.projection.rays(*np.full((2, 1), 0.5)).ravel() for face in self.faces]
-        nearest = np.argmax(rays @ np.stack(centers, axis=1), axis=-1)
+        nearest = np.argmax(rays @ np.stack(centers, axis=1).astype(rays.dtype), axis=-1)
         points = np.empty((*rays.shape[:-1], 2), np.float32)
-        for index in np.unique(nearest):
-            points[nearest == index] = _in_picture(self.faces[index], rays[nearest == index])
+        for index, face in enumerate(self.faces):
+            if (inside := nearest == index).any():
+                points[inside] = _in_picture(face, rays[inside])
         return points
 
-    def _minified(self, points: Array) -> list[slice]:
+    def _minified(self, points: Array) -> Iterator[slice]:
         """The columns of tiles whose pixels are further apart in the picture than its own."""
-        if len(points) < 2:
-            return []
-        right, down = np.diff(points, axis=1)[:-1], np.diff(points, axis=0)[:, :-1]
-        steps = np.maximum(np.linalg.norm(right, axis=-1), np.linalg.norm(down, axis=-1))
-        starts = range(0, steps.shape[1], _TILE)
-        return [
-            slice(start, start + _TILE)
-            for start in starts
-            if np.median(steps[:, start : start + _TILE]) > _MINIFIED
+        some, right, down = points[:-1:8, :-1:8], points[:-1:8, 1::8], points[1::8, :-1:8]
+        steps = np.maximum(*(np.linalg.norm(next - some, axis=-1) for next in (right, down)))
+        starts = range(0, self.width, _TILE)
+        is_fine = [
+            bool(part.size) and bool(np.median(part) > _MINIFIED)
+            for part in np.split(steps, [start // 8 for start in starts[1:]], axis=1)
         ]
+        for fine, group in itertools.groupby(zip(starts, is_fine, strict=True), key=lambda t: t[1]):
+            if fine:
+                tiles = [start for start, _ in group]
+                yield slice(tiles[0], tiles[-1] + _TILE)
 
 
 def _in_picture(face: Face, rays: Array, wraps: bool = False) -> Array:
     """Rays (..., 3) -> pixels (x, y) of the picture, (..., 2) float32, (0, 0) being the center of
     its first pixel."""
-    position, _ = face.projection.position(rays)
+    if face.projection == PANORAMA:
+        position = panorama_position(rays)
+    else:
+        position, _ = face.projection.position(rays)
     if face.is_upside_down:
         position = 1 - position
     points: Array = (position * (face.width, face.height) - 0.5).astype(np.float32)

@@ -11,9 +11,8 @@ Array = NDArray[np.float64]
 
 def rays_from_angles(yaw: Array, pitch: Array) -> Array:
     """Radians, any shape (...) -> unit rays (..., 3)."""
-    yaw, pitch = np.broadcast_arrays(yaw, pitch)
-    horizontal = np.cos(pitch)
-    return np.stack([horizontal * np.sin(yaw), np.sin(pitch), horizontal * np.cos(yaw)], axis=-1)
+    x, z = np.cos(pitch) * np.sin(yaw), np.cos(pitch) * np.cos(yaw)
+    return np.stack([x, np.broadcast_to(np.sin(pitch), x.shape), z], axis=-1)
 
 
 def angles_from_rays(rays: Array) -> tuple[Array, Array]:
