@@ -10,7 +10,7 @@ import pytest
 from helpers import copy_project
 from torture import TRAININGS, Repro, torture
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_a_pipeline_killed_at_random_moments_ends_in_the_same_bytes(
