@@ -1,6 +1,7 @@
 """Helpers of tests and benchmarks: small towers, data and projects. Nothing here may import pytest,
 which benchmarks run without."""
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -8,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,6 +252,22 @@ def change(settings: Any, **changes: Any) -> Any:
             settings, **{first: change(part, **{rest: value}) if rest else value}
         )
     return settings
+
+
+@contextlib.contextmanager
+def running(server: Any) -> Iterator[str]:
+    """The address of an HTTP server that runs in a thread."""
+    from panollava.serving.server import bind
+
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
 
 
 class Killed(BaseException):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, Error, Page, Request, Route, expect
 
-from helpers import ROOT, change
+from helpers import ROOT, change, running
 from panollava import PanoLLaVA, paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
@@ -148,15 +148,8 @@ def serving(model: PanoLLaVA, folder: Path, limits: Limits = LIMITS) -> Iterator
     """The page's server in a thread, started in `folder`."""
     with contextlib.chdir(folder):
         server = make_page_server(model, "the model", ["pano.example"], limits)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
-    assert not thread.is_alive()
+    with running(server) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from helpers import ROOT
+from helpers import ROOT, running
 from panollava import PanoLLaVA
 from panollava.cli import main as cli
 from panollava.data.dialogue import Dialogue
@@ -58,15 +58,8 @@ def url(model: PanoLLaVA) -> Iterator[str]:
 def serving(model: PanoLLaVA) -> Iterator[str]:
     """A server in a thread."""
     server = make_server(model, "panollava", ["pano.example"], LIMITS)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
-    assert not thread.is_alive()
+    with running(server) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from panollava import paths
 from panollava.errors import UserError
 
-# Variables that number the processes of one launch: srun's, torchrun's, Open MPI's and MPICH's. A
-# shell may have a RANK of its own, so torchrun's count only together with WORLD_SIZE.
+# Variables that number the processes of one launch: srun's, torchrun's, Open MPI's and MPICH's.
+# RANK may be set for other reasons, so it counts only together with torchrun's WORLD_SIZE.
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 

@@ -45,7 +45,7 @@ class Fault:
 class Report:
     """`rows`, `pictures` and `links` are counts per split. `links` are still to be downloaded; they
     are not faults while there is no folder `images`. `signs`: by picture, each sign that it is no
-    whole panorama, with how it was seen. `rows_only`: no picture was decoded."""
+    complete panorama, with how it was seen. `rows_only`: no picture was decoded."""
 
     folder: str
     max_rejected: float
@@ -158,7 +158,7 @@ def _check_pictures(
     splits: Iterable[pd.DataFrame], workers: int
 ) -> tuple[dict[Path, str], dict[Path, dict[str, str]]]:
     """Decode the pictures of all splits once each. Returns the reasons of those with a fault, and
-    the signs of others that they are no whole panoramas."""
+    the signs of others that they are not complete panoramas."""
 
     def read(path: Path) -> str | dict[str, str]:
         try:

@@ -108,8 +108,8 @@ class Dialogue:
         return Row(query_tokens, supervised)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of an answer's tokens, up to the first end token, without bytes that are no
-        whole character."""
+        """The text of an answer's tokens, up to the first end token, without
+        incomplete characters."""
         tokens = list(takewhile(lambda token: token not in self.ends, tokens))
         tokens = self.whole_characters(tokens)
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -134,8 +134,8 @@ class Dialogue:
         return b"".join(map(_bytes, filter(None, pieces)))
 
     def _tokens(self, text: str, before: str | None = None, after: str = "") -> list[int]:
-        """Tokens of `text` between the template's texts `before` and `after`, these included. Text
-        that stands alone is the template's."""
+        """Tokens of `text` between the template's texts `before` and `after`, these included.
+        Without `before`, `text` itself is the template's."""
         key = (text, before, after)
         if (tokens := self._cache.get(key)) is None:
             control = () if before is None else self._control
@@ -198,15 +198,15 @@ def plain_tokens(
         start, tokens = encode("\n"), encode("\n" + piece)
         return tokens[len(start) :] if tokens[: len(start)] == start else encode(piece)
 
-    whole, start, end = before + text + after, len(before), len(before) + len(text)
+    joined, start, end = before + text + after, len(before), len(before) + len(text)
     cuts = {
         max(found.start() + 1, start)
         for name in control
-        if name in whole.lower()
-        for found in re.finditer(f"(?={re.escape(name)})", whole, re.IGNORECASE)
+        if name in joined.lower()
+        for found in re.finditer(f"(?={re.escape(name)})", joined, re.IGNORECASE)
         if found.start() < end and found.start() + len(name) > start
     }
-    first, *others = (whole[a:b] for a, b in pairwise([0, *sorted(cuts), len(whole)]))
+    first, *others = (joined[a:b] for a, b in pairwise([0, *sorted(cuts), len(joined)]))
     return encode(first) + [token for piece in others for token in continued(piece)]
 
 

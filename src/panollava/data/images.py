@@ -64,7 +64,7 @@ def read_panorama(
     than one of its pixels.
 
     Raises:
-        PictureError: missing, unreadable, broken, cut off, too large, or no whole panorama.
+        PictureError: missing, unreadable, broken, cut off, too large, or no complete panorama.
     """
     path = IN_MEMORY if isinstance(picture, bytes) else picture
     with open_picture(picture) as (opened, content):

@@ -1,5 +1,5 @@
-"""Signs that a 2:1 picture is no whole, upright, equirectangular panorama. None is certain: `check`
-reports them for a person to look at."""
+"""Signs that a 2:1 picture is no complete, upright, equirectangular panorama. None is certain:
+`check` reports them for a person to look at."""
 
 from collections.abc import Iterator
 

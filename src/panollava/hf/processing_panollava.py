@@ -252,13 +252,13 @@ def _plain_tokens(
         start, tokens = encode("\n"), encode("\n" + piece)
         return tokens[len(start) :] if tokens[: len(start)] == start else encode(piece)
 
-    whole, start, end = before + text + after, len(before), len(before) + len(text)
+    joined, start, end = before + text + after, len(before), len(before) + len(text)
     cuts = {
         max(found.start() + 1, start)
         for name in control
-        if name in whole.lower()
-        for found in re.finditer(f"(?={re.escape(name)})", whole, re.IGNORECASE)
+        if name in joined.lower()
+        for found in re.finditer(f"(?={re.escape(name)})", joined, re.IGNORECASE)
         if found.start() < end and found.start() + len(name) > start
     }
-    first, *others = (whole[a:b] for a, b in pairwise([0, *sorted(cuts), len(whole)]))
+    first, *others = (joined[a:b] for a, b in pairwise([0, *sorted(cuts), len(joined)]))
     return encode(first) + [token for piece in others for token in continued(piece)]
