@@ -42,6 +42,36 @@ def test_a_panorama_s_rows_stay_in_one_step_if_they_fit() -> None:
     assert sorted(panorama for step in steps for panorama, _ in step) == list(rows)
 
 
+@pytest.mark.parametrize("batch_size", [1, 16, 40])
+def test_a_step_takes_the_first_panoramas_that_fit_among_the_next_64(batch_size: int) -> None:
+    generator = random.Random(0)
+    counts = [generator.choice([10, *[30] * 60, 45]) for _ in range(1000)]  # few fill a step of 40
+    ends = np.cumsum(counts).tolist()
+    rows = {
+        n: list(range(end - count, end))
+        for n, (count, end) in enumerate(zip(counts, ends, strict=True))
+    }
+    order = list(rows)
+    order = [order[i] for i in np.random.default_rng((0, 1)).permutation(len(order))]
+    waiting = [
+        (panorama, rows[panorama][at : at + batch_size])
+        for panorama in order
+        for at in range(0, len(rows[panorama]), batch_size)
+    ]
+    for step in plan_epoch(rows, batch_size, seed=0, epoch=1):
+        expected: list[tuple[int, list[int]]] = []
+        while fits := [
+            (panorama, indices)
+            for panorama, indices in waiting[:64]
+            if sum(len(i) for _, i in expected) + len(indices) <= batch_size
+            and all(panorama != other for other, _ in expected)
+        ]:
+            expected.append(fits[0])
+            waiting.remove(fits[0])
+        assert step == expected
+    assert not waiting
+
+
 def test_steps_are_nearly_full() -> None:
     rows = random_rows(2)
     steps = plan_epoch(rows, 16, seed=0, epoch=0)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -53,19 +53,21 @@ def plan_epoch(
     order = list(rows)
     if epoch is not None:
         order = [order[i] for i in np.random.default_rng((seed, epoch)).permutation(len(order))]
-    pending = [
+    pieces = (
         (panorama, rows[panorama][at : at + batch_size])
         for panorama in order
         for at in range(0, len(rows[panorama]), batch_size)
-    ]
+    )
     steps: list[Step] = []
-    while pending:
+    waiting = list(islice(pieces, _LOOK_AHEAD))
+    while waiting:
         step: Step = []
         room, at = batch_size, 0
-        while room and at < min(len(pending), _LOOK_AHEAD):
-            panorama, indices = pending[at]
+        while room and at < len(waiting):
+            panorama, indices = waiting[at]
             if len(indices) <= room and all(panorama != other for other, _ in step):
-                step.append(pending.pop(at))
+                step.append(waiting.pop(at))
+                waiting += islice(pieces, 1)
                 room -= len(indices)
             else:
                 at += 1
