@@ -24,12 +24,14 @@ import torch
 import panollava
 from helpers import save_data, save_towers, write_params
 from panollava.config import Settings, load_settings
+from panollava.data.batches import StepBatch
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
 from panollava.geometry import views
 from panollava.model.network import build_model
 from panollava.stages import STAGES
 from panollava.training.features import write_features
+from panollava.training.lightning_module import one_device
 from panollava.training.objective import load_objective
 from panollava.training.train import train
 from training_loop import Stop, fit, make_module
@@ -151,7 +153,9 @@ def trace_row(name: str, settings: Settings, limit: int | None) -> Trace:
     with recorder():
         objective.open_readers()
         reader = objective.readers["train"]
-        objective.step([reader.load(reader.plan(None)[0])], torch.Tensor.backward)
+        step = reader.plan(None)[0]
+        batch = StepBatch([reader.load(step)], reader.count(step), len(step))
+        next(objective.terms(batch, [0], one_device))[0].backward()
     return recorder.trace(f"a row from rows.csv to its loss, {name}", limit)
 
 

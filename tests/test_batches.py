@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from helpers import ROOT
-from panollava.data.batches import divide, plan_epoch, plan_size, turns
+from panollava.data.batches import divide, plan_epoch, plan_size, tree_sum, turns
 
 
 def random_rows(seed: int) -> dict[int, list[int]]:
@@ -107,8 +108,37 @@ def test_the_parts_of_a_step_contain_all_its_rows() -> None:
     step = plan_epoch(random_rows(4), 16, seed=0, epoch=0)[0]
     for parts in (1, 2, 3, 50):
         shares = divide(step, parts)
-        assert all(shares) and len(shares) <= parts
+        assert len(shares) == parts and all(shares[: len(step)]) and not any(shares[len(step) :])
         assert sorted(sum(shares, [])) == sorted(step)
+
+
+@pytest.mark.parametrize("empty", [(), (5, 6, 7), (1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
+def test_the_halves_of_a_step_can_be_summed_by_themselves(
+    count: int, empty: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((count, 1000), generator=generator) * 1e3
+
+    def total(first: int, count: int) -> torch.Tensor | None:
+        parts = range(first, first + count)
+        lists = iter([None if n in empty else [values[n].clone()] for n in parts])
+        result = tree_sum(lists, count)
+        assert next(lists, "none left") == "none left"
+        return None if result is None else result[0]
+
+    complete = total(0, count)
+    assert complete is not None
+    shares = count
+    while shares % 2 == 0:
+        shares //= 2
+        halves = [total(first, shares) for first in range(0, count, shares)]
+        while len(halves) > 1:  # as devices add what they have, in pairs
+            pairs = zip(halves[::2], halves[1::2], strict=True)
+            halves = [a if b is None else b if a is None else a + b for a, b in pairs]
+        assert halves[0] is not None and torch.equal(halves[0], complete)
+    if count == 8 and not empty:
+        assert not torch.equal(complete, values.sum(0))  # the order matters
 
 
 def test_turns_are_a_function_of_seed_epoch_and_panorama() -> None:

@@ -154,14 +154,14 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_steps(
 ) -> None:
     monkeypatch.chdir(project.folder)
     shutil.rmtree(".resume", ignore_errors=True)
-    step, calls = Objective.step, 0
+    terms, calls = Objective.terms, 0
 
     def third_fails(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return allocate() if calls == 3 else step(*arguments)
+        return allocate() if calls == 3 else terms(*arguments)
 
-    monkeypatch.setattr(Objective, "step", third_fails)
+    monkeypatch.setattr(Objective, "terms", third_fails)
     with pytest.raises(SystemExit):
         main(["train", "resampler"])
     message = caplog.records[-1].getMessage()

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -97,14 +98,29 @@ def plan_size(steps: list[Step]) -> PlanSize:
 
 
 def divide(step: Step, parts: int) -> list[Step]:
-    """Divide a step's panoramas into at most `parts` non-empty parts of about equal rows."""
+    """Divide a step's panoramas into `parts` parts of about equal rows. With fewer panoramas than
+    parts, the last parts are empty."""
     shares: list[Step] = [[] for _ in range(parts)]
     loads = [0] * parts
     for panorama, rows in sorted(step, key=lambda item: -len(item[1])):
         lightest = loads.index(min(loads))
         shares[lightest].append((panorama, rows))
         loads[lightest] += len(rows)
-    return [share for share in shares if share]
+    return shares
+
+
+def tree_sum(parts: Iterator[list[Any] | None], count: int) -> Any:
+    """Sum over `count` parts, each a list of tensors, by a binary tree over their numbers, so that
+    each half of the parts can be summed on another device. None: nothing to add. Changes tensors
+    in place; holds at most log2(count) + 1 lists."""
+    if count == 1:
+        return next(parts)
+    half = count - 1 if count % 2 else count // 2
+    left, right = tree_sum(parts, half), tree_sum(parts, count - half)
+    if left is None or right is None:
+        return left or right
+    pairs = zip(left, right, strict=True)
+    return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
 
 
 class Reader(Protocol[BatchT]):
@@ -114,11 +130,19 @@ class Reader(Protocol[BatchT]):
 
     def plan(self, epoch: int | None) -> list[Step]: ...
 
+    def count(self, step: Step) -> int: ...  # what the step's loss is a mean over
+
     def load(self, part: Step, epoch: int | None = None) -> BatchT: ...
 
 
-class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
-    """The steps of an epoch from `start` on, each in at most `accumulate` parts."""
+class StepBatch(NamedTuple):
+    parts: list[Any]  # batches, None: an empty part
+    divisor: int  # of its loss: the count of the complete step, see Reader
+    rows: int  # of the complete step; vision: panoramas
+
+
+class StepDataset(Dataset[StepBatch], Generic[BatchT]):
+    """The steps of an epoch from `start` on, each in `accumulate` parts."""
 
     def __init__(
         self, reader: Reader[BatchT], epoch: int | None, accumulate: int, start: int = 0
@@ -130,9 +154,11 @@ class StepDataset(Dataset[list[BatchT]], Generic[BatchT]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: int) -> list[BatchT]:
-        parts = divide(self.steps[index], self.accumulate)
-        return [self.reader.load(part, self.epoch) for part in parts]
+    def __getitem__(self, index: int) -> StepBatch:
+        step, reader = self.steps[index], self.reader
+        parts = divide(step, self.accumulate)
+        loaded = [reader.load(part, self.epoch) if part else None for part in parts]
+        return StepBatch(loaded, reader.count(step), sum(len(rows) for _, rows in step))
 
 
 def labeled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -155,6 +181,10 @@ class ViewReader:
         panoramas = {panorama: [panorama] for panorama in range(len(self.array))}
         return plan_epoch(panoramas, self.batch_size, self.seed, epoch)
 
+    def count(self, step: Step) -> int:
+        """Panoramas."""
+        return len(step)
+
     def load(self, part: Step, epoch: int | None = None) -> Tensor:
         """uint8 (panoramas, views, size, size, 3)."""
         return gather(self.array, [panorama for panorama, _ in part])
@@ -163,7 +193,6 @@ class ViewReader:
 class TextBatch(NamedTuple):
     vision: Tensor  # views or features of each panorama
     packed: Packed
-    rows: int
 
 
 class TextReader:
@@ -207,6 +236,10 @@ class TextReader:
     def plan(self, epoch: int | None) -> list[Step]:
         return plan_epoch(self.by_panorama, self.batch_size, self.seed, epoch)
 
+    def count(self, step: Step) -> int:
+        """Answer tokens."""
+        return sum(len(self.rows[index].answer) for _, rows in step for index in rows)
+
     def load(self, part: Step, epoch: int | None = None) -> TextBatch:
         """`epoch`: of the training; None: validation, in which no panorama is rolled."""
         packed = pack(
@@ -215,13 +248,12 @@ class TextReader:
             [[self.rows[index] for index in rows] for _, rows in part],
             self.dialogue.pad,
         )
-        count = sum(len(rows) for _, rows in part)
         panoramas = [panorama for panorama, _ in part]
         vision = gather(self.array, panoramas)
         if self.strides and epoch is not None:
             shifts = turns(self.seed, epoch, panoramas, self.strides)
             vision = torch.stack([*map(roll_views, vision, shifts, repeat(self.strides))])
-        return TextBatch(vision, packed, count)
+        return TextBatch(vision, packed)
 
 
 def roll_views(vision: Tensor, shift: int, count: int) -> Tensor:

@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from panollava.config import Settings
-from panollava.data.batches import PlanSize, divide, labeled_rows, plan_epoch, plan_size
+from panollava.data.batches import (
+    PlanSize,
+    StepBatch,
+    divide,
+    labeled_rows,
+    plan_epoch,
+    plan_size,
+    tree_sum,
+)
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.precision import autocast
@@ -105,7 +113,7 @@ def _heaviest(steps: list[list[Part]], prefix: int) -> list[list[Part]]:
 
 def _longest(part: Part) -> int:
     """Tokens of rows in the part's longest sequence."""
-    return max(sum(map(len, rows)) for rows in part)
+    return max((sum(map(len, rows)) for rows in part), default=0)
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,28 @@ def step_memory(
     with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as storage:
         _make_fake(objective, device)
         before = storage.current
-        blank = [objective.blank(part) for part in step]
+        blank = [objective.blank(part) if part else None for part in step]
         batches = tree_map_only(Tensor, lambda tensor: tensor.to(device), blank)
         with autocast(device, precision):
-            objective.step(batches, Tensor.backward)
+            run_step(objective, batches)
         peak = storage.peak - before
     # With one part, gradients grow while activations are freed: both are never complete at once.
     return StepMemory(weights, trained, 2 * trained, max(0, peak - trained))
+
+
+def run_step(objective: Any, parts: list[Any], divisor: int = 1) -> Any:
+    """A step as in training: the gradients of what is trained, and the values."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+
+    def differentiate(loss: Tensor, values: Tensor) -> list[Tensor | None]:
+        loss.backward()
+        gradients = [p.grad for p in trained]
+        objective.zero_grad()
+        return [*gradients, values]
+
+    batch, seeds = StepBatch(parts, divisor, 1), [0] * len(parts)
+    terms = objective.terms(batch, seeds, lambda tensors: (torch.cat(tensors), 0))
+    return tree_sum((each and differentiate(*each) for each in terms), len(parts))
 
 
 def _make_fake(objective: Any, device: torch.device) -> None:

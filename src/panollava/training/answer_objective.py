@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import TextBatch, TextReader
+from panollava.data.batches import StepBatch, TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
 from panollava.errors import UserError
@@ -20,6 +20,7 @@ from panollava.model.language_model import check_embedding, end_tokens
 from panollava.model.network import build_model
 from panollava.model.pretrained import describe_config
 from panollava.stages import Stage
+from panollava.training.objective import Gather
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Objective(nn.Module):
     """The mean over all answer tokens of a step. It does not depend on the step's division into
     parts."""
 
+    curves = ("loss",)
     readers: dict[str, TextReader]
 
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
@@ -103,7 +105,7 @@ class Objective(nn.Module):
         dtype = torch.float32 if self.reads_features else torch.uint8
         vision = torch.empty((len(panoramas), *self.vision_shape), dtype=dtype)
         packed = pack(self.dialogue.text_prefix, self.vision_tokens, panoramas, self.dialogue.pad)
-        return TextBatch(vision, packed, sum(map(len, panoramas)))
+        return TextBatch(vision, packed)
 
     def parameter_groups(self) -> list[dict]:
         settings, model = self.stage_settings, self.model
@@ -114,19 +116,18 @@ class Objective(nn.Module):
             groups.append({"name": "encoder", "params": encoder, "lr": settings.encoder_lr})
         return groups
 
-    def count(self, batch: TextBatch) -> int:
-        """Rows of a part."""
-        return batch.rows
-
-    def step(self, parts: list[TextBatch], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Accumulate the gradient of the step's loss. Returns the loss."""
-        tokens = sum(len(part.packed.labels) for part in parts)
-        loss = torch.zeros((), device=parts[0].vision.device)
-        for part in parts:
-            term = self.model.loss_sum(self._features(part), part.packed, self.text_prefix) / tokens
-            backward(term)
-            loss += term.detach()
-        return {"loss": loss}
+    def terms(
+        self, batch: StepBatch, seeds: list[int], gather: Gather
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """A part's loss, summed over its answer tokens, over the number of those of the step."""
+        for part, seed in zip(batch.parts, seeds, strict=True):
+            torch.manual_seed(seed)
+            if part is None:
+                yield None
+                continue
+            loss = self.model.loss_sum(self._features(part), part.packed, self.text_prefix)
+            term = loss / batch.divisor
+            yield term, term.detach()[None]
 
     def validate(self, parts: list[TextBatch]) -> tuple[dict[str, Tensor], int]:
         """Loss and number of correct predictions under teacher forcing, both summed over the answer

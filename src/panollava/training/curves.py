@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from dvclive import Live
 
+from panollava.data.batches import StepBatch
 from panollava.errors import UserError
 from panollava.model.device import peak_memory
 from panollava.training.lightning_module import LitStage
@@ -59,9 +60,9 @@ class Speed(_Writer):
         self.rows, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, module: LitStage, outputs: Any, batch: list, batch_idx: int
+        self, trainer: pl.Trainer, module: LitStage, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        self.rows += sum(module.objective.count(part) for part in batch)
+        self.rows += batch.rows
         if module.step % self.every == 0 or trainer.is_last_batch:
             now = time.perf_counter()
             values = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panollava.config import Settings
-from panollava.data.batches import PlanSize, StepDataset, StepLoader, plan_size
+from panollava.data.batches import PlanSize, StepBatch, StepDataset, StepLoader, plan_size, tree_sum
 from panollava.errors import UserError
 from panollava.model.weights import copy_strictly
 from panollava.stages import Stage
@@ -23,7 +23,7 @@ from panollava.training.objective import StageObjective, checked_groups
 
 
 class LitStage(pl.LightningModule):
-    """One optimizer step per batch; a batch is a list of parts.
+    """One optimizer step per batch.
 
     Counts epochs and steps and restores checkpoints itself instead of leaving that to Lightning, so
     that an interrupted run gives the same bytes as an uninterrupted one."""
@@ -88,13 +88,17 @@ class LitStage(pl.LightningModule):
             self.lr_schedulers().load_state_dict(scheduler)  # type: ignore[union-attr]
             self._restored = None
 
-    def training_step(self, batch: list, batch_idx: int) -> None:
-        # The randomness of a step depends only on the seed and the step.
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        result = self.objective.step(batch, self.manual_backward)
         trained = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        seeds = part_seeds(self.seed, self.step, range(len(batch.parts)))
+        terms = self.objective.terms(batch, seeds, one_device)
+        sums = (self._differentiate(each, trained) for each in terms)
+        *gradients, values = tree_sum(sums, len(batch.parts))
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        result = dict(zip(self.objective.curves, values, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
         if not torch.isfinite(result["loss"] + norm):
             raise UserError(
@@ -114,8 +118,22 @@ class LitStage(pl.LightningModule):
         self.epoch_step += 1
         self.log("loss", result["loss"], prog_bar=True, logger=False)
 
-    def validation_step(self, batch: list, batch_idx: int) -> None:
-        self._validation.append(self.objective.validate(batch))
+    def _differentiate(
+        self, terms: tuple[Tensor, Tensor] | None, trained: list[torch.nn.Parameter]
+    ) -> list[Tensor | None] | None:
+        """A part's gradients, and after them its terms of the step's values."""
+        if terms is None:
+            return None
+        loss, values = terms
+        self.manual_backward(loss)
+        gradients = [p.grad for p in trained]
+        for parameter in trained:
+            parameter.grad = None
+        return [*gradients, values]
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        parts = [part for part in batch.parts if part is not None]
+        self._validation.append(self.objective.validate(parts))
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = zip(*self._validation, strict=True)
@@ -171,6 +189,17 @@ class LitStage(pl.LightningModule):
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def part_seeds(seed: int, step: int, parts: range) -> list[int]:
+    """Seeds of the random numbers of a step's parts: functions of seed, step and the part's number.
+    They differ in the 32 bits that a processor's generator reads."""
+    return [seed * 1_000_003 + step + 2_654_435_769 * part for part in parts]
+
+
+def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:
+    """All rows, and the number of this device's first one."""
+    return torch.cat(tensors), 0
 
 
 def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:

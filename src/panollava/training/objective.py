@@ -2,24 +2,29 @@
 model that do not train."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from panollava.config import Settings
-from panollava.data.batches import Reader
+from panollava.data.batches import Reader, StepBatch
 from panollava.errors import UserError
 from panollava.model.precision import cast_frozen_linears
 from panollava.stages import Stage
 from panollava.training.tower_layers import checkpoint_layers
 
+# From rows of this device's parts to those of all parts, in their order, and the number of this
+# device's first row.
+Gather = Callable[[list[Tensor]], tuple[Tensor, int]]
+
 
 class StageObjective(Protocol):
-    """See `vicreg_objective` and `answer_objective`. A batch is one part of a step."""
+    """See `vicreg_objective` and `answer_objective`."""
 
     model: nn.Module
+    curves: tuple[str, ...]  # names of a step's values, "loss" first
     readers: dict[str, Reader]  # by split
 
     def open_readers(self) -> None: ...
@@ -27,8 +32,14 @@ class StageObjective(Protocol):
     def row_counts(self) -> dict[str, int]: ...  # what the stage's metrics say of its rows
     def blank(self, panoramas: list) -> Any: ...
     def parameter_groups(self) -> list[dict]: ...  # name, params, lr
-    def count(self, batch: Any) -> int: ...
-    def step(self, parts: list, backward: Callable[[Tensor], None]) -> dict[str, Tensor]: ...
+    def terms(
+        self, batch: StepBatch, seeds: list[int], gather: Gather
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Of each part in turn: its term of the step's loss, to be differentiated, and its terms of
+        `curves`. Both add up over the parts. None: an empty part.
+
+        `seeds`: of the parts' random numbers. `gather`: the parts of other devices, too."""
+
     def validate(self, parts: list) -> tuple[dict[str, Tensor], int]: ...
 
 

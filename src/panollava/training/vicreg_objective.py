@@ -1,6 +1,6 @@
 """Stage objective: VICReg, or InfoNCE, between what adjacent views see of the same directions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,19 +8,23 @@ from torch import Tensor, nn
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import ViewReader
+from panollava.data.batches import StepBatch, ViewReader
 from panollava.data.packing import Row
 from panollava.geometry import views
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.model.encoder import EncoderOnly, load_encoder
 from panollava.stages import Stage
 from panollava.training import losses
+from panollava.training.objective import Gather
+
+_VICREG = ("loss", "invariance", "variance", "covariance")
 
 
 class Objective(nn.Module):
     """VICReg's statistics are those of all panoramas of a step. They do not depend on the step's
     division into parts."""
 
+    curves: tuple[str, ...]
     readers: dict[str, ViewReader]
 
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
@@ -32,6 +36,8 @@ class Objective(nn.Module):
         layout = views.layout(settings.views)
         self.view_shape = (len(layout.projections), size, size, 3)
         self.model = EncoderOnly(encoder)
+        self.infonce = self.stage_settings.objective == "infonce"
+        self.curves = ("loss", "retrieval_accuracy") if self.infonce else _VICREG
         if self.stage_settings.epochs:  # without training, views need not overlap
             centers = views.token_centers(encoder.patch, size)
             self.pairs = correspondences(layout, centers, self.stage_settings.overlap)
@@ -63,34 +69,49 @@ class Objective(nn.Module):
         parameters = list(self.parameters())  # the expander's, too
         return [{"name": "encoder", "params": parameters, "lr": self.stage_settings.lr}]
 
-    def count(self, batch: Tensor) -> int:
-        """Panoramas of a part."""
-        return len(batch)
+    def terms(
+        self, batch: StepBatch, seeds: list[int], gather: Gather
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
+        parts = [pair for pair in zip(batch.parts, seeds, strict=True) if pair[0] is not None]
+        if self.infonce:
+            yield from self._infonce_terms(parts, batch.divisor)
+        else:
+            yield from self._vicreg_terms(parts, gather)
+        yield from [None] * (len(seeds) - len(parts))  # empty parts are the last ones
 
-    def step(self, parts: list[Tensor], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Accumulate the gradient of the step's loss. Returns the loss and its terms.
+    def _infonce_terms(
+        self, parts: list[tuple[Tensor, int]], count: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mean over a part's panoramas, times their share of the step's."""
+        for part, seed in parts:
+            result = self._losses(*self._matched(part, seed))
+            values = torch.stack([result[name] for name in self.curves]) * (len(part) / count)
+            yield values[0], values.detach()
 
-        Several parts are computed twice, as in GradCache (Gao et al., 2021): first without
-        gradients, for the statistics over all features, then to propagate the gradient of the loss
-        into the encoder."""
-        if len(parts) == 1:
-            x, y = self._matched(parts[0])
-            result = self._losses(x, y)
-            backward(result["loss"])
-            return {name: value.detach() for name, value in result.items()}
-        device = parts[0].device
-        gpus = [device] if device.type == "cuda" else []
-        # Both passes must use the same dropout masks.
-        with torch.no_grad(), torch.random.fork_rng(gpus):
-            matched = [self._matched(part) for part in parts]
-        x, y = (torch.cat(side).requires_grad_() for side in zip(*matched, strict=True))
-        result = self._losses(x, y)
+    def _vicreg_terms(
+        self, parts: list[tuple[Tensor, int]], gather: Gather
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The loss is that of all features of the step, so each part is computed twice, as in
+        GradCache (Gao et al., 2021): for its features, and to propagate the loss's gradient into
+        the encoder. Only the first part's graph is kept. The values are its terms."""
+        features: list[tuple[Tensor, ...]] = []
+        graph: tuple[Tensor, ...] = ()
+        for part, seed in reversed(parts):
+            graph = ()  # frees that of the part after
+            graph = self._matched(part, seed)  # with gradients: the same kernels both times
+            features.insert(0, tuple(z.detach().float() for z in graph))
+        (x, first), (y, _) = (gather([pair[side] for pair in features]) for side in (0, 1))
+        result = self._losses(x.requires_grad_(), y.requires_grad_())
         gradients = torch.autograd.grad(result["loss"], (x, y))
-        sizes = [len(x) for x, _ in matched]
-        for part, *gradient in zip(parts, *(g.split(sizes) for g in gradients), strict=True):
-            recomputed = self._matched(part)
-            backward(sum((z * g).sum() for z, g in zip(recomputed, gradient, strict=True)))
-        return {name: value.detach() for name, value in result.items()}
+        values = torch.stack([result[name].detach() for name in self.curves])
+        if first:
+            values = torch.zeros_like(values)
+        for part, seed in parts:
+            graph = graph or self._matched(part, seed)
+            end = first + len(graph[0])
+            loss = sum((z * g[first:end]).sum() for z, g in zip(graph, gradients, strict=True))
+            yield loss, values  # type: ignore[misc]
+            first, graph, values = end, (), torch.zeros_like(values)
 
     def validate(self, parts: list[Tensor]) -> tuple[dict[str, Tensor], int]:
         """Loss and top-1 retrieval accuracy between adjacent views, both summed over panoramas, and
@@ -105,15 +126,18 @@ class Objective(nn.Module):
         loss = self._losses(x, y)["loss"] * count
         return {"loss": loss, "accuracy": torch.cat(retrieved).sum()}, count
 
-    def _matched(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Expanded features of the same directions in adjacent views, each (matches, features)."""
+    def _matched(self, batch: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Expanded features of the same directions in adjacent views, each (matches, features).
+        `seed`: of dropout masks."""
+        if seed is not None:
+            torch.manual_seed(seed)
         self.pairs = self.pairs.to(batch.device)
         x, y = matched_tokens(self.model.encoder(batch), self.pairs)
         return self.expander(x), self.expander(y)
 
     def _losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         settings = self.stage_settings
-        if settings.objective == "infonce":
+        if self.infonce:
             results = [losses.infonce(*group, settings.temperature) for group in self._groups(x, y)]
             names = results[0]
             return {name: torch.stack([each[name] for each in results]).mean() for name in names}
