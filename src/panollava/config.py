@@ -93,8 +93,9 @@ class PretrainedEncoder(Pretrained):
 
 @dataclass(frozen=True)
 class Resampler(Section):
-    type: Literal["mlp"]
-    width: Count  # features of its hidden layer
+    type: Literal["mlp", "linear", "perceiver"]
+    width: Count  # features of its hidden layers; not used with linear
+    queries: Count  # of perceiver: the number of its tokens; not used with the others
     pool: Count  # patch tokens of views that are not merged are averaged pool x pool
     position: Literal["ray", "view", "none"]  # encoding of each token's direction
     direction_degree: Count  # harmonics in the encoding of a ray
