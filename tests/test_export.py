@@ -265,7 +265,9 @@ def test_saving_it_again_gives_the_same_folder(
     model, folder, _ = views
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     load(folder).save_pretrained(tmp_path)
-    code = [f"{name}_panollava.py" for name in ("configuration", "modeling", "processing", "resampler")]
+    code = [
+        f"{name}_panollava.py" for name in ("configuration", "modeling", "processing", "resampler")
+    ]
     for name in [*code, "model.safetensors", "sampling_positions.safetensors"]:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     check_same(model, tmp_path, pictures)

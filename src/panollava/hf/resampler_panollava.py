@@ -59,7 +59,7 @@ class PerceiverResampler(Resampler):
 
     def forward(self, features: Tensor) -> Tensor:
         context = super().forward(features)
-        queries = self.queries
+        queries: Tensor = self.queries
         if self.position is not None:
             shape = (*features.shape[1:-1], -1)  # a learned vector is that of a whole view
             directions = self.directions.expand(shape).flatten(0, -2)
