@@ -117,6 +117,7 @@ class Model(Section):
 @dataclass(frozen=True)
 class VisionStage(Section):
     epochs: CountOrZero
+    patience: Count | None  # epochs without a lower validation loss that end the stage
     batch_size: Count  # panoramas per step, at most
     accumulate: Count  # parts of a step, computed one after the other
     lr: NotNegative
@@ -133,6 +134,7 @@ class VisionStage(Section):
 @dataclass(frozen=True)
 class TextStage(Section):
     epochs: CountOrZero
+    patience: Count | None
     batch_size: Count  # rows per step, at most: a panorama's rows stay together
     accumulate: Count
     lr: NotNegative
