@@ -117,6 +117,8 @@ class Gradients:
         for hook in hooks:
             hook.remove()
         rays = network.resampler.pooling.rays.reshape(-1, 3)
+        if network.resampler.tokens != len(rays):
+            sys.exit("attention has no map here: a token of this resampler has no direction")
         prefix = len(dialogue.text_prefix)
         first = prefix + len(rays) + len(row.query) - 1  # predicts the answer's first token
         asking = [first + word for word in words]
@@ -255,7 +257,7 @@ def _likelihood(model: PanoLLaVA, pixels: Tensor, row: Row, words: list[int]) ->
     size, 3): (panoramas,)."""
     network, dialogue = model.network, model.dialogue
     features = network.features(pixels)
-    vision = int(np.prod(network.resampler.pooling.shape))
+    vision = network.resampler.tokens
     packed: Packed = pack(dialogue.text_prefix, vision, [[row]] * len(pixels), dialogue.pad)
     logits = network.answer_logits(features, packed, len(dialogue.text_prefix))
     likelihood = logits.log_softmax(-1).gather(1, packed.labels[:, None])

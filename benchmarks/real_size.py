@@ -13,8 +13,8 @@ from panollava import config
 from panollava.data.packing import Packed, Row, pack
 from panollava.geometry import views
 from panollava.model.encoder import Encoder
-from panollava.model.network import Network
-from panollava.model.resampler import MLPResampler, Pooling
+from panollava.model.network import Network, make_resampler
+from panollava.model.resampler import Pooling
 
 PROFILE = Path(__file__).parents[1] / "presets/quic360.yaml"
 MODEL, VIEWS = (getattr(config.load_settings(PROFILE), name) for name in ("model", "views"))
@@ -51,10 +51,8 @@ def build(
         tower = SiglipVisionModel(SiglipVisionConfig(vision_use_head=False))
         language = Qwen2ForCausalLM(language_config())
     encoder = Encoder(tower, -1, [0.5] * 3, [0.5] * 3)
-    pooling, width = Pooling(settings, view_settings, PATCH), settings.resampler.width
-    degree = settings.resampler.direction_degree
-    resampler = MLPResampler(encoder.width, width, pooling, "ray", degree)
-    model = Network(encoder, resampler, nn.Linear(width, 896), language)
+    resampler = make_resampler(settings, view_settings, encoder)
+    model = Network(encoder, resampler, nn.Linear(resampler.width, 896), language)
     model.language_model.requires_grad_(False).eval()
     return model.to(device)
 

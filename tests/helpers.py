@@ -206,7 +206,7 @@ def packed_loss(
     """Loss of packed rows, summed over answer tokens."""
     tokenized = [[dialogue.row(*row) for row in panorama] for panorama in rows]
     features = model.features(views)
-    packed = pack(dialogue.text_prefix, features[0, ..., 0].numel(), tokenized, dialogue.pad)
+    packed = pack(dialogue.text_prefix, model.resampler.tokens, tokenized, dialogue.pad)
     return model.loss_sum(features, packed, len(dialogue.text_prefix))
 
 

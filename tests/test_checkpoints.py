@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from helpers import Killed, change, curve, outputs, run_stage
 from panollava import paths
 from panollava.config import Settings
+from panollava.stages import STAGES
 from panollava.training import curves
 from panollava.training.checkpoints import Checkpoints
+from panollava.training.features import write_features
 from panollava.training.lightning_module import LitStage
 
 
@@ -87,6 +90,45 @@ def test_a_killed_stage_resumes_to_the_same_bytes(
         assert outputs(stage) == expected
     assert ("resuming from step" in caplog.text) == (moment != START[0])
     assert ("no epoch improves on the start" in caplog.text) == (rate == 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_stops_early_is_resumed_to_the_same_bytes(
+    settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """Killed in any step or epoch, also right after the one that ends the stage."""
+    caplog.set_level(logging.INFO)
+    settings = change(settings, stage__resampler__epochs=1)
+    if stage != "vision":
+        run_stage("vision", settings)
+    if stage == "finetune":
+        run_stage("resampler", settings)
+        write_features(settings)
+    early = {"epochs": 4, "patience": 1, "lr": 0.0}
+    settings = change(settings, **{f"stage__{stage}__{key}": each for key, each in early.items()})
+    settings = change(settings, stage__resampler__encoder_lr=0.0)
+    run_stage(stage, settings)
+    assert "trained 1 of 4" in caplog.text
+    expected = outputs(stage)
+    # The first validation is that of the start.
+    for moment, before in ((STEPS[0], 0), (STEPS[2], 1), ("on_train_epoch_end", 0)):
+        shutil.rmtree(paths.RESUME)
+        calls = iter(range(before))
+
+        def die(*_: object, calls: Iterator[int] = calls) -> None:
+            if next(calls, None) is None:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(curves.Speed, moment, die, raising=False)
+            with pytest.raises(Killed):
+                run_stage(stage, settings)
+        caplog.clear()
+        run_stage(stage, settings)
+        assert "resuming from step" in caplog.text and "trained 1 of 4" in caplog.text
+        # The epoch that ends the stage is not trained again.
+        assert ("at most 4 epochs" in caplog.text) == (moment == STEPS[0])
+        assert outputs(stage) == expected
 
 
 def test_a_resumed_stage_does_not_validate_its_start_again(

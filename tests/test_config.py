@@ -12,7 +12,7 @@ from panollava.demo.settings import load_demo_settings
 from panollava.errors import UserError
 from panollava.evaluation.facts import READERS
 from panollava.geometry.views import STRATEGIES, resampled
-from panollava.model.resampler import RESAMPLERS
+from panollava.model.network import RESAMPLERS
 from panollava.training.lightning_module import SCHEDULES
 
 PARAMS = (ROOT / "params.yaml").read_text()

@@ -43,7 +43,7 @@ from panollava.cli import main as cli
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.model.header import TOWERS, make_header
-from panollava.model.network import build_model
+from panollava.model.network import RESAMPLERS, build_model
 from panollava.model.weights import save_weights
 from panollava.serving import project_record
 from panollava.serving.export import export
@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merged": {"model__tokens": "sphere", "views__global_view": True},
     "learned per view": {"model__resampler__position": "view", "views__strategy": "cubemap"},
     "plain": {"model__resampler__position": "none", "model__encoder__layer": -2},
+    **{kind: {"model__resampler__type": kind} for kind in RESAMPLERS},
+    "merged perceiver": {**MERGED, "model__resampler__type": "perceiver"},
 }
 
 
@@ -152,6 +154,7 @@ def check_same(model: PanoLLaVA, folder: Path, pictures: Sequence[Path], fewest:
             inputs = process(processor, [chat(picture, query)])
             ids = inputs["input_ids"][0].tolist()
             image = [processor.image_token_id] * processor.image_seq_length
+            assert processor.image_seq_length == model.network.resampler.tokens
             assert ids == model.dialogue.text_prefix + image + model.dialogue.query(query)
             assert np.array_equal(inputs["pixel_values"][0].numpy(), model.views(picture))
             features = loaded.get_image_features(inputs["pixel_values"]).last_hidden_state
@@ -262,7 +265,9 @@ def test_saving_it_again_gives_the_same_folder(
     model, folder, _ = views
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     load(folder).save_pretrained(tmp_path)
-    code = [f"{name}_panollava.py" for name in ("configuration", "modeling", "processing")]
+    code = [
+        f"{name}_panollava.py" for name in ("configuration", "modeling", "processing", "resampler")
+    ]
     for name in [*code, "model.safetensors", "sampling_positions.safetensors"]:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     check_same(model, tmp_path, pictures)

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helpers import random_views, settings_for
+from helpers import change, random_views, settings_for
 from panollava.geometry.projections import panorama_rays
 from panollava.geometry.sphere import angles_from_rays
 from panollava.model.header import TOWERS, make_header
 from panollava.model.heat_map import HEIGHT, RADIUS, SMOOTHING, HeatMaps
-from panollava.model.network import build_model
+from panollava.model.network import RESAMPLERS, build_model
 from panollava.model.panollava import PanoLLaVA
 from panollava.model.weights import save_weights
 from panollava.stages import STAGES
@@ -23,10 +23,13 @@ QUERY, ANSWER = "what is behind?", "a red ball and a blue box."
 
 
 @pytest.fixture(scope="module")
-def model(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> PanoLLaVA:
+def model(
+    request: pytest.FixtureRequest, towers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> PanoLLaVA:
     """With an untrained resampler, whose tokens are made louder so that they change answers."""
     file = tmp_path_factory.mktemp("model") / "model_final.safetensors"
     settings, stage = settings_for(towers), STAGES["finetune"]
+    settings = change(settings, model__resampler__type=getattr(request, "param", "mlp"))
     network: Any
     network, _ = build_model(settings.model, settings.views)
     with torch.no_grad():
@@ -55,6 +58,7 @@ def log_likelihood(model: PanoLLaVA, views: NDArray, query: str, answer: str) ->
     return float(answer_logits.gather(1, torch.tensor(row.answer[:-1])[:, None]).sum())
 
 
+@pytest.mark.parametrize("model", RESAMPLERS, indirect=True)
 def test_a_loss_is_that_of_the_views_painted_over(model: PanoLLaVA, views: NDArray) -> None:
     maps = HeatMaps(model, views)
     losses = maps.losses(QUERY, ANSWER)

@@ -124,7 +124,7 @@ def fit(network: Any, dialogue: Dialogue, settings: Any) -> None:
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=80)
     random = np.random.default_rng(0)
-    vision_tokens = features[0, ..., 0].numel()
+    vision_tokens = network.resampler.tokens
     for _ in range(80):
         batch = [index for index in random.permutation(len(rows))[:16] if rows[index]]
         packed = pack(dialogue.text_prefix, vision_tokens, [rows[i] for i in batch], dialogue.pad)

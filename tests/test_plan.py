@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers import save_panorama, write_rows
+from helpers import change, save_panorama, write_rows
 from panollava import paths
 from panollava.cli import main as cli
+from panollava.config import Settings
+from panollava.planning.plan import make_plan, show
 from panollava.stages import STAGES
 
 
@@ -158,3 +161,13 @@ def test_positions_of_every_kind_are_planned_and_trained(project: Path, position
     cli.main(["train", "vision"])
     cli.main(["train", "resampler"])
     assert tokens == 8 * 2 * 2 and paths.weights_file("resampler").is_file()
+
+
+def test_a_stage_with_patience_has_at_most_the_planned_steps(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = change(settings, stage__finetune__patience=2)
+    show(make_plan(settings, list(STAGES.values())), checkpointing=False)
+    assert "finetune: at most these steps, because of its patience (2)" in caplog.text
+    assert "resampler: at most" not in caplog.text

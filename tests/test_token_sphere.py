@@ -1,5 +1,6 @@
 """Tokens merged on the sphere: each cell reads its direction, whatever the views."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,9 @@ def test_the_stages_train_and_answer_with_merged_tokens(project: Path) -> None:
 
 
 def test_a_vector_for_each_view_is_an_error() -> None:
-    pooling = Pooling(*settings_of({}), 8)
+    model, views = settings_of({})
+    pooling = Pooling(model, views, 8)
     with pytest.raises(UserError, match=r"^model\.resampler\.position: .*set it to ray") as error:
-        MLPResampler(16, 32, pooling, "view", 4)
+        MLPResampler(16, replace(model.resampler, position="view"), pooling)
     assert len(str(error.value).split()) <= 30
-    MLPResampler(16, 32, pooling, "none", 4)
+    MLPResampler(16, replace(model.resampler, position="none"), pooling)

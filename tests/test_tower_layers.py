@@ -70,7 +70,7 @@ def step(model: Network, dialogue: Dialogue, panoramas: int) -> tuple[float, dic
     rows = [[dialogue.row(*row) for row in each] for each in ROWS[:panoramas]]
     with Kept() as kept:
         features = model.features(random_views(panoramas))
-        packed = pack(dialogue.text_prefix, features[0, ..., 0].numel(), rows, dialogue.pad)
+        packed = pack(dialogue.text_prefix, model.resampler.tokens, rows, dialogue.pad)
         loss = model.loss_sum(features, packed, len(dialogue.text_prefix))
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

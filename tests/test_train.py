@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -124,6 +125,44 @@ def test_the_start_is_the_result_if_no_epoch_has_a_lower_validation_loss(
     trained = torch.load(file, weights_only=True)["state_dict"]
     same = [torch.equal(start[k.removeprefix("objective.model.")], v) for k, v in trained.items()]
     assert same and not any(same) if worse else all(same)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (2, 5), (3, 6), (None, 6)])
+def test_a_stage_ends_after_patience_epochs_without_a_lower_validation_loss(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    patience: int | None,
+    epochs: int,
+) -> None:
+    caplog.set_level(logging.INFO)
+    validate, factors = Objective.validate, iter((4, 2, 3, 1, 1, 1, 3))  # the first is the start's
+
+    def planned(self: Objective, parts: list) -> tuple[dict[str, Tensor], int]:
+        sums, count = validate(self, parts)
+        return {**sums, "loss": torch.full_like(sums["loss"], next(factors) * count)}, count
+
+    monkeypatch.setattr(Objective, "validate", planned)
+    settings = change(settings, stage__vision__epochs=6, stage__vision__patience=patience)
+    run_stage("vision", settings)
+    assert len(curve("vision", "val/loss")) == 1 + epochs
+    assert metrics("vision").get("stopped_after_epochs") == (epochs if epochs < 6 else None)
+    assert metrics("vision")["best"] == {"step": 2 if patience == 1 else 6}
+    said = f"no lower validation loss in {patience} epochs (patience); trained {epochs} of 6"
+    assert (said in caplog.text) == (epochs < 6)
+    assert ("at most 6 epochs" in caplog.text) == (patience is not None)
+    # The schedule is that of all epochs.
+    rates = curve("vision", "train/learning_rate/encoder")
+    warm, steps = 1, 12
+    after = (2 * epochs - 1 - warm) / (steps - warm)
+    assert rates[-1] == pytest.approx(2e-5 * (1 + math.cos(math.pi * after)) / 2)
+
+
+def test_an_epoch_that_is_as_good_as_the_start_is_no_better(settings: Settings) -> None:
+    settings = change(settings, stage__vision__epochs=4, stage__vision__patience=2)
+    run_stage("vision", change(settings, stage__vision__lr=0.0))
+    assert metrics("vision")["stopped_after_epochs"] == 2
+    assert metrics("vision")["best"] == {"step": 0}
 
 
 def test_the_start_includes_parts_that_are_new(settings: Settings) -> None:

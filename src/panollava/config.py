@@ -93,8 +93,9 @@ class PretrainedEncoder(Pretrained):
 
 @dataclass(frozen=True)
 class Resampler(Section):
-    type: Literal["mlp"]
-    width: Count  # features of its hidden layer
+    type: Literal["mlp", "linear", "perceiver"]
+    width: Count  # features of its hidden layers; not used with linear
+    queries: Count  # of perceiver: the number of its tokens; not used with the others
     pool: Count  # patch tokens of views that are not merged are averaged pool x pool
     position: Literal["ray", "view", "none"]  # encoding of each token's direction
     direction_degree: Count  # harmonics in the encoding of a ray
@@ -116,6 +117,7 @@ class Model(Section):
 @dataclass(frozen=True)
 class VisionStage(Section):
     epochs: CountOrZero
+    patience: Count | None  # epochs without a lower validation loss that end the stage
     batch_size: Count  # panoramas per step, at most
     accumulate: Count  # parts of a step, computed one after the other
     lr: NotNegative
@@ -132,6 +134,7 @@ class VisionStage(Section):
 @dataclass(frozen=True)
 class TextStage(Section):
     epochs: CountOrZero
+    patience: Count | None
     batch_size: Count  # rows per step, at most: a panorama's rows stay together
     accumulate: Count
     lr: NotNegative

@@ -29,8 +29,8 @@ INFERENCE = ("trainer.accelerator", "trainer.threads", "trainer.precision")
 # All of stage.vision except max_text_length, which changes nothing.
 _VISION = tuple(
     f"stage.vision.{key}"
-    for key in "epochs batch_size accumulate lr objective overlap invariance variance covariance "
-    "expander temperature".split()
+    for key in "epochs patience batch_size accumulate lr objective overlap invariance variance "
+    "covariance expander temperature".split()
 )
 
 STAGES = {

@@ -27,7 +27,9 @@ class PanoLLaVAConfig(PreTrainedConfig):
     pooled_shape: list[int] | None = None  # (views, rows, columns), or (tokens,) of merged views
     patch_tokens: int = 1  # of all views
     merged: bool = False  # a stored matrix merges the tokens of all views
+    resampler: str = "mlp"
     resampler_width: int = 1
+    queries: int = 1  # of a perceiver
     position: str = "none"  # ray, view or none: what is known of a token's direction
     direction_size: int = 1  # numbers in the encoding of a direction
     embedding_width: int = 1  # of the language model's embeddings

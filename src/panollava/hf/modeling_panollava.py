@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.hub import cached_file
 
 from .configuration_panollava import PanoLLaVAConfig
+from .resampler_panollava import RESAMPLERS
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -76,34 +77,6 @@ class PanoLLaVAPreTrainedModel(PreTrainedModel):
         return model, report
 
 
-class PanoLLaVAResampler(nn.Module):
-    """Maps pooled patch tokens and their directions to features for the projector."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        width = config.resampler_width
-        features = config.vision_config.hidden_size
-        self.content = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
-        self.position = None
-        if config.position != "none":
-            views = config.pooled_shape[0]
-            # Learned vectors of the views, or encoded directions of the tokens.
-            leading = (views, 1, 1) if config.position == "view" else config.pooled_shape
-            directions = torch.zeros(*leading, config.direction_size)
-            if config.position == "view":
-                self.directions = nn.Parameter(directions)
-            else:
-                self.register_buffer("directions", directions)
-            self.position = nn.Linear(config.direction_size, width, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(images, *pooled_shape, features) -> (images, tokens, width)."""
-        hidden = self.content(features)
-        if self.position is not None:
-            hidden = hidden + self.position(self.directions.to(self.position.weight.dtype))
-        return functional.gelu(hidden).flatten(1, -2)
-
-
 class PanoLLaVAModel(PanoLLaVAPreTrainedModel):
     """Without the language model's head."""
 
@@ -119,7 +92,7 @@ class PanoLLaVAModel(PanoLLaVAPreTrainedModel):
         if config.merged:
             matrix = torch.zeros(config.pooled_shape[0], config.patch_tokens)
         self.register_buffer("pooling_matrix", matrix)
-        self.resampler = PanoLLaVAResampler(config)
+        self.resampler = RESAMPLERS[config.resampler](config)
         self.projector = nn.Linear(config.resampler_width, config.embedding_width)
         self.language_model = AutoModel.from_config(config.text_config).get_decoder()
         self.post_init()

@@ -12,8 +12,7 @@ from transformers.initialization import no_init_weights
 from panollava.errors import UserError
 from panollava.model.encoder import Encoder
 from panollava.model.header import Header, parse_header
-from panollava.model.network import Network
-from panollava.model.resampler import RESAMPLERS, Pooling
+from panollava.model.network import Network, make_resampler
 
 
 def is_exported(folder: Path) -> bool:
@@ -36,13 +35,9 @@ def load_exported(folder: Path) -> tuple[Network, PreTrainedTokenizerBase, Heade
     header = parse_header(config.panollava or {}, folder)
     layer = header.model.encoder.layer or -1
     encoder = Encoder(parts.vision_tower, layer, config.image_mean, config.image_std)
-    shape = header.model.resampler
-    pooling = Pooling(header.model, header.views, encoder.patch)
-    resampler = RESAMPLERS[shape.type](
-        encoder.width, shape.width, pooling, shape.position, shape.direction_degree
-    )
+    resampler = make_resampler(header.model, header.views, encoder)
     state = parts.resampler.state_dict()
-    if shape.position != "view":  # the others are computed
+    if header.model.resampler.position != "view":  # the others are computed
         state.pop("directions", None)
     resampler.load_state_dict(state)
     with no_init_weights():

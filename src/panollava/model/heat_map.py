@@ -5,7 +5,6 @@ Parts are painted over in the views, before the encoder: its tokens also hold wh
 so that an answer hardly depends on any few of them."""
 
 import base64
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,7 @@ class HeatMaps:
         if not new:
             return
         rows = [dialogue.row(query, answer, truncate=False) for query, answer in new]
-        vision = math.prod(model.network.resampler.pooling.shape)
+        vision = model.network.resampler.tokens
         likelihoods = []
         for features in self._features.split(_CHUNK):
             packed = pack(dialogue.text_prefix, vision, [rows] * len(features), dialogue.pad)

@@ -11,9 +11,16 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from panollava import config
 from panollava.data.packing import Packed, Row, attention_mask, pack
 from panollava.errors import UserError
-from panollava.model.encoder import load_encoder
+from panollava.model.encoder import Encoder, load_encoder
 from panollava.model.language_model import load_language_model
-from panollava.model.resampler import RESAMPLERS, Pooling
+from panollava.model.perceiver import PerceiverResampler
+from panollava.model.resampler import LinearResampler, MLPResampler, Pooling, Resampler
+
+RESAMPLERS: dict[str, type[Resampler]] = {
+    "mlp": MLPResampler,
+    "linear": LinearResampler,
+    "perceiver": PerceiverResampler,
+}
 
 
 class Network(nn.Module):
@@ -24,7 +31,7 @@ class Network(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        resampler: Any,  # one of RESAMPLERS
+        resampler: Any,  # a Resampler
         projector: nn.Module,
         language_model: PreTrainedModel,
     ) -> None:
@@ -76,12 +83,10 @@ class Network(nn.Module):
         """Raises UserError if a sequence of `tokens` is longer than the window."""
         if tokens > self.window:
             kind = self.language_model.config.get_text_config().model_type
-            merged = self.resampler.pooling.matrix is not None
-            fewer = "use fewer views, raise model.resampler.pool"
-            fewer = "lower model.sphere_rows" if merged else fewer
             raise UserError(
                 f"model.language_model.path: a '{kind}' model attends to {self.window} "
-                f"tokens, but a panorama with its text has {tokens}; {remedy}, {fewer}, or use "
+                f"tokens, but a panorama with its text has {tokens}; {remedy}, "
+                f"{self.resampler.fewer_tokens}, or use "
                 "another language model"
             )
 
@@ -142,33 +147,36 @@ def build_model(
     checked the language model. Raises UserError for towers that cannot be loaded or do not fit."""
     encoder = load_encoder(settings.encoder, view_settings.size, weights)
     language_model, tokenizer = load_language_model(settings.language_model, weights)
-    pooling = Pooling(settings, view_settings, encoder.patch)
     hidden = language_model.get_input_embeddings().weight.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        shape = settings.resampler
-        resampler = RESAMPLERS[shape.type](
-            encoder.width, shape.width, pooling, shape.position, shape.direction_degree
-        )
-        projector = nn.Linear(shape.width, hidden)
+        resampler = make_resampler(settings, view_settings, encoder)
+        projector = nn.Linear(resampler.width, hidden)
         if weights:
-            _scale_to_text(projector, language_model)
+            _scale_to_text(projector, language_model, resampler.mean_square)
     model = Network(encoder, resampler, projector, language_model)
     if weights and not trained:
         _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer
 
 
+def make_resampler(settings: config.Model, views: config.Views, encoder: Encoder) -> Resampler:
+    """Raises UserError for settings that do not fit."""
+    pooling = Pooling(settings, views, encoder.patch)
+    return RESAMPLERS[settings.resampler.type](encoder.width, settings.resampler, pooling)
+
+
 @torch.no_grad()
-def _scale_to_text(projector: nn.Linear, language_model: PreTrainedModel) -> None:
-    """Initialize `projector` so that vision tokens have the standard deviation of the text
-    embeddings, which is about 0.02 in many language models."""
+def _scale_to_text(
+    projector: nn.Linear, language_model: PreTrainedModel, mean_square: float
+) -> None:
+    """Initialize `projector`, whose inputs have this `mean_square`, so that vision tokens have the
+    standard deviation of the text embeddings, which is about 0.02 in many language models."""
     embeddings: Any = language_model.get_input_embeddings()  # some scale their weights
     vocabulary = len(embeddings.weight)
     text = embeddings(torch.arange(0, vocabulary, max(1, vocabulary // 4096)))
-    square = 0.43  # of its inputs, on average: the GELU of normally distributed values
     nn.init.normal_(
-        projector.weight, std=text.std().item() / (square * projector.in_features) ** 0.5
+        projector.weight, std=text.std().item() / (mean_square * projector.in_features) ** 0.5
     )
     nn.init.zeros_(projector.bias)
 

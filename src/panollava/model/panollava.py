@@ -1,6 +1,5 @@
 """A trained model with all that it needs to answer questions about panoramas."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,8 +97,7 @@ class PanoLLaVA:
     @property
     def prefix_tokens(self) -> int:
         """Tokens before a query: those of the text before the image, and the vision tokens."""
-        vision = math.prod(self.network.resampler.pooling.shape)
-        return len(self.dialogue.text_prefix) + vision
+        return len(self.dialogue.text_prefix) + self.network.resampler.tokens
 
     def answer(
         self,

@@ -1,5 +1,8 @@
-"""The resampler: pools patch tokens, and maps them and their directions to features for the
-projector."""
+"""Resamplers: pool patch tokens, and map them and their directions to features for the projector.
+
+`RESAMPLERS` in network.py lists them; perceiver.py has the largest."""
+
+import math
 
 import numpy as np
 import torch
@@ -51,24 +54,23 @@ class Pooling(nn.Module):
             return self.matrix @ grids.flatten(1, 3).float()
 
 
-class MLPResampler(nn.Module):
-    """The first layer of an MLP, whose second one is the projector: linear, layer norm and GELU,
-    for each token.
+class Resampler(nn.Module):
+    """Base of all resamplers: normalized features of each pooled token, to which an encoding of its
+    position is added. So its weight does not depend on the features' number and scale.
 
-    A position is added to the normalized features, so that its weight does not depend on their
-    number and scale. ray: the encoding of a token's direction, which depends on neither the order
-    nor the number of views. view: a learned vector for its view."""
+    ray: the encoding of a token's direction, which depends on neither the order nor the number of
+    views. view: a learned vector for its view."""
 
+    width: int  # features of an output
+    mean_square: float  # of the outputs before training, about
     directions: Tensor
 
-    def __init__(
-        self, features: int, width: int, pooling: Pooling, position: str, degree: int
-    ) -> None:
-        """`degree`: of the encoding of directions, see `sphere.encode_direction`."""
+    def __init__(self, features: int, settings: config.Resampler, pooling: Pooling) -> None:
+        """`features`: of a pooled token. Raises UserError for settings that do not fit."""
         super().__init__()
         self.pooling = pooling
-        directions = torch.from_numpy(encode_direction(pooling.rays, degree))
-        if position == "view":
+        directions = torch.from_numpy(encode_direction(pooling.rays, settings.direction_degree))
+        if settings.position == "view":
             if pooling.matrix is not None:
                 raise UserError(
                     "model.resampler.position: tokens merged on the sphere belong to no view; set "
@@ -78,20 +80,54 @@ class MLPResampler(nn.Module):
             self.directions = nn.Parameter(learned)
         else:
             self.register_buffer("directions", directions.float(), persistent=False)
-        self.content = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
+        self.content = self.normalize(features, settings.width)
+        self.width = self.content[-1].normalized_shape[0]  # type: ignore[index,assignment]
         self.position = None
-        if position != "none":
-            self.position = nn.Linear(directions.shape[-1], width, bias=False)
+        if settings.position != "none":
+            self.position = nn.Linear(directions.shape[-1], self.width, bias=False)
+
+    def normalize(self, features: int, width: int) -> nn.Sequential:
+        """The layers before the position is added. The last one is a LayerNorm."""
+        return nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of a panorama."""
+        return math.prod(self.pooling.shape)
+
+    @property
+    def fewer_tokens(self) -> str:
+        """How to get fewer of them."""
+        if self.pooling.matrix is not None:
+            return "lower model.sphere_rows"
+        return "use fewer views, raise model.resampler.pool"
 
     def forward(self, features: Tensor) -> Tensor:
         """Pooled features (batch, *shape, features) -> (batch, tokens, width)."""
         hidden = self.content(features)
         if self.position is not None:
             hidden = hidden + self.position(self.directions)
-        return functional.gelu(hidden).flatten(1, -2)
+        return hidden.flatten(1, -2)
 
 
-RESAMPLERS = {"mlp": MLPResampler}
+class MLPResampler(Resampler):
+    """The first layer of an MLP, whose second one is the projector: linear, layer norm and GELU,
+    for each token."""
+
+    mean_square = 0.43  # the GELU of normally distributed values
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.gelu(super().forward(features))
+
+
+class LinearResampler(Resampler):
+    """Only normalizes the features, so that the projector is the only layer, as in LLaVA 1. Its
+    outputs have the encoder's width."""
+
+    mean_square = 1.0
+
+    def normalize(self, features: int, width: int) -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(features))
 
 
 def pool_tokens(grids: Tensor, side: int) -> Tensor:

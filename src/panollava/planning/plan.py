@@ -38,6 +38,7 @@ class StagePlan:
     parameters: dict[str, int]  # of each part of the model
     trained: int  # number of parameters
     steps: int | None  # None: unknown without rows
+    patience: int | None  # of early stopping, before all steps are done; None: none
     rows_per_step: float | None  # the mean; None: unknown, or the stage reads no rows
     panoramas_per_step: float | None
     panoramas_at_once: int  # maximum per part of a step
@@ -110,6 +111,7 @@ def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) ->
         parameters=parts,
         trained=trained,
         steps=size.steps if size else None,
+        patience=getattr(settings.stage, stage.name).patience,
         rows_per_step=size.rows_per_step if size and work.reads_rows else None,
         panoramas_per_step=size.panoramas_per_step if size else None,
         panoramas_at_once=work.panoramas_at_once,
@@ -195,6 +197,9 @@ def show(plan: Plan, checkpointing: bool) -> None:
     ):
         text = tabulate(table, "keys", "plain", intfmt=",", floatfmt=",.1f", missingval="-")
         log.info("%s%s\n", title, text)
+    for name, stage in plan.stages.items():
+        if stage.patience is not None:
+            log.info("%s: at most these steps, because of its patience (%d)", name, stage.patience)
     if "train" not in plan.splits:
         log.info("no rows found: assuming one full-length row per panorama (an upper bound)")
 

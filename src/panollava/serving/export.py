@@ -114,7 +114,9 @@ def _model(
         pooled_shape=list(pooling.shape),
         patch_tokens=len(model.sampler.layout.projections) * patches**2,
         merged=pooling.matrix is not None,
-        resampler_width=settings.resampler.width,
+        resampler=settings.resampler.type,
+        resampler_width=projector.in_features,
+        queries=settings.resampler.queries,
         position=settings.resampler.position,
         direction_size=network.resampler.directions.shape[-1],
         embedding_width=projector.out_features,
@@ -173,13 +175,12 @@ def _processor(model: PanoLLaVA, tokenizer: PreTrainedTokenizerBase) -> hf.PanoL
     images = hf.PanoLLaVAImageProcessor(
         panorama_width=model.sampler.panorama_width, positions=model.sampler.position
     )
-    tokens = model.network.resampler.pooling.rays[..., 0].size
     return hf.PanoLLaVAProcessor(
         images,
         tokenizer,
         chat_template=tokenizer.chat_template,
         image_token=IMAGE,
-        image_seq_length=tokens,
+        image_seq_length=model.network.resampler.tokens,
         template=template_texts(model.dialogue),
     )
 

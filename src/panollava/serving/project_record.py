@@ -76,11 +76,15 @@ def training(stage: Stage) -> str:
             read(paths.metrics_file(each.name)),
             read(paths.speed_folder(each.name) / "metrics.json"),
         )
+        epochs = getattr(chosen, "epochs", UNKNOWN)
+        if early := metrics.get("stopped_after_epochs"):
+            epochs = f"{early} of {epochs}"
         device, time = _log(each)
         rows.append(
             (
                 each.name,
-                *(getattr(chosen, key, UNKNOWN) for key in ("epochs", "batch_size", "lr")),
+                epochs,
+                *(getattr(chosen, key, UNKNOWN) for key in ("batch_size", "lr")),
                 metrics.get("best", {}).get("step", UNKNOWN),
                 _number(metrics.get("val_loss")),
                 device,

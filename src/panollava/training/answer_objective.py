@@ -1,7 +1,6 @@
 """Stage objective: cross-entropy on the answer tokens of rows packed behind their panorama."""
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +51,7 @@ class Objective(nn.Module):
         encoder: Any = self.model.encoder
         size, views = settings.views.size, len(layout(settings.views).projections)
         shape = self.model.resampler.pooling.shape
-        self.vision_tokens = math.prod(shape)
+        self.vision_tokens = self.model.resampler.tokens
         pixels, features = (views, size, size, 3), (*shape, encoder.width)
         self.vision_shape = features if self.reads_features else pixels
         self.strides = views if self.stage_settings.turn else None  # of a turn

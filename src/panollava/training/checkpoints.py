@@ -92,6 +92,7 @@ class Checkpoints(pl.Callback):
             self.progress.unlink(missing_ok=True)
         for other in {*self.folder.glob("epoch=*.ckpt")}.difference(best):
             other.unlink()
+        trainer.should_stop = module.stops_early
         self._raise_if_interrupted(module)
 
     def _raise_if_interrupted(self, module: LitStage) -> None:

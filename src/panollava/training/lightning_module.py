@@ -41,6 +41,7 @@ class LitStage(pl.LightningModule):
         self.epoch_steps = [size.steps for size in sizes]
         self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
         self.total_steps = self.size.steps
+        self.patience = stage_settings.patience
         self.epoch = 0  # the current one
         self.epoch_step = 0  # completed steps of this epoch
         self.step = 0  # completed steps
@@ -49,6 +50,19 @@ class LitStage(pl.LightningModule):
         self.best: list[tuple[float, int]] = []  # (validation loss, epoch) of the best epochs
         self._validation: list[tuple[dict[str, Tensor], int]] = []
         self._restored: tuple[dict, dict] | None = None  # states of optimizer and scheduler
+
+    @property
+    def epochs_left(self) -> int:
+        return 0 if self.stops_early else len(self.epoch_steps) - self.epoch
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the lowest validation loss, that of the start included, is `patience` epochs old.
+        It depends only on the history, so that a resumed run stops at the same epoch."""
+        losses = [values["val/loss"] for _, values in self.history if "val/loss" in values]
+        if self.patience is None or not losses or self.epoch == len(self.epoch_steps):
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", self.epoch, self.epoch_step)

@@ -68,8 +68,9 @@ def train(
         for step, values in module.history:
             curves.write(step, values)
         log.info("resuming from step %d of %d (%s)", module.step, module.total_steps, work)
-    if remaining := len(module.epoch_steps) - module.epoch:
-        log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
+    if remaining := module.epochs_left:
+        most = "" if module.patience is None else "at most "
+        log.info("%s%d epochs, %s", most, len(module.epoch_steps), _steps(module))
         speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
         _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
@@ -206,6 +207,12 @@ def _publish(
     for file in checkpoints.files(module.best):
         shutil.copyfile(file, folder / file.name)
     metrics = {**_load_best(module, checkpoints), **module.objective.row_counts()}
+    if module.stops_early:
+        metrics["stopped_after_epochs"] = module.epoch
+        log.info(
+            "early stopping: no lower validation loss in %d epochs (patience); trained %d of %d",
+            *(module.patience, module.epoch, len(module.epoch_steps)),
+        )
     track(module.step, metrics)
     write_json(paths.metrics_file(stage.name), metrics)
     final = paths.weights_file(stage.name)
