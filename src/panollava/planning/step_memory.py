@@ -146,7 +146,8 @@ def step_memory(
 
 
 def _make_fake(objective: Any, device: torch.device) -> None:
-    objective.to_empty(device=device)
+    for module in objective.modules():
+        module.to_empty(device=device, recurse=False)  # once, although an adapter has two places
     for module in objective.modules():
         if isinstance(module, PreTrainedModel):
             module.tie_weights()
