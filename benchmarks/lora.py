@@ -7,8 +7,8 @@ answers of valid are compared with the rewritten references:
     substituted  each word stands for another one, always the same: as if in another language
     original     as they are, for comparison
 
-Everything else is that of a finished run (`make repro`), in a copy of it. Prints the scores of both,
-their difference, and 95% intervals over panoramas of the mean over seeds.
+Everything else is that of a finished run (`make repro`), in a copy of it. Prints the scores of
+both, their difference, and 95% intervals over panoramas of the mean over seeds.
 
     python benchmarks/lora.py --seeds 3 --forms reversed substituted
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tabulate import tabulate
 
 from panollava import paths
@@ -38,6 +39,8 @@ from panollava.model.panollava import PanoLLaVA
 from panollava.provenance import resume
 from panollava.stages import STAGES
 from panollava.training.train import train
+
+log = logging.getLogger(__name__)
 
 Rewrite = Callable[[str], str]
 Scores = dict[str, dict[tuple[int, str], float]]  # by name, of each (panorama, query)
@@ -57,7 +60,8 @@ def main() -> None:
     parser.add_argument("--labeled", type=float, default=0.5, help="share of train's panoramas")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
     project = options.project.resolve()
     with tempfile.TemporaryDirectory() as folder:
         _copy(project, Path(folder))
@@ -88,13 +92,14 @@ def _compare(form: str, project: Path, options: argparse.Namespace) -> None:
             seconds = time.monotonic() - start
             scores[arm].append(_evaluate(undo))
             means = {k: f"{np.mean([*v.values()]):.3f}" for k, v in scores[arm][-1].items()}
-            print(f"{form}, seed {seed}, {arm}: {means}, {seconds:.0f} s", flush=True)
+            log.info("%s, seed %d, %s: %s, %.0f s", form, seed, arm, means, seconds)
     rows = []
     for name in SCORES:
-        means = {arm: _mean_over_seeds([each[name] for each in scores[arm]]) for arm in ARMS}
-        means["difference"] = {k: v - means["frozen"][k] for k, v in means["LoRA"].items()}
-        rows.append([f"{form}: {name}", *map(_with_interval, means.values())])
-    print(tabulate(rows, ("", *ARMS, "difference"), "github"), flush=True)
+        frozen, adapted = (_mean_over_seeds([each[name] for each in scores[arm]]) for arm in ARMS)
+        difference = {key: value - frozen[key] for key, value in adapted.items()}
+        columns = map(_with_interval, (frozen, adapted, difference))
+        rows.append([f"{form}: {name}", *columns])
+    log.info("%s", tabulate(rows, ("", *ARMS, "difference"), "github"))
 
 
 def _forms(project: Path) -> dict[str, tuple[Rewrite, Rewrite]]:
@@ -152,7 +157,7 @@ def _evaluate(undo: Rewrite) -> Scores:
     scores: Scores = {name: {} for name in SCORES}
     for panorama in sorted({panorama for panorama, _ in references}):
         queries = [query for number, query in references if number == panorama]
-        batch = model_features(model, features[panorama : panorama + 1])
+        batch = torch.from_numpy(features[panorama : panorama + 1]).float()
         (answers,) = model.answer_features(batch, [queries], max_new_tokens=48)
         for query, answer in zip(queries, answers, strict=True):
             correct = references[panorama, query]
@@ -160,12 +165,6 @@ def _evaluate(undo: Rewrite) -> Scores:
             scores["exact"][panorama, query] = float(answer.text in correct)
             scores["facts"][panorama, query] = float(READER.read(query, undo(answer.text)) == facts)
     return scores
-
-
-def model_features(model: PanoLLaVA, features: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(features.astype(np.float32)).to(model.device)
 
 
 def _mean_over_seeds(values: list[dict[tuple[int, str], float]]) -> dict[tuple[int, str], float]:
