@@ -41,6 +41,14 @@ def _one_query(value: Any) -> str:
     return value
 
 
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression ({error})") from None
+    return value
+
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
@@ -55,6 +63,7 @@ Negative = Annotated[int, Field(strict=True, lt=0)]
 Pitch = Annotated[float, Field(strict=True, ge=-90, le=90)]  # degrees, up positive
 Fov = Annotated[float, Field(strict=True, gt=0, le=360)]  # degrees
 Prompt = Annotated[str, BeforeValidator(_one_query)]
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
 
 
 class Section:
@@ -102,6 +111,13 @@ class Resampler(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    rank: Count
+    alpha: Count  # the adapter's output is scaled by alpha / rank
+    targets: Pattern  # matches complete names of the language model's linear layers
+
+
+@dataclass(frozen=True)
 class Model(Section):
     towers: str  # folder of local towers, which the stages depend on
     encoder: PretrainedEncoder
@@ -111,6 +127,7 @@ class Model(Section):
     sphere_rows: Count  # cells from top to bottom; not used with views
     sphere_columns: Count  # cells around the horizon, a multiple of the views; the same
     resampler: Resampler
+    lora: Lora  # used by the stages that train it
     features: Literal["float32", "float16"]  # precision of the encoder's cached features
 
 
@@ -141,6 +158,8 @@ class TextStage(Section):
     max_text_length: Count  # tokens of a query and its answer in train
     labeled: ShareAbove0  # share of train's panoramas whose rows are used
     turn: StrictBool  # roll train's panoramas by random numbers of view strides
+    lora: StrictBool  # train an adapter (LoRA) of the language model
+    lora_lr: NotNegative  # learning rate of the adapter
 
 
 @dataclass(frozen=True)

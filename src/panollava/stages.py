@@ -1,6 +1,8 @@
 """The table of training stages: where each starts, what it optimizes and what it trains."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,14 @@ class Stage:
     trains: tuple[str, ...]  # parts of the model, by attribute name
     saves: tuple[str, ...]  # parts that this stage or an earlier one has trained
     reads: tuple[str, ...]  # parameters
+    optional: tuple[str, ...] = ()  # parts that it also trains if stage.<name>.<part> is true
+
+    def configured(self, settings: Any, start: Iterable[str]) -> "Stage":
+        """The stage with the optional parts that it trains or passes on. `settings`: its section;
+        `start`: the parts in the weights that it starts from."""
+        trained = tuple(part for part in self.optional if getattr(settings, part))
+        saved = tuple(part for part in self.optional if part in (*trained, *start))
+        return replace(self, trains=self.trains + trained, saves=self.saves + saved)
 
     @property
     def reads_features(self) -> bool:
@@ -53,6 +63,7 @@ STAGES = {
             trains=("encoder", "resampler", "projector"),
             saves=("encoder", "resampler", "projector"),
             reads=("seed", "views", "model", "stage.resampler", "trainer"),
+            optional=("lora",),
         ),
         Stage(
             name="finetune",
@@ -62,6 +73,16 @@ STAGES = {
             trains=("resampler", "projector"),
             saves=("encoder", "resampler", "projector"),
             reads=("seed", "views", "model", "stage.finetune", "trainer"),
+            optional=("lora",),
         ),
     )
 }
+
+
+def configured_stages(settings: Any) -> dict[str, Stage]:
+    """All stages with their optional parts, as the section `stage` has them."""
+    stages, start = {}, ()  # type: tuple[dict[str, Stage], tuple[str, ...]]
+    for name, stage in STAGES.items():
+        stages[name] = stage.configured(getattr(settings, name), start)
+        start = stages[name].saves
+    return stages

@@ -13,7 +13,7 @@ from panollava import paths
 from panollava.cli.single_instance import single_instance
 from panollava.errors import UserError
 from panollava.provenance import resume
-from panollava.stages import STAGES, Stage
+from panollava.stages import STAGES, Stage, configured_stages
 
 if TYPE_CHECKING:  # pydantic is slow to import, and `--help` does not need it
     from panollava.config import Model, Settings
@@ -193,7 +193,7 @@ def _train(
     settings = _settings(changes)
     check_prepared(settings.views, settings.data)
     _warn_of_untracked_towers(settings.model)
-    with explain_out_of_memory(stage, settings):
+    with explain_out_of_memory(configured_stages(settings.stage)[stage.name], settings):
         train(stage, _settings(changes, stage.reads), start, must_resume, run_name)
 
 

@@ -121,13 +121,18 @@ def add_export(command: argparse.ArgumentParser) -> None:
     add_model_options(command, runs=False)
     help = "leave the language model's weights where they are, and load them from there"
     add("--refer-to-towers", action="store_true", help=help)
+    help = "write only the language model's adapter, as a folder that peft loads"
+    add("--adapter", action="store_true", help=help)
 
 
 def export(options: argparse.Namespace) -> None:
-    from panollava.serving.export import export, result_file
+    from panollava.serving.export import export, export_adapter, result_file
 
     result = result_file(options.model)
-    export(load(options), result, options.out, options.refer_to_towers)
+    if options.adapter:
+        export_adapter(load(options), result, options.out)
+    else:
+        export(load(options), result, options.out, options.refer_to_towers)
 
 
 def add_model_options(command: argparse.ArgumentParser, runs: bool = True) -> None:

@@ -16,7 +16,7 @@ TOWERS = ("encoder", "language_model")
 
 
 class Header(NamedTuple):
-    stage: Stage
+    stage: Stage  # `saves` are the parts in the file
     model: config.Model
     views: config.Views
     precision: str  # trainer.precision of the training
@@ -33,6 +33,7 @@ def make_header(stage: Stage, settings: config.Settings, towers: Iterable[str]) 
         described["model"] = dataclasses.asdict(settings.model)
     return {
         "stage": stage.name,
+        "parts": list(stage.saves),
         "settings": described,
         "precision": settings.trainer.precision,
         "towers": {name: describe_tower(getattr(settings.model, name)) for name in towers},
@@ -59,6 +60,7 @@ def parse_header(raw: dict[str, Any], path: Path) -> Header:
         )
     try:
         settings, precision, towers = raw["settings"], raw["precision"], raw["towers"]
+        stage = dataclasses.replace(stage, saves=tuple(raw["parts"]))
         model = config.checked(config.Model, settings["model"], f"{path}: settings.model")
         views = config.checked(config.Views, settings["views"], f"{path}: settings.views")
     except (KeyError, TypeError, UserError) as error:
@@ -72,7 +74,7 @@ def parse_header(raw: dict[str, Any], path: Path) -> Header:
 def check_header(header: Header, stage: Stage, settings: config.Settings, path: Path) -> None:
     """Raises UserError if the result in `path` is not of `stage`, or was trained with another model
     or other views than `settings` name."""
-    if header.stage != stage:
+    if header.stage.name != stage.name:
         raise UserError(f"{path}: a result of stage '{header.stage.name}', expected '{stage.name}'")
     for section in ("views", "model"):
         before, now = (_flatten(section, getattr(each, section)) for each in (header, settings))

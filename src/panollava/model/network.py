@@ -1,4 +1,5 @@
-"""PanoLLaVA: encoder, resampler and projector in front of a frozen language model."""
+"""PanoLLaVA: encoder, resampler and projector in front of a language model, which is frozen but
+for an optional adapter."""
 
 import sys
 from typing import Any
@@ -13,6 +14,7 @@ from panollava.data.packing import Packed, Row, attention_mask, pack
 from panollava.errors import UserError
 from panollava.model.encoder import Encoder, load_encoder
 from panollava.model.language_model import load_language_model
+from panollava.model.lora import add_adapter
 from panollava.model.perceiver import PerceiverResampler
 from panollava.model.resampler import LinearResampler, MLPResampler, Pooling, Resampler
 
@@ -34,11 +36,14 @@ class Network(nn.Module):
         resampler: Any,  # a Resampler
         projector: nn.Module,
         language_model: PreTrainedModel,
+        lora: nn.Module | None = None,  # the language model's adapter, see `add_adapter`
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.resampler = resampler
         self.projector = projector
+        if lora is not None:  # before the model: parameters are named after their first place
+            self.lora = lora
         self.language_model = language_model
 
     def features(self, views: Tensor) -> Tensor:
@@ -135,16 +140,28 @@ class Network(nn.Module):
         return logits
 
 
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """The number of parameters of each part (child) of `model`. An adapter does not count as part
+    of the language model."""
+    counts = dict.fromkeys((name for name, _ in model.named_children()), 0)
+    for name, parameter in model.named_parameters():
+        if (part := name.split(".")[0]) in counts:
+            counts[part] += parameter.numel()
+    return counts
+
+
 def build_model(
     settings: config.Model,
     view_settings: config.Views,
     seed: int = 0,
     weights: bool = True,
     trained: bool = False,
+    lora: bool = False,
 ) -> tuple[Network, PreTrainedTokenizerBase]:
     """Load the pretrained towers, and make a resampler and a projector from `seed`. Without
     `weights`, only the shapes of the towers' tensors. `trained`: for a result, whose training has
-    checked the language model. Raises UserError for towers that cannot be loaded or do not fit."""
+    checked the language model. `lora`: add an adapter to the language model. Raises UserError for
+    towers that cannot be loaded or do not fit."""
     encoder = load_encoder(settings.encoder, view_settings.size, weights)
     language_model, tokenizer = load_language_model(settings.language_model, weights)
     hidden = language_model.get_input_embeddings().weight.shape[1]
@@ -154,7 +171,8 @@ def build_model(
         projector = nn.Linear(resampler.width, hidden)
         if weights:
             _scale_to_text(projector, language_model, resampler.mean_square)
-    model = Network(encoder, resampler, projector, language_model)
+    adapter = add_adapter(language_model, settings.lora, seed) if lora else None
+    model = Network(encoder, resampler, projector, language_model, adapter)
     if weights and not trained:
         _check_packed_rows(model, settings.language_model.path)
     return model, tokenizer

@@ -79,8 +79,11 @@ class PanoLLaVA:
             header = load_header(file)
             for name, place in places.items():
                 header = with_tower(header, name, file, place, trust_remote_code)
-            network, tokenizer = build_model(header.model, header.views, trained=True)
-            load_weights(file, network, header.stage.saves, header.stage)
+            parts = header.stage.saves
+            network, tokenizer = build_model(
+                header.model, header.views, trained=True, lora="lora" in parts
+            )
+            load_weights(file, network, parts, header.stage)
         network.eval().requires_grad_(False)
         precision = precision or (header.precision if device.type == "cuda" else "32-true")
         # The encoder keeps its exact weights, to which cached features are compared.

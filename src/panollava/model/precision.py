@@ -12,7 +12,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def cast_frozen_linears(model: nn.Module, precision: str, keep: tuple[str, ...] = ()) -> None:
     """Cast the linear layers of `model` to bf16 if `precision` is bf16, except in the parts that
-    `keep` names: those that are trained or saved.
+    `keep` names: those that are trained or saved, such as an adapter inside a frozen part.
 
     Autocast computes these layers in bf16 anyway. The results are the same, with half the memory
     and without a cast in each pass. Embeddings stay in float32, because autocast does not round
@@ -22,7 +22,8 @@ def cast_frozen_linears(model: nn.Module, precision: str, keep: tuple[str, ...] 
     kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     kept |= {id(m.get_output_embeddings().weight) for m in models if m.get_output_embeddings()}
-    for name, part in model.named_children():
-        for layer in () if name in keep else part.modules():
-            if type(layer) is nn.Linear and id(layer.weight) not in kept:
-                layer.to(torch.bfloat16)
+    parts = [part for name, part in model.named_children() if name in keep]
+    kept |= {id(parameter) for part in parts for parameter in part.parameters()}
+    for layer in model.modules():
+        if type(layer) is nn.Linear and id(layer.weight) not in kept:
+            layer.to(torch.bfloat16)

@@ -42,9 +42,20 @@ def save_weights(
         temporary.write_bytes(data)
 
 
+def parts_in(path: Path) -> set[str]:
+    """The parts of the model in a result or checkpoint. None if it is unreadable: `load_start`
+    says why."""
+    try:
+        if path.suffix == ".ckpt":
+            return {name.split(".")[0] for name in _checkpoint_parameters(path)}
+        return set(read_header(path).get("parts", ()))
+    except UserError:
+        return set()
+
+
 def load_start(path: Path, model: nn.Module, parts: tuple[str, ...], stage: Stage) -> None:
-    """Load `parts`, all or some of those that `stage` saves, from its model_final.safetensors or
-    from one of its checkpoints.
+    """Load `parts`, all or some of those that it holds, from the model_final.safetensors of `stage`
+    or from one of its checkpoints.
 
     Raises:
         UserError: the file is missing, unreadable, not of `stage` or does not match the model.
@@ -64,8 +75,8 @@ def load_start(path: Path, model: nn.Module, parts: tuple[str, ...], stage: Stag
 def load_weights(
     path: Path, model: nn.Module, parts: tuple[str, ...], stage: Stage
 ) -> dict[str, Any]:
-    """Load `parts`, all or some of those that `stage` saves, from its model_final.safetensors.
-    Returns the file's header.
+    """Load `parts`, all or some of those that the header lists, from the model_final.safetensors of
+    `stage`. Returns the file's header.
 
     Raises:
         UserError: the file is missing, unreadable, not of `stage` or does not match the model.
@@ -75,7 +86,7 @@ def load_weights(
         raise UserError(
             f"{path}: holds the result of stage '{header.get('stage')}', expected '{stage.name}'"
         )
-    skipped = tuple(f"{part}." for part in stage.saves if part not in parts)
+    skipped = tuple(f"{part}." for part in header.get("parts", stage.saves) if part not in parts)
     with safe_open(path, framework="pt") as file:
         saved = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(skipped)}  # noqa: SIM118
     copy_strictly(saved, _only(parts, model.state_dict()), path)
@@ -104,14 +115,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _load_checkpoint(path: Path, model: nn.Module, parts: tuple[str, ...], stage: Stage) -> None:
     """Load `parts` from a checkpoint of `stage`, which holds the parameters that it trains."""
-    saved: dict[str, Tensor] = {
-        key.removeprefix(_CHECKPOINT_PREFIX): tensor
-        for key, tensor in read_checkpoint(path)["state_dict"].items()
-        if key.startswith(_CHECKPOINT_PREFIX)  # not the objective's, such as VICReg's expander
-    }
+    saved = _checkpoint_parameters(path)
     trained = {key.split(".")[0] for key in saved}
-    if trained != set(stage.trains):
-        writers = [other.name for other in STAGES.values() if set(other.trains) == trained]
+    if trained - {*stage.optional} != set(stage.trains):
+        writers = [s.name for s in STAGES.values() if set(s.trains) == trained - {*s.optional}]
         raise UserError(
             f"{path}: holds {', '.join(sorted(trained)) or 'no parts of the model'}, as a "
             f"checkpoint of {f'stage {writers[0]!r}' if writers else 'no stage'} does"
@@ -119,6 +126,15 @@ def _load_checkpoint(path: Path, model: nn.Module, parts: tuple[str, ...], stage
     # Not the state: a checkpoint has no buffers, because they are not trained.
     expected = _only(parts, dict(model.named_parameters()))
     copy_strictly(_only(parts, saved), expected, path)
+
+
+def _checkpoint_parameters(path: Path) -> dict[str, Tensor]:
+    """The model's parameters, but not the objective's, such as VICReg's expander."""
+    return {
+        key.removeprefix(_CHECKPOINT_PREFIX): tensor
+        for key, tensor in read_checkpoint(path)["state_dict"].items()
+        if key.startswith(_CHECKPOINT_PREFIX)
+    }
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

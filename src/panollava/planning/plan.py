@@ -23,9 +23,10 @@ from panollava.files import read_prepared_rows
 from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
 from panollava.model.encoder import load_encoder
+from panollava.model.network import count_parameters
 from panollava.model.resampler import Pooling
 from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
-from panollava.stages import STAGES, Stage
+from panollava.stages import Stage, configured_stages
 from panollava.training.objective import load_objective, prepare_parts
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ _FP32 = 4  # bytes
 @dataclass(frozen=True)
 class StagePlan:
     parameters: dict[str, int]  # of each part of the model
+    trains: tuple[str, ...]  # parts
     trained: int  # number of parameters
     steps: int | None  # None: unknown without rows
     patience: int | None  # of early stopping, before all steps are done; None: none
@@ -83,9 +85,13 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     rolls = len(resampled(settings.views, settings.evaluate.rolls))
     rolled = rolls * evaluated.panoramas if evaluated else 0
     panoramas = sum(split.panoramas for split in splits.values()) + rolled
+    configured = configured_stages(settings.stage)
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
-        stages={stage.name: _plan_stage(settings, stage, tables["train"][0]) for stage in stages},
+        stages={
+            stage.name: _plan_stage(settings, configured[stage.name], tables["train"][0])
+            for stage in stages
+        },
         device=device,
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device == "cpu" else 0,
@@ -104,11 +110,12 @@ def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) ->
     objective = _objective(settings, stage)
     accumulate = getattr(settings.stage, stage.name).accumulate
     work = find_workload(objective, settings, stage, accumulate, train)
-    parts = {name: _count(part.parameters()) for name, part in objective.model.named_children()}
+    parts = count_parameters(objective.model)
     trained = _count(p for p in objective.parameters() if p.requires_grad)
     size = work.size
     return StagePlan(
         parameters=parts,
+        trains=stage.trains,
         trained=trained,
         steps=size.steps if size else None,
         patience=getattr(settings.stage, stage.name).patience,
@@ -209,7 +216,7 @@ def _parts_table(plan: Plan) -> list[dict[str, Any]]:
     for name, stage in plan.stages.items():
         for part, count in stage.parameters.items():
             row = rows.setdefault(part, {"part": part, "parameters": count})
-            row[name] = "trains" if part in STAGES[name].trains else "frozen"
+            row[name] = "trains" if part in stage.trains else "frozen"
     return list(rows.values())
 
 

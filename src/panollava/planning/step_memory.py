@@ -169,7 +169,8 @@ def run_step(objective: Any, parts: list[Any], divisor: int = 1) -> Any:
 
 
 def _make_fake(objective: Any, device: torch.device) -> None:
-    objective.to_empty(device=device)
+    for module in objective.modules():
+        module.to_empty(device=device, recurse=False)  # once, although an adapter has two places
     for module in objective.modules():
         if isinstance(module, PreTrainedModel):
             module.tie_weights()

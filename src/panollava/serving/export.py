@@ -1,9 +1,11 @@
 """`panollava export`: writes a folder that transformers loads, with or without this package."""
 
+import contextlib
 import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from panollava import hf, paths
 from panollava.errors import UserError, as_user_error
 from panollava.model.exported import is_exported
 from panollava.model.header import TOWERS
+from panollava.model.lora import merged_state, save_adapter
 from panollava.model.panollava import MAX_NEW_TOKENS, PanoLLaVA
 from panollava.model.weights import read_header
 from panollava.serving.chat_template import IMAGE, exported_tokenizer, template_texts
@@ -29,24 +32,56 @@ def export(model: PanoLLaVA, result: Path, out: Path, refer_to_towers: bool = Fa
     Raises:
         UserError: `out` is not empty or cannot be written, or a tower cannot be exported.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; remove it, or name another")
+    adapted = hasattr(model.network, "lora")
+    if refer_to_towers and adapted:
+        raise UserError(
+            "--refer-to-towers: the adapter is merged into the language model's weights, which the "
+            "folder must hold; leave the option out, or export the adapter with --adapter"
+        )
     header = _without_folders(read_header(result))
+    if adapted:
+        header["parts"].remove("lora")
     card = model_card(model, header, result, out.name)
     tokenizer = exported_tokenizer(model.dialogue)
     exported = _model(model, header, tokenizer.get_vocab()[IMAGE])
     processor = _processor(model, tokenizer)
-    unfinished = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        state = exported.state_dict()
-        if refer_to_towers:
-            exported.config.language_model = _reference(model, header, out)
-            language_model = ("model.language_model.", "lm_head.")
-            state = {k: v for k, v in state.items() if not k.startswith(language_model)}
+    state = exported.state_dict()
+    if refer_to_towers:
+        exported.config.language_model = _reference(model, header, out)
+        language_model = ("model.language_model.", "lm_head.")
+        state = {k: v for k, v in state.items() if not k.startswith(language_model)}
+    with _new_folder(out) as unfinished:
         exported.save_pretrained(unfinished, state_dict=state, max_shard_size="1000GB")
         processor.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_adapter(model: PanoLLaVA, result: Path, out: Path) -> None:
+    """Write the adapter of `model`, which was loaded from the file `result`, to the new folder
+    `out`, as peft does.
+
+    Raises:
+        UserError: there is no adapter, or `out` is not empty or cannot be written.
+    """
+    if not hasattr(model.network, "lora"):
+        raise UserError(f"{result}: has no adapter; set stage.finetune.lora to true and train it")
+    header = _without_folders(read_header(result))
+    path = header["settings"]["model"]["language_model"]["path"]
+    commit = header["towers"]["language_model"].get("commit")
+    with _new_folder(out) as unfinished:
+        save_adapter(unfinished, model.network, model.header.model.lora, path, commit)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Where the block writes a folder, which is then renamed to `out`. Raises UserError if `out` is
+    not empty or cannot be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; remove it, or name another")
+    unfinished = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        yield unfinished
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -133,7 +168,7 @@ def _model(
         **encoder.tower.state_dict(prefix="model.vision_tower."),
         **network.resampler.state_dict(prefix="model.resampler."),
         **projector.state_dict(prefix="model.projector."),
-        **decoder.state_dict(prefix="model.language_model."),
+        **merged_state(decoder, "model.language_model."),
         **head.state_dict(prefix="lm_head."),
     }
     if pooling.matrix is not None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from torch import nn
 
 from panollava import paths
 from panollava.config import Pretrained
 from panollava.model.header import TOWERS
+from panollava.model.network import count_parameters
 from panollava.model.panollava import PanoLLaVA
 from panollava.provenance.fingerprint import file_sha256
 from panollava.serving import project_record as project
@@ -90,14 +90,10 @@ ask(text=[{{"role": "user", "content": parts}}], return_full_text=False)
 
 
 def _model(model: PanoLLaVA, header: dict[str, Any]) -> str:
-    trained = {
-        part
-        for stage in [model.header.stage, *project.stages_before(model.header.stage)]
-        for part in stage.trains
-    }
+    trained = model.header.stage.saves
     parts = [
-        (part, f"{_count(module):,}", "trained" if part in trained else "frozen")
-        for part, module in model.network.named_children()
+        (part, f"{count:,}", "trained" if part in trained else "frozen")
+        for part, count in count_parameters(model.network).items()
     ]
     settings = json.dumps(header["settings"], indent=2, ensure_ascii=False)
     towers = json.dumps(header["towers"], indent=2)
@@ -110,10 +106,6 @@ def _model(model: PanoLLaVA, header: dict[str, Any]) -> str:
             f"```json\n{towers}\n```",
         ]
     )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _following(stage: Stage) -> list[Stage]:

@@ -41,7 +41,9 @@ class Objective(nn.Module):
                 f"stage.{stage.name}.turn: only the views of e2p without global_view and of "
                 "sliding_window can be rolled exactly; set it to false"
             )
-        self.model, tokenizer = build_model(settings.model, settings.views, settings.seed, weights)
+        self.model, tokenizer = build_model(
+            settings.model, settings.views, settings.seed, weights, lora="lora" in stage.saves
+        )
         ends = end_tokens(self.model.language_model)
         length, prompt = self.stage_settings.max_text_length, settings.model.prompt
         self.dialogue = Dialogue(tokenizer, length, ends, prompt)
@@ -113,6 +115,9 @@ class Objective(nn.Module):
         if not self.reads_features:
             encoder = list(model.encoder.parameters())
             groups.append({"name": "encoder", "params": encoder, "lr": settings.encoder_lr})
+        if self.stage_settings.lora:
+            adapter = list(model.lora.parameters())
+            groups.append({"name": "lora", "params": adapter, "lr": settings.lora_lr})
         return groups
 
     def terms(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from panollava.config import Settings
 from panollava.data.batches import Reader, StepBatch
 from panollava.errors import UserError
+from panollava.model.network import count_parameters
 from panollava.model.precision import cast_frozen_linears
 from panollava.stages import Stage
 from panollava.training.tower_layers import checkpoint_layers
@@ -91,15 +92,15 @@ def freeze_all_but(model: nn.Module, trains: tuple[str, ...]) -> str:
         UserError: a name matches no part, or a part without parameters.
     """
     parts = dict(model.named_children())
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    counts = count_parameters(model)
     for name in trains:
         if not counts.get(name):
             raise UserError(
                 f"the stage trains '{name}', but the model's parts are {', '.join(parts)}"
             )
-    rows = []
-    for name, part in parts.items():
-        training = name in trains
-        part.requires_grad_(training).train(training)
-        rows.append((name, "trains" if training else "frozen", counts[name]))
+    for part in parts.values():
+        part.requires_grad_(False).eval()
+    for name in trains:  # afterwards, because an adapter is also inside the language model
+        parts[name].requires_grad_(True).train()
+    rows = [(name, "trains" if name in trains else "frozen", counts[name]) for name in parts]
     return tabulate(rows, ("part", "", "parameters"), tablefmt="plain", intfmt=",")

@@ -19,7 +19,7 @@ from panollava.errors import UserError
 from panollava.files import write_json
 from panollava.model.device import choose_device, configure_cpu, describe_device
 from panollava.model.header import TOWERS, make_header
-from panollava.model.weights import load_start, read_checkpoint, save_weights
+from panollava.model.weights import load_start, parts_in, read_checkpoint, save_weights
 from panollava.provenance import code_digest, made_from, resume
 from panollava.provenance.fingerprint import fingerprint
 from panollava.stages import STAGES, Stage
@@ -53,6 +53,9 @@ def train(
     configure_cpu(settings.trainer.threads)
     log.info("device: %s", describe_device(device))
     pl.seed_everything(settings.seed, workers=True, verbose=False)
+    if stage.starts_from is not None:
+        start = start or paths.weights_file(stage.starts_from)
+        stage = stage.configured(getattr(settings.stage, stage.name), parts_in(start))
     objective = load_objective(stage, settings)
     towers = [name for name in TOWERS if hasattr(objective.model, name)]
     header = make_header(stage, settings, towers)
@@ -92,12 +95,12 @@ def _load_start(
     stage: Stage, settings: Settings, model: torch.nn.Module, start: Path | None
 ) -> None:
     """Load the result of the stage before, if the stage starts from one."""
-    if stage.starts_from is None:
+    if stage.starts_from is None or start is None:
         log.info("stage %d, %s: starts from the pretrained towers", stage.number, stage.name)
         return
     before = STAGES[stage.starts_from]
-    start = start or paths.weights_file(before.name)
-    load_start(start, model, before.saves, before)
+    held = [part for part in before.optional if part in parts_in(start)]
+    load_start(start, model, (*before.saves, *held), before)
     if stage.reads_features:
         made_from.check_features(settings, model.encoder)  # type: ignore[arg-type]
     log.info("stage %d, %s: starts from %s", stage.number, stage.name, start)
