@@ -17,6 +17,7 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.errors import UserError
 from panollava.files import write_json
+from panollava.model import ranks
 from panollava.model.device import choose_device, configure_cpu, describe_device
 from panollava.model.header import TOWERS, make_header
 from panollava.model.weights import load_start, read_checkpoint, save_weights
@@ -27,6 +28,7 @@ from panollava.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from panollava.training.curves import Curves, Speed, Track, open_tracker
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import StageObjective, load_objective, prepare_parts
+from panollava.training.strategy import OneOfSeveral
 from panollava.training.tower_layers import compile_layers
 
 log = logging.getLogger(__name__)
@@ -59,19 +61,21 @@ def train(
     objective.open_readers()
     _load_start(stage, settings, objective.model, start)
     module = make_module(stage, settings, objective)
-    work = _open_work(stage, settings, module, must_resume)
+    work = ranks.on_first(lambda: _open_work(stage, settings, module, must_resume))
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.machine.save_every)
+    restored = checkpoints.restore(module)
+    if ranks.rank():
+        return _fit(module, settings.trainer, [checkpoints])
     parameters = _parameters(stage, settings)
     track = open_tracker(settings.machine.wandb, run_name or stage.log_name, parameters)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every, track)
-    if checkpoints.restore(module):
+    if restored:
         for step, values in module.history:
             curves.write(step, values)
         log.info("resuming from step %d of %d (%s)", module.step, module.total_steps, work)
-    if remaining := len(module.epoch_steps) - module.epoch:
-        log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
-        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
-        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
+    log.info("%d epochs, %s", len(module.epoch_steps), _steps(module))
+    speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
+    _fit(module, settings.trainer, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
     resume.mark_finished(work)
 
@@ -143,7 +147,11 @@ def _parameters(stage: Stage, settings: Settings) -> dict[str, Any]:
     return {key: to_jsonable_python(operator.attrgetter(key)(settings)) for key in stage.reads}
 
 
-def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
+def _fit(module: LitStage, settings: Trainer, callbacks: list[pl.Callback]) -> None:
+    """Train the epochs that are left."""
+    epochs = len(module.epoch_steps) - module.epoch
+    if not epochs:
+        return
     with warnings.catch_warnings():
         # The number of workers is the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -152,11 +160,13 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # deprecated, used by Lightning
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
-            devices=settings.devices,
+            devices=1,
+            strategy=_strategy(settings.accelerator),
             precision=settings.precision,
             max_epochs=epochs,
             callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
-            # Whatever scheduler runs this, it is one process, and `Checkpoints` saves and resumes.
+            # Whatever scheduler runs this, each process trains on one device and is started
+            # already, and `Checkpoints` saves and resumes.
             # Under SLURM, Lightning would also load a hpc_ckpt_*.ckpt from its root folder.
             plugins=[AtomicCheckpointIO(), LightningEnvironment()],
             default_root_dir=paths.RESUME / "lightning",  # does not exist
@@ -179,6 +189,15 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             if reason := _explain_unsupported(error):
                 raise UserError(reason) from error
             raise
+
+
+def _strategy(accelerator: str) -> Any:
+    if ranks.count() == 1:
+        return "auto"
+    device = choose_device(accelerator)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return OneOfSeveral(device)
 
 
 class _ProgressBar(TQDMProgressBar):
