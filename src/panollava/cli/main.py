@@ -173,6 +173,8 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add("stage", nargs="?", choices=STAGES, help="training stage (default: all of them)")
     help = "settings to plan for, such as presets/quic360.yaml (default: params.yaml)"
     add("--params", type=Path, default=paths.PARAMS, metavar="FILE", help=help)
+    help = "GB/s between devices, for the time that they exchange gradients (default: %(default)s)"
+    add("--bandwidth", type=float, default=10.0, metavar="GB/S", help=help)
     add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 
@@ -206,7 +208,7 @@ def _plan(options: argparse.Namespace) -> None:
     check_lengths(settings)
     stages = [STAGES[options.stage]] if options.stage else list(STAGES.values())
     plan = make_plan(settings, stages)
-    show(plan, settings.trainer.gradient_checkpointing)
+    show(plan, settings.trainer.gradient_checkpointing, options.bandwidth)
     if options.json:
         write_json(options.json, asdict(plan))
 
