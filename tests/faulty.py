@@ -5,6 +5,7 @@ FAULT=kill python tests/faulty.py train vision"""
 import errno
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ _differentiate, _save = LitStage._differentiate, AtomicCheckpointIO.save_checkpo
 def differentiate(self: LitStage, *arguments: Any) -> Any:
     fault, first = os.environ.get("FAULT"), self.rank == 0
     result: Any = _differentiate(self, *arguments)
+    if self.step == 2:
+        Path("fault").touch()
     if self.step == 2 and fault == "terminate" and first:
         os.kill(os.getpid(), signal.SIGTERM)
     if self.step == 2 and not first:
@@ -34,14 +37,14 @@ def differentiate(self: LitStage, *arguments: Any) -> Any:
     return result
 
 
-def save(self: AtomicCheckpointIO, checkpoint: dict, *arguments: Any) -> None:
+def save(self: AtomicCheckpointIO, checkpoint: dict, *arguments: Any, **named: Any) -> None:
     if os.environ.get("FAULT") == "full" and checkpoint["global_step"] == 3:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "progress.ckpt")
-    _save(self, checkpoint, *arguments)
+    _save(self, checkpoint, *arguments, **named)
 
 
-LitStage._differentiate = differentiate
-AtomicCheckpointIO.save_checkpoint = save
+LitStage._differentiate = differentiate  # type: ignore[method-assign, assignment]
+AtomicCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
 ranks.PATIENCE = 5.0
 
 if __name__ == "__main__":

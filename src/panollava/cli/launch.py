@@ -176,6 +176,7 @@ def _start(place: Place) -> subprocess.Popen:
         "MASTER_ADDR": place.host,
         "MASTER_PORT": str(place.port),
         "PANOLLAVA_PARENT": str(os.getpid()),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # rank 0 reports failed connections
     }
     command = [sys.executable, *sys.orig_argv[1:]]
     # A session of its own: Ctrl-C reaches rank 0 only.

@@ -158,6 +158,8 @@ def _fit(module: LitStage, settings: Trainer, callbacks: list[pl.Callback]) -> N
         # Frozen parts are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # deprecated, used by Lightning
+        # `LitStage` puts the values of several processes together itself.
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             devices=1,
