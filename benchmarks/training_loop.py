@@ -33,7 +33,7 @@ def make_module(name: str, settings: Settings) -> LitStage:
 
 def fit(module: LitStage, settings: Settings, *callbacks: pl.Callback) -> None:
     with contextlib.suppress(Stop):
-        train._fit(module, settings.trainer, len(module.epoch_steps), [*callbacks])
+        train._fit(module, settings.trainer, [*callbacks])
 
 
 class _StepTimes(pl.Callback):

@@ -145,11 +145,11 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
             "accelerator: GPU",
             "trainer.accelerator: expected 'cpu', 'gpu' or 'auto', found 'GPU'",
         ),
+        ("devices: 1", "devices: 0", "machine.devices: expected at least 1, found 0"),
         (
-            "devices: 1",
-            "devices: 2",
-            "trainer.devices: expected 1 (several are not supported; raise the stage's "
-            "accumulate), found 2",
+            "threads: 2 # CPU",
+            "devices: 1\n  threads: 2 # CPU",
+            "'trainer.devices' is now 'machine.devices', which changes no result; move it there",
         ),
         ("fov: 90", "fov: true", "views.fov: expected a number, found True"),
         ("fov: 90", "fov: '90'", "views.fov: expected a number, found '90'"),
@@ -173,7 +173,7 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
                 ("null", "null"),
             )
         ),
-        ("devices: 1", "devices: true", "trainer.devices: expected an integer, found True"),
+        ("devices: 1", "devices: true", "machine.devices: expected an integer, found True"),
         ("threads: 2", "threads: 0", "trainer.threads: expected at least 1, found 0"),
         (
             "precision: 32-true",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from panollava.cli import main as cli
+from panollava.cli.launch import find_place
 from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError
 
@@ -50,7 +51,7 @@ def test_all_processes_of_a_launch_but_the_first_write_nothing(
     monkeypatch.chdir(tmp_path)
     for name, value in LAUNCHES[launch].items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="error: .*several processes.* set --ntasks=1"):
+    with pytest.raises(SystemExit, match="error: .*several processes.*start one process"):
         cli.main(command)
     assert list(tmp_path.iterdir()) == []
 
@@ -71,3 +72,20 @@ def test_the_first_process_of_a_launch_runs(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_first_process()
+
+
+def test_a_training_joins_the_processes_of_srun_and_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert find_place() is None
+    slurm = {"STEP_NUM_TASKS": "4", "NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_ID": "54321"}
+    for name, value in {**slurm, "JOB_NAME": "train", "NODELIST": "node[07-08]"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    place = find_place()
+    assert place is not None and place[:4] == (3, 4, 1, "node07") and place.port > 1024
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # in a batch script, one process is started
+    assert find_place() is None
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    for name, value in {**torchrun, "MASTER_ADDR": "10.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == (1, 2, 0, "10.0.0.1", 29500, False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -26,12 +25,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from panollava.errors import UserError
-
-
-def _single_device(value: int) -> int:
-    if value != 1:
-        raise ValueError("expected 1 (several are not supported; raise the stage's accumulate)")
-    return value
 
 
 def _one_query(value: Any) -> str:
@@ -52,7 +45,6 @@ def _regular_expression(value: str) -> str:
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-SingleDevice = Annotated[int, Field(strict=True), AfterValidator(_single_device)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
@@ -177,7 +169,6 @@ class Stages(Section):
 @dataclass(frozen=True)
 class Trainer(Section):
     accelerator: Literal["cpu", "gpu", "auto"]
-    devices: SingleDevice
     threads: Count  # of the processor; results depend on it in the last bits
     precision: Literal["32-true", "bf16-mixed"]
     gradient_checkpointing: StrictBool  # recompute activations instead of storing them
@@ -197,6 +188,7 @@ class Trainer(Section):
 class Machine(Section):
     """Changes no result: no stage of the pipeline lists it, and every command may read it."""
 
+    devices: Count  # processes that share training, features and evaluation, each on one device
     decode_threads: Count  # of prepare
     loader_workers: CountOrZero  # processes that load batches; 0: none
     save_every: Count  # steps between checkpoints that a killed run resumes from
@@ -225,6 +217,7 @@ class Settings(Section):
 
 
 ALWAYS_READABLE = ("machine",)
+_MOVED = {"trainer.devices": "machine.devices"}
 
 
 def load_settings(
@@ -292,6 +285,8 @@ def _explain(invalid: ValidationError, kind: Any, path: Path, changes: Mapping[s
     """The first error as a message. A misspelled key comes before the one that is then missing."""
     error = min(invalid.errors(), key=lambda each: "unexpected" not in each["type"])
     key = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, error["loc"])))
+    if key in _MOVED and error["type"] == "unexpected_keyword_argument":
+        return f"{path}: '{key}' is now '{_MOVED[key]}', which changes no result; move it there"
     if error["type"] == "unexpected_keyword_argument":
         *parents, name = error["loc"]
         for parent in parents:

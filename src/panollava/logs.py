@@ -54,6 +54,14 @@ def to_console() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def to_nowhere() -> Iterator[None]:
+    """Log nothing, as processes do that work for another one."""
+    with _all_messages_to(logging.NullHandler()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _console() -> logging.Handler:
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(_ConsoleFormatter())

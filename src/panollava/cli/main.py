@@ -1,13 +1,14 @@
 """The command line: one short function per command, which imports only what the command needs."""
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import convert_command, data_commands, train_command, use_commands
+from panollava.cli import convert_command, data_commands, launch, train_command, use_commands
 from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -33,24 +34,45 @@ def main(arguments: list[str] | None = None) -> None:
     if options.logs is None:
         _run_anywhere(options)
         return
+    place = launch.find_place() if options.command in launch.COMMANDS else None
+    hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
+    if place is not None and place.rank:
+        launch.run_as_rank(place, lambda: _run_with(hint, options))
     try:
-        check_first_process()
+        if place is None:
+            check_first_process()
     except UserError as error:
         sys.exit(f"error: {error}")
     try:
-        with (
-            logs.start(name, options.logs),
-            system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY)),
-            single_instance(name),
-        ):
+        with logs.start(name, options.logs), hint, single_instance(name):
             # `train all` resumes from finished stages too.
             if options.command in _STEPS and name != _FULL_PIPELINE:
                 resume.remove_finished(except_stage=getattr(options, "stage", None))
-            options.run(options)
+            with _ranks(place, options):
+                options.run(options)
     except UserError:  # logged by `logs.start`
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run_with(hint: contextlib.AbstractContextManager, options: argparse.Namespace) -> None:
+    with hint:
+        options.run(options)
+
+
+def _ranks(
+    place: launch.Place | None, options: argparse.Namespace
+) -> contextlib.AbstractContextManager:
+    """The processes that the command's work is divided among."""
+    if options.command not in launch.COMMANDS:
+        return contextlib.nullcontext()
+    from panollava.config import load_settings
+
+    given = getattr(options, "machine.devices", None)
+    changes = {} if given is None else {"machine.devices": given}
+    settings = load_settings(paths.PARAMS, changes=changes)
+    return launch.first(place, settings, trains=options.command == "train")
 
 
 def _run_anywhere(options: argparse.Namespace) -> None:
@@ -151,6 +173,8 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     add("stage", nargs="?", choices=STAGES, help="training stage (default: all of them)")
     help = "settings to plan for, such as presets/quic360.yaml (default: params.yaml)"
     add("--params", type=Path, default=paths.PARAMS, metavar="FILE", help=help)
+    help = "GB/s between devices, for the time that they exchange gradients (default: %(default)s)"
+    add("--bandwidth", type=float, default=10.0, metavar="GB/S", help=help)
     add("--json", type=Path, metavar="FILE", help="also write the plan, in bytes, to a file")
 
 
@@ -184,7 +208,7 @@ def _plan(options: argparse.Namespace) -> None:
     check_lengths(settings)
     stages = [STAGES[options.stage]] if options.stage else list(STAGES.values())
     plan = make_plan(settings, stages)
-    show(plan, settings.trainer.gradient_checkpointing)
+    show(plan, settings.trainer.gradient_checkpointing, options.bandwidth)
     if options.json:
         write_json(options.json, asdict(plan))
 

@@ -20,8 +20,8 @@ def check_first_process() -> None:
     for name in names:
         if (rank := os.environ.get(name) or "0") != "0":
             raise UserError(
-                f"{name}={rank}: several processes of this command were started; one is supported, "
-                "with one device: set --ntasks=1 (SLURM), or start it without srun or torchrun"
+                f"{name}={rank}: several processes of this command were started, but only train, "
+                "features and evaluate share work, started by srun or torchrun; start one process"
             )
 
 

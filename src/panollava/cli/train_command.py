@@ -2,6 +2,7 @@
 stage, or all of them, without DVC."""
 
 import argparse
+import contextlib
 import json
 import logging
 import operator
@@ -34,6 +35,7 @@ OPTIONS = {
     "stage.STAGE.encoder_lr": ("--encoder-lr", float, "learning rate of the encoder"),
     "stage.STAGE.max_text_length": ("--max-text-length", int, "tokens of a row; vision: unused"),
     "data.dir": ("--data-dir", str, "folder of the CSV files, which are prepared first"),
+    "machine.devices": ("--devices", int, "processes that share the work, see docs/devices.md"),
     "machine.loader_workers": ("--workers --num-workers", int, "processes that load batches"),
     "machine.wandb": ("--project", str, "project on Weights & Biases for the curves"),
 }
@@ -155,25 +157,40 @@ def _run_all(changes: Changes, options: argparse.Namespace) -> None:
         # Work of the first stage exists in every unfinished run; that of later stages may not.
         must_resume = options.resume and stage.starts_from is None
         name = options.name and f"{options.name}_{stage.name}"
-        with single_instance(stage.log_name):  # as the stage's own command does
+        with _single_instance(stage.log_name):  # as the stage's own command does
             _train(stage, changes, None, must_resume, name)
-    resume.remove_finished(except_stage=None)
+    from panollava.model import ranks
+
+    ranks.on_first(lambda: resume.remove_finished(except_stage=None))
+
+
+def _single_instance(command: str) -> contextlib.AbstractContextManager:
+    """Of a command that several ranks run together."""
+    from panollava.model import ranks
+
+    return contextlib.nullcontext() if ranks.rank() else single_instance(command)
 
 
 def _prepare(changes: Changes) -> None:
     from panollava.data.prepare import READS, prepare_project
+    from panollava.model import ranks
     from panollava.model.device import choose_device
 
     # Fail now if the device is missing: training may start an hour later.
     choose_device(_settings(changes).trainer.accelerator)
-    with single_instance("prepare"):
-        prepare_project(_settings(changes, READS))
+    settings = _settings(changes, READS)
+
+    def prepare() -> None:
+        with single_instance("prepare"):
+            prepare_project(settings)
+
+    ranks.on_first(prepare)
 
 
 def _features(changes: Changes, start: Path | None) -> None:
     from panollava.training.features import READS, write_features
 
-    with single_instance("features"):
+    with _single_instance("features"):
         write_features(_settings(changes, READS), start)
 
 

@@ -142,22 +142,30 @@ class StepBatch(NamedTuple):
 
 
 class StepDataset(Dataset[StepBatch], Generic[BatchT]):
-    """The steps of an epoch from `start` on, each in `accumulate` parts."""
+    """Some steps of an epoch, each in `accumulate` parts of which some are loaded: all of them, or
+    those of one process. Without steps, the epoch's first one."""
 
     def __init__(
-        self, reader: Reader[BatchT], epoch: int | None, accumulate: int, start: int = 0
+        self,
+        reader: Reader[BatchT],
+        epoch: int | None,
+        accumulate: int,
+        steps: slice = slice(None),
+        parts: range | None = None,
     ) -> None:
-        self.reader = reader
-        self.epoch, self.steps = epoch, reader.plan(epoch)[start:]
+        self.reader, plan = reader, reader.plan(epoch)
+        self.epoch, self.steps = epoch, plan[steps] or plan[:1]
         self.accumulate = accumulate
+        self.parts = range(accumulate) if parts is None else parts
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepBatch:
         step, reader = self.steps[index], self.reader
-        parts = divide(step, self.accumulate)
-        loaded = [reader.load(part, self.epoch) if part else None for part in parts]
+        divided = divide(step, self.accumulate)
+        own = [divided[number] for number in self.parts]
+        loaded = [reader.load(part, self.epoch) if part else None for part in own]
         return StepBatch(loaded, reader.count(step), sum(len(rows) for _, rows in step))
 
 

@@ -25,6 +25,7 @@ from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
 from panollava.files import open_array, read_prepared_rows, write_csv, write_json
 from panollava.geometry.views import layout, resampled, view_shift
+from panollava.model import ranks
 from panollava.model.device import configure_cpu
 from panollava.model.generate import Answer
 from panollava.model.panollava import PanoLLaVA, load_finetuned
@@ -62,6 +63,8 @@ def evaluate(settings: Settings) -> None:
         for inputs in _find_inputs(settings)
     }
     answered[NO_PICTURE] = _answer_without_picture(model, [*references], settings)
+    if ranks.rank():
+        return
     answers = {n: {key: a.text for key, a in each.items()} for n, each in answered.items()}
     scores = score(answers[PREDICTION], references)
     table = _tabulate(answers, references, dict(zip(rows["panorama"], rows["url"], strict=True)))
@@ -99,15 +102,16 @@ def _find_inputs(settings: Settings) -> list[Inputs]:
 def _answer_all(
     model: PanoLLaVA, inputs: Inputs, keys: list[Key], settings: Settings
 ) -> dict[Key, Answer]:
-    """The model's answers to all (panorama, query) in `keys`, in batches of panoramas."""
+    """The model's answers to all (panorama, query) in `keys`, in batches of panoramas, which ranks
+    take in turn."""
     views = len(layout(settings.views).projections)
     queries_of: dict[int, list[str]] = {}
     for panorama, query in keys:
         queries_of.setdefault(panorama, []).append(query)
     panoramas = list(queries_of)
     size = settings.evaluate.batch_size
-    answers: dict[Key, Answer] = {}
-    for start in tqdm(range(0, len(panoramas), size), desc=f"answers, {inputs.name}"):
+
+    def answer(start: int) -> dict[Key, Answer]:
         batch = panoramas[start : start + size]
         features = None
         if inputs.features is not None:
@@ -116,9 +120,17 @@ def _answer_all(
             features = torch.stack(rolled).to(model.device)
         queries = [queries_of[panorama] for panorama in batch]
         texts = model.answer_features(features, queries, settings.evaluate.max_new_tokens)
-        for panorama, answered in zip(batch, texts, strict=True):
-            pairs = zip(queries_of[panorama], answered, strict=True)
-            answers |= {(panorama, query): text for query, text in pairs}
+        return {
+            (panorama, query): text
+            for panorama, answered in zip(batch, texts, strict=True)
+            for query, text in zip(queries_of[panorama], answered, strict=True)
+        }
+
+    starts = range(0, len(panoramas), size)
+    answers: dict[Key, Answer] = {}
+    batches = ranks.map_in_turn(answer, starts)
+    for batch in tqdm(batches, desc=f"answers, {inputs.name}", total=len(starts)):
+        answers |= batch
     return answers
 
 

@@ -48,6 +48,7 @@ class StagePlan:
     longest_sequence: int
     memory: StepMemory
     memory_checkpointed: StepMemory  # with trainer.gradient_checkpointing
+    exchange: int  # bytes that a device sends in a step, and as many that it receives
     checkpoint: int  # bytes
     model_final: int  # bytes
 
@@ -126,6 +127,7 @@ def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) ->
         longest_sequence=work.longest_sequence,
         memory=_memory(settings, stage, work, checkpointing=False),
         memory_checkpointed=_memory(settings, stage, work, checkpointing=True),
+        exchange=_FP32 * trained * (settings.machine.devices.bit_length() - 1),
         checkpoint=3 * _FP32 * trained,  # with AdamW's two moments
         model_final=_FP32 * sum(parts[name] for name in stage.saves),
     )
@@ -142,11 +144,20 @@ def memory_with(
 
 def _memory(settings: Settings, stage: Stage, work: Workload, checkpointing: bool) -> StepMemory:
     precision, device = settings.trainer.precision, _device(settings)
+    count = settings.machine.devices
     memories = [
-        step_memory(_objective(settings, stage, checkpointing), step, precision, device)
+        step_memory(_objective(settings, stage, checkpointing), share, precision, device)
         for step in work.heaviest or [[]]
+        for share in _shares(step, count)
     ]
     return max(memories, key=lambda memory: memory.total)
+
+
+def _shares(step: list[Any], devices: int) -> list[list[Any]]:
+    """The parts of a step on each device that has any."""
+    size = max(1, len(step) // devices)
+    shares = [step[first : first + size] for first in range(0, len(step), size)]
+    return [share for share in shares if any(share)] or [[]]
 
 
 def _objective(settings: Settings, stage: Stage, checkpointing: bool = False) -> Any:
@@ -190,8 +201,9 @@ def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
     return {row for table in tables for row in table[columns].itertuples(index=False, name=None)}
 
 
-def show(plan: Plan, checkpointing: bool) -> None:
-    """Log the plan as tables. `checkpointing`: the value of trainer.gradient_checkpointing."""
+def show(plan: Plan, checkpointing: bool, bandwidth: float) -> None:
+    """Log the plan as tables. `checkpointing`: the value of trainer.gradient_checkpointing;
+    `bandwidth`: between devices, in GB/s."""
     state = f"{plan.device}, {plan.precision}, checkpointing {'on' if checkpointing else 'off'}"
     steps = "trained steps rows_per_step panoramas_per_step panoramas_at_once vision_tokens "
     steps += "longest_sequence"
@@ -199,7 +211,10 @@ def show(plan: Plan, checkpointing: bool) -> None:
         ("", _parts_table(plan)),
         ("", _columns("split", plan.splits, "rows panoramas rows_per_panorama file")),
         ("", _columns("stage", plan.stages, steps)),
-        (f"peak memory of a step in MB ({state}):\n", _memory_table(plan, checkpointing)),
+        (
+            f"peak memory of a step in MB, per device ({state}):\n",
+            _memory_table(plan, checkpointing),
+        ),
         ("", _disk_table(plan)),
     ):
         text = tabulate(table, "keys", "plain", intfmt=",", floatfmt=",.1f", missingval="-")
@@ -207,6 +222,10 @@ def show(plan: Plan, checkpointing: bool) -> None:
     for name, stage in plan.stages.items():
         if stage.patience is not None:
             log.info("%s: at most these steps, because of its patience (%d)", name, stage.patience)
+        if stage.exchange:
+            size, seconds = stage.exchange / 1e6, stage.exchange / 1e9 / bandwidth
+            message = "%s: devices exchange %.1f MB per step, %.3f s at %g GB/s"
+            log.info(message, name, size, seconds, bandwidth)
     if "train" not in plan.splits:
         log.info("no rows found: assuming one full-length row per panorama (an upper bound)")
 

@@ -12,6 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from panollava.errors import UserError
 from panollava.files import atomic_write
+from panollava.model import ranks
 from panollava.model.weights import read_checkpoint
 from panollava.training.interrupt import Interrupt
 from panollava.training.lightning_module import LitStage
@@ -74,29 +75,30 @@ class Checkpoints(pl.Callback):
         self.interrupt.restore()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LitStage, *_: Any) -> None:  # type: ignore[override]
-        due = module.step % self.every == 0 or self.interrupt.requested
-        if due and not trainer.is_last_batch:
+        stop = ranks.share(self.interrupt.requested)
+        if (stop or module.step % self.every == 0) and not trainer.is_last_batch:
             trainer.save_checkpoint(self.progress)  # the last step is saved after validation
-            self._raise_if_interrupted(module)
+            self._raise_if(stop, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: LitStage) -> None:  # type: ignore[override]
         if trainer.sanity_checking:  # before the first step
             trainer.save_checkpoint(self.start)
-            return self._raise_if_interrupted(module)
+            return self._raise_if(ranks.share(self.interrupt.requested), module)
         entry = (float(trainer.callback_metrics["val_loss"]), module.epoch)
         module.best = sorted([*module.best, entry])[: self.keep]
         module.epoch, module.epoch_step = module.epoch + 1, 0
         best, [file] = self.files(module.best), self.files([entry])
         trainer.save_checkpoint(file if file in best else self.progress)
-        if file in best:  # it serves as the epoch's checkpoint and as progress
-            self.progress.unlink(missing_ok=True)
-        for other in {*self.folder.glob("epoch=*.ckpt")}.difference(best):
-            other.unlink()
-        trainer.should_stop = module.stops_early
-        self._raise_if_interrupted(module)
+        if trainer.is_global_zero:
+            if file in best:  # it serves as the epoch's checkpoint and as progress
+                self.progress.unlink(missing_ok=True)
+            for other in {*self.folder.glob("epoch=*.ckpt")}.difference(best):
+                other.unlink()
+        trainer.should_stop = ranks.share(module.stops_early)  # rank 0 has the history
+        self._raise_if(ranks.share(self.interrupt.requested), module)
 
-    def _raise_if_interrupted(self, module: LitStage) -> None:
-        if self.interrupt.requested:
+    def _raise_if(self, stop: bool, module: LitStage) -> None:
+        if stop:
             log.info("step %d of %d is saved (%s)", module.step, module.total_steps, self.folder)
             raise KeyboardInterrupt
 

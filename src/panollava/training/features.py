@@ -13,6 +13,7 @@ from panollava.config import Settings
 from panollava.data.batches import gather
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
+from panollava.model import ranks
 from panollava.model.device import choose_device, configure_cpu
 from panollava.model.encoder import Encoder, EncoderOnly, load_encoder
 from panollava.model.precision import autocast
@@ -38,7 +39,7 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
     `start`: weights that hold the encoder (default: the result of the resampler stage)."""
     device = choose_device(settings.trainer.accelerator)
     made_from.check_prepared(settings.views)
-    made_from.invalidate(paths.FEATURES)
+    ranks.on_first(lambda: made_from.invalidate(paths.FEATURES))
     configure_cpu(settings.trainer.threads)
     model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
     load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
@@ -50,23 +51,33 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
         out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, pooling, views, out, settings)
         log.info("features of %d panoramas: %s", len(views), out)
-    made_from.record_features(settings, model.encoder)
+    if ranks.rank() == 0:
+        made_from.record_features(settings, model.encoder)
 
 
 @torch.inference_mode()
 def _write(
     encoder: Encoder, pooling: Pooling, views: NDArray, out: Path, settings: Settings
 ) -> None:
+    """Batches of fixed content, which ranks take in turn."""
     dtype, device = settings.model.features, encoder.mean.device
+
+    def compute(first: int) -> NDArray:
+        index = list(range(first, min(first + _BATCH, len(views))))
+        with autocast(device, settings.trainer.precision):
+            features = pooling(encoder(gather(views, index).to(device)))
+        values = features.float().cpu().numpy().astype(dtype)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in "
+                f"{dtype}; set model.features to float32"
+            )
+        return values
+
+    firsts = range(0, len(views), _BATCH)
+    batches = ranks.map_in_turn(compute, firsts, only_to_first=True)
+    if ranks.rank():
+        return [*batches].clear()
     with write_array(out) as append:
-        for first in tqdm(range(0, len(views), _BATCH), desc=f"features, {out.stem}"):
-            index = list(range(first, min(first + _BATCH, len(views))))
-            with autocast(device, settings.trainer.precision):
-                features = pooling(encoder(gather(views, index).to(device)))
-            values = features.float().cpu().numpy().astype(dtype)
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in "
-                    f"{dtype}; set model.features to float32"
-                )
+        for values in tqdm(batches, desc=f"features, {out.stem}", total=len(firsts)):
             append(values)

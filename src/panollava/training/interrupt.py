@@ -5,6 +5,8 @@ import logging
 import signal
 from typing import Any
 
+from panollava.model import ranks
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -29,6 +31,8 @@ class Interrupt:
             signal.signal(*self._previous.popitem())
 
     def _handle(self, *_: Any) -> None:
+        if ranks.rank():  # rank 0 tells the others when to stop
+            return
         if self.requested:
             self.restore()
             raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from panollava.config import Settings
 from panollava.data.batches import PlanSize, StepBatch, StepDataset, StepLoader, plan_size, tree_sum
 from panollava.errors import UserError
+from panollava.model import ranks
 from panollava.model.weights import copy_strictly
 from panollava.stages import Stage
 from panollava.training.objective import StageObjective, checked_groups
@@ -35,6 +36,9 @@ class LitStage(pl.LightningModule):
         self.loader_workers, self.seed = settings.machine.loader_workers, settings.seed
         stage_settings = getattr(settings.stage, stage.name)
         self.accumulate = stage_settings.accumulate
+        self.rank, self.ranks = ranks.rank(), ranks.count()
+        share = self.accumulate // self.ranks
+        self.own_parts = range(self.rank * share, (self.rank + 1) * share)
         train = objective.readers["train"]
         self.groups = checked_groups(objective)
         sizes = [plan_size(train.plan(epoch)) for epoch in range(stage_settings.epochs)]
@@ -65,13 +69,15 @@ class LitStage(pl.LightningModule):
         return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader("train", self.epoch, self.epoch_step)
+        steps = slice(self.epoch_step, None)
+        return self._loader("train", self.epoch, steps, self.own_parts)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader("valid", None, 0)
+        steps = slice(self.rank, None, self.ranks)  # ranks take them in turn
+        return self._loader("valid", None, steps, range(self.accumulate))
 
-    def _loader(self, split: str, epoch: int | None, start: int) -> DataLoader:
-        dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate, start)
+    def _loader(self, split: str, epoch: int | None, steps: slice, parts: range) -> DataLoader:
+        dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate, steps, parts)
         return StepLoader(dataset, self.loader_workers, pin_memory=self.device.type == "cuda")
 
     def configure_optimizers(self) -> Any:
@@ -106,17 +112,21 @@ class LitStage(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         trained = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
-        seeds = part_seeds(self.seed, self.step, range(len(batch.parts)))
-        terms = self.objective.terms(batch, seeds, one_device)
+        seeds = part_seeds(self.seed, self.step, self.own_parts)
+        terms = self.objective.terms(batch, seeds, self._gather)
         sums = (self._differentiate(each, trained) for each in terms)
-        *gradients, values = tree_sum(sums, len(batch.parts))
+        own = total = tree_sum(sums, len(batch.parts))
+        if self.ranks > 1:
+            values = torch.empty(len(self.objective.curves), device=self.device)
+            total = ranks.sum_in_pairs(own, [*trained, values])
+        *gradients, values = total
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         result = dict(zip(self.objective.curves, values, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
         if not torch.isfinite(result["loss"] + norm):
             raise UserError(
-                f"step {self.step + 1}: loss is {result['loss'].item()} (gradient norm "
+                f"step {self.step + 1}{_who(own)}: loss is {result['loss'].item()} (gradient norm "
                 f"{norm.item()}); this run is discarded. Lower the stage's learning rate, or set "
                 "trainer.precision to 32-true"
             )
@@ -131,6 +141,11 @@ class LitStage(pl.LightningModule):
         self.step += 1
         self.epoch_step += 1
         self.log("loss", result["loss"], prog_bar=True, logger=False)
+
+    def _gather(self, tensors: list[Tensor]) -> tuple[Tensor, int]:
+        if self.ranks == 1:
+            return one_device(tensors)
+        return ranks.gather_rows(tensors, self.device)
 
     def _differentiate(
         self, terms: tuple[Tensor, Tensor] | None, trained: list[torch.nn.Parameter]
@@ -147,13 +162,18 @@ class LitStage(pl.LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         parts = [part for part in batch.parts if part is not None]
-        self._validation.append(self.objective.validate(parts))
+        sums, count = self.objective.validate(parts)
+        self._validation.append(({name: value.cpu() for name, value in sums.items()}, count))
 
     def on_validation_epoch_end(self) -> None:
-        sums, counts = zip(*self._validation, strict=True)
+        steps = len(self.objective.readers["valid"].plan(None))
+        of_ranks = ranks.gather(self._validation)
+        of_steps = [of_ranks[step % self.ranks][step // self.ranks] for step in range(steps)]
+        sums, counts = zip(*of_steps, strict=True)
         self._validation = []
         for name in sums[0]:
-            mean = torch.stack([values[name] for values in sums]).sum() / sum(counts)
+            of_each = torch.stack([values[name] for values in sums]).to(self.device)
+            mean = of_each.sum() / sum(counts)
             self.log(f"val_{name}", mean, prog_bar=True, logger=False)
             if not torch.isfinite(mean):
                 raise UserError(
@@ -209,6 +229,15 @@ def part_seeds(seed: int, step: int, parts: range) -> list[int]:
     """Seeds of the random numbers of a step's parts: functions of seed, step and the part's number.
     They differ in the 32 bits that a processor's generator reads."""
     return [seed * 1_000_003 + step + 2_654_435_769 * part for part in parts]
+
+
+def _who(own: list[Tensor] | None) -> str:
+    """Which ranks have values that are not finite, if there are several. All ranks ask together."""
+    if ranks.count() == 1:
+        return ""
+    each = ranks.gather(all(t is None or bool(t.isfinite().all()) for t in own or []))
+    faulty = [str(rank) for rank, finite in enumerate(each) if not finite]
+    return f", rank {', '.join(faulty)}" if faulty else ", sum over ranks"
 
 
 def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:

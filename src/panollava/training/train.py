@@ -17,6 +17,7 @@ from panollava import paths
 from panollava.config import Settings, Trainer
 from panollava.errors import UserError
 from panollava.files import write_json
+from panollava.model import ranks
 from panollava.model.device import choose_device, configure_cpu, describe_device
 from panollava.model.header import TOWERS, make_header
 from panollava.model.weights import load_start, parts_in, read_checkpoint, save_weights
@@ -27,6 +28,7 @@ from panollava.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from panollava.training.curves import Curves, Speed, Track, open_tracker
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import StageObjective, load_objective, prepare_parts
+from panollava.training.strategy import OneOfSeveral
 from panollava.training.tower_layers import compile_layers
 
 log = logging.getLogger(__name__)
@@ -62,20 +64,22 @@ def train(
     objective.open_readers()
     _load_start(stage, settings, objective.model, start)
     module = make_module(stage, settings, objective)
-    work = _open_work(stage, settings, module, must_resume)
+    work = ranks.on_first(lambda: _open_work(stage, settings, module, must_resume))
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.machine.save_every)
+    restored = checkpoints.restore(module)
+    if ranks.rank():
+        return _fit(module, settings.trainer, [checkpoints])
     parameters = _parameters(stage, settings)
     track = open_tracker(settings.machine.wandb, run_name or stage.log_name, parameters)
     curves = Curves(paths.curves_folder(stage.name), settings.trainer.log_every, track)
-    if checkpoints.restore(module):
+    if restored:
         for step, values in module.history:
             curves.write(step, values)
         log.info("resuming from step %d of %d (%s)", module.step, module.total_steps, work)
-    if remaining := module.epochs_left:
-        most = "" if module.patience is None else "at most "
-        log.info("%s%d epochs, %s", most, len(module.epoch_steps), _steps(module))
-        speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
-        _fit(module, settings.trainer, remaining, [curves, checkpoints, speed])
+    most = "" if module.patience is None else "at most "
+    log.info("%s%d epochs, %s", most, len(module.epoch_steps), _steps(module))
+    speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
+    _fit(module, settings.trainer, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
     resume.mark_finished(work)
 
@@ -147,20 +151,27 @@ def _parameters(stage: Stage, settings: Settings) -> dict[str, Any]:
     return {key: to_jsonable_python(operator.attrgetter(key)(settings)) for key in stage.reads}
 
 
-def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Callback]) -> None:
+def _fit(module: LitStage, settings: Trainer, callbacks: list[pl.Callback]) -> None:
+    """Train the epochs that are left."""
+    if not module.epochs_left:
+        return
     with warnings.catch_warnings():
         # The number of workers is the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Frozen parts are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # deprecated, used by Lightning
+        # `LitStage` puts the values of several processes together itself.
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
-            devices=settings.devices,
+            devices=1,
+            strategy=_strategy(settings.accelerator),
             precision=settings.precision,
-            max_epochs=epochs,
+            max_epochs=module.epochs_left,
             callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
-            # Whatever scheduler runs this, it is one process, and `Checkpoints` saves and resumes.
+            # Whatever scheduler runs this, each process trains on one device and is started
+            # already, and `Checkpoints` saves and resumes.
             # Under SLURM, Lightning would also load a hpc_ckpt_*.ckpt from its root folder.
             plugins=[AtomicCheckpointIO(), LightningEnvironment()],
             default_root_dir=paths.RESUME / "lightning",  # does not exist
@@ -183,6 +194,15 @@ def _fit(module: LitStage, settings: Trainer, epochs: int, callbacks: list[pl.Ca
             if reason := _explain_unsupported(error):
                 raise UserError(reason) from error
             raise
+
+
+def _strategy(accelerator: str) -> Any:
+    if ranks.count() == 1:
+        return "auto"
+    device = choose_device(accelerator)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return OneOfSeveral(device)
 
 
 class _ProgressBar(TQDMProgressBar):

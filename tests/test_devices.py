@@ -1,0 +1,122 @@
+"""Several processes end in the bytes of one, and all of them end when one fails."""
+
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers import ROOT, Project, change, copy_project
+from panollava.cli.launch import check_count
+from panollava.config import Settings
+from panollava.errors import UserError
+from torture import Repro
+
+PARTS = 4
+
+
+def project_of(folder: Path, towers: Path, data: Path, devices: int) -> Project:
+    project = copy_project(folder, towers, data)
+    project.set("params.yaml", accumulate=PARTS, threads=1, devices=devices)
+    return project
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_number_of_processes_ends_in_the_same_bytes_also_after_a_kill(
+    tmp_path: Path, towers: Path, small_data: Path
+) -> None:
+    alone, two, killed = (
+        project_of(tmp_path / name, towers, small_data, devices)
+        for name, devices in (("alone", 1), ("two", 2), ("killed", 2))
+    )
+    assert alone.repro() == two.repro()
+    assert two.results() == alone.results()
+    run = Repro(killed)
+    assert run.wait_until(lambda: any(killed.folder.glob(".resume/vision-*/progress.ckpt")))
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    run.signal(signal.SIGKILL)
+    run.end()
+    assert not psutil.wait_procs(children, timeout=10)[1]  # rank 1 ends, too
+    killed.set("params.yaml", devices=4)
+    output = killed.run("dvc", "repro")
+    assert re.search(r"resuming from step \d+ of", output), output
+    assert killed.results() == alone.results()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, towers: Path, small_data: Path) -> Project:
+    folder = tmp_path_factory.mktemp("devices") / "project"
+    project = project_of(folder, towers, small_data, 2)
+    project.set("params.yaml", save_every=1, log_every=1)
+    project.run(sys.executable, "src/run.py", "prepare")
+    return project
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("kill", r"error: rank 1 was killed by SIGKILL"),
+        ("hang", r"error: rank 1 of 2 has ended, or has not answered for 5 seconds"),
+        ("error", r"error: rank 1: internal error \(ValueError\)"),
+        ("nan", r"error: step 3, rank 1: loss is nan"),
+        ("full", r"error: progress.ckpt: No space left"),
+        ("terminate", r"step 3 of 4 is saved"),
+    ],
+)
+def test_a_fault_of_one_rank_ends_all_and_keeps_the_last_good_step(
+    prepared: Project, fault: str, message: str
+) -> None:
+    shutil.rmtree(prepared.folder / ".resume", ignore_errors=True)
+    command = (sys.executable, str(ROOT / "tests/faulty.py"), "train", "vision")
+    output = prepared.run(*command, check=False, environment={"FAULT": fault})
+    assert time.time() - (prepared.folder / "fault").stat().st_mtime < 60
+    assert re.search(message, output), output
+    assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, output
+    assert not any("faulty.py" in " ".join(p.info["cmdline"] or ()) for p in mine())
+    assert not (prepared.folder / "runs/vlm_vision/model_final.safetensors").exists()
+    (work,) = (prepared.folder / ".resume").glob("vision-*")
+    names = {file.name.split("-")[0] for file in work.glob("*.ckpt")}
+    assert names == {"start.ckpt", "epoch=00", *(["progress.ckpt"] if fault == "terminate" else ())}
+    if fault not in ("kill", "terminate"):
+        return
+    step = 3 if fault == "terminate" else 2
+    output = prepared.run(sys.executable, "src/run.py", "train", "vision", "--devices", "1")
+    assert f"resuming from step {step} of 4" in output
+    shutil.rmtree(prepared.folder / "runs/vlm_vision")
+
+
+def mine() -> list[psutil.Process]:
+    return [*psutil.process_iter(["cmdline"])]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "epochs", "valid"),
+    [
+        ((4, 4, 4), (1, 1, 1), (1, 2, 4)),
+        ((8, 4, 2), (1, 1, 1), (1, 2)),
+        ((6, 6, 6), (1, 1, 1), (1, 2)),
+        ((1, 4, 4), (1, 1, 1), (1,)),
+        ((1, 4, 4), (0, 1, 1), (1, 2, 4)),  # a stage that does not train
+    ],
+)
+def test_a_number_of_devices_has_to_divide_the_parts_of_all_stages(
+    settings: Settings, accumulate: tuple[int, ...], epochs: tuple[int, ...], valid: tuple[int, ...]
+) -> None:
+    names = ("vision", "resampler", "finetune")
+    for name, parts, passes in zip(names, accumulate, epochs, strict=True):
+        changes = {f"stage__{name}__accumulate": parts, f"stage__{name}__epochs": passes}
+        settings = change(settings, **changes)
+    for count in range(1, 9):
+        if count in valid:
+            check_count(settings, count)
+            continue
+        with pytest.raises(
+            UserError, match=f"{count} processes.*valid: {', '.join(map(str, valid))}$"
+        ):
+            check_count(settings, count)
