@@ -17,6 +17,7 @@ class PerceiverResampler(Resampler):
     equal intervals."""
 
     mean_square = 1.0
+    places: Tensor  # of those tokens
 
     def __init__(self, features: int, settings: config.Resampler, pooling: Pooling) -> None:
         width = settings.width
@@ -27,6 +28,8 @@ class PerceiverResampler(Resampler):
             )
         super().__init__(features, settings, pooling)
         self.queries = nn.Parameter(0.02 * torch.randn(settings.queries, width))
+        places = torch.linspace(0, super().tokens - 1, settings.queries).round().long()
+        self.register_buffer("places", places, persistent=False)
         self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -45,9 +48,8 @@ class PerceiverResampler(Resampler):
         queries: Tensor = self.queries
         if self.position is not None:
             shape = (*self.pooling.shape, -1)  # a learned vector is that of a whole view
-            directions = self.directions.expand(shape).flatten(0, -2)
-            places = torch.linspace(0, len(directions) - 1, len(queries)).round().long()
-            queries = queries + self.position(directions[places])
+            directions = self.directions.expand(shape).flatten(0, -2)[self.places]
+            queries = queries + self.position(directions)
         query = self.query(queries).expand(len(features), -1, -1)
         query, keys, values = _heads(query), _heads(keys), _heads(values)
         read = functional.scaled_dot_product_attention(query, keys, values)
