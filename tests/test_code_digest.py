@@ -276,7 +276,10 @@ def test_an_edit_of_the_project_changes_these_digests(
             (module, "resampler features finetune evaluate report demo-encoder demo-language-model")
             for module in ("model.resampler", "geometry.token_sphere")
         ),
-        ("model.network", "resampler finetune evaluate report demo-language-model"),
+        *(
+            (module, "resampler finetune evaluate report demo-language-model")
+            for module in ("model.network", "model.perceiver")
+        ),
         ("model.generate", "evaluate report demo-language-model"),
         ("evaluation.captions", "evaluate"),
         ("serving.gallery", "report"),

@@ -1,6 +1,7 @@
 """Resamplers: features of any scale, the weight of directions among them, and their tokens."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from helpers import ROOT, change, curve, outputs, run_stage, settings_for, weights
+from helpers import ROOT, Killed, change, curve, outputs, run_stage, settings_for, weights
+from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.errors import UserError
 from panollava.model.network import RESAMPLERS, build_model
 from panollava.model.resampler import Pooling, Resampler
 from panollava.planning.plan import make_plan
 from panollava.stages import STAGES
+from panollava.training import curves
 from panollava.training.features import write_features
 
 GRID = 7
@@ -166,13 +169,26 @@ def small(settings: Settings, kind: str, **changes: Any) -> Settings:
 
 
 @pytest.mark.parametrize("kind", ["linear", "perceiver"])
-def test_each_type_trains_and_ends_in_the_same_bytes(settings: Settings, kind: str) -> None:
+def test_each_type_trains_and_a_killed_run_ends_in_the_same_bytes(
+    settings: Settings, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = change(small(settings, kind), stage__resampler__lr=1e-2)
     run_stage("vision", settings)
     run_stage("resampler", settings)
     losses = curve("resampler", "val/loss")
     assert losses[-1] < losses[0]
     first = outputs("resampler")
+    shutil.rmtree(paths.RESUME)
+    steps = iter(range(4))
+
+    def die(*_: object) -> None:
+        if next(steps, None) is None:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.Speed, "on_train_batch_end", die)
+        with pytest.raises(Killed):
+            run_stage("resampler", settings)
     run_stage("resampler", settings)
     assert outputs("resampler") == first
     write_features(settings)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_PERCEIVER_LAYERS = 2
-_PERCEIVER_HEAD = 64  # features of an attention head
+_HEAD = 64  # features of a perceiver's attention head
 
 
 class Resampler(nn.Module):
@@ -54,11 +53,13 @@ class PerceiverResampler(Resampler):
         super().__init__(config)
         width = config.resampler_width
         self.queries = nn.Parameter(torch.zeros(config.queries, width))
-        self.layers = nn.ModuleList(_PerceiverLayer(width) for _ in range(_PERCEIVER_LAYERS))
+        self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
-        context = super().forward(features)
+        keys, values = self.key_value(super().forward(features)).chunk(2, dim=-1)
         queries: Tensor = self.queries
         if self.position is not None:
             shape = (*features.shape[1:-1], -1)  # a learned vector is that of a whole view
@@ -66,33 +67,14 @@ class PerceiverResampler(Resampler):
             places = torch.linspace(0, len(directions) - 1, len(queries)).round().long()
             directions = directions[places].to(self.position.weight.dtype)
             queries = queries + self.position(directions)
-        queries = queries.expand(len(features), -1, -1)
-        for layer in self.layers:
-            queries = layer(queries, context)
-        return self.norm(queries)
-
-
-class _PerceiverLayer(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        normalized = self.norm(queries)
-        keys, values = self.key_value(torch.cat([context, normalized], dim=1)).chunk(2, dim=-1)
-        query, keys, values = (
-            each.unflatten(-1, (-1, _PERCEIVER_HEAD)).transpose(1, 2)
-            for each in (self.query(normalized), keys, values)
-        )
+        query = self.query(queries).expand(len(features), -1, -1)
+        query, keys, values = _heads(query), _heads(keys), _heads(values)
         read = functional.scaled_dot_product_attention(query, keys, values)
-        queries = queries + self.out(read.transpose(1, 2).flatten(2))
-        return queries + self.feed_forward(queries)
+        return self.norm(queries + self.out(read.transpose(1, 2).flatten(2)))
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(-1, (-1, _HEAD)).transpose(1, 2)
 
 
 RESAMPLERS = {"mlp": MLPResampler, "linear": LinearResampler, "perceiver": PerceiverResampler}

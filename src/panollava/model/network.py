@@ -18,6 +18,7 @@ from panollava.model.lora import add_adapter
 from panollava.model.perceiver import PerceiverResampler
 from panollava.model.resampler import LinearResampler, MLPResampler, Pooling, Resampler
 
+# By their names in config.Resampler. Exported folders need each in hf/resampler_panollava.py too.
 RESAMPLERS: dict[str, type[Resampler]] = {
     "mlp": MLPResampler,
     "linear": LinearResampler,
