@@ -254,6 +254,9 @@ def test_a_stage_starts_from_a_checkpoint_with_an_adapter(settings: Settings) ->
     (checkpoint,) = (paths.run_folder("resampler") / "checkpoints").glob("*.ckpt")
     write_features(settings, checkpoint)
     train(STAGES["finetune"], settings, checkpoint)
+    message = r"trained with model\.lora\.alpha 32, params\.yaml has 16"
+    with pytest.raises(UserError, match=message):
+        run_stage("finetune", change(settings, model__lora__alpha=16))
     assert adapter("finetune") and equal(adapter("resampler"), adapter("finetune"))
 
 
