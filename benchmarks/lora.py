@@ -3,7 +3,7 @@
 The demo's answers are rewritten, `finetune` is trained on them with and without an adapter, and the
 greedy answers to valid's queries are compared with the rewritten references. Forms:
 
-    keywords  without articles, verbs and the like: "behind red box." for "behind there is a red box."
+    keywords  without articles, verbs and the like: "behind red box."
     reversed  the words in reverse order
 
 Everything else is that of a finished run (`make repro`), in a copy of it. Prints the share of
