@@ -25,6 +25,7 @@ from helpers import (
     weights,
 )
 from panollava import paths
+from panollava.cli import main as cli
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
@@ -305,7 +306,7 @@ def test_merged_and_unmerged_answers_and_peft_s_are_the_same(
 ) -> None:
     settings, model, file = answering
     export(model, file, Path("merged"))
-    export_adapter(model, file, Path("adapter"))
+    cli.main(["export", "--adapter", "adapter", "--model", str(file)])
     merged = PanoLLaVA.from_pretrained("merged", accelerator="cpu")
     assert "lora" not in merged.header.stage.saves and not hasattr(merged.network, "lora")
     pictures = sorted((small_data / "images").glob("*.jpg"))
