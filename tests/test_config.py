@@ -125,6 +125,13 @@ def test_an_integer_in_place_of_a_number_is_converted(tmp_path: Path) -> None:
         ("batch_size: 8", "batch_size: 0", "stage.vision.batch_size: expected at least 1, found 0"),
         ("accumulate: 1", "accumulate: 0", "stage.vision.accumulate: expected at least 1, found 0"),
         ("lr: 2.0e-5", "lr: .nan", "stage.vision.lr: expected a finite number, found nan"),
+        ("rank: 16", "rank: 0", "model.lora.rank: expected at least 1, found 0"),
+        (
+            r"targets: .*\.(q|k|v|o|gate|up|down)_proj",
+            "targets: (q_proj",
+            "model.lora.targets: expected a regular expression (missing ), unterminated subpattern "
+            "at position 0), found '(q_proj'",
+        ),
         (
             "encoder_lr: 2.0e-4",
             "encoder_lr: -1",

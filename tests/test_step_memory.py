@@ -21,7 +21,7 @@ from panollava.planning.step_memory import (
     run_step,
     step_memory,
 )
-from panollava.stages import STAGES, Stage
+from panollava.stages import STAGES, Stage, configured_stages
 from panollava.training.objective import freeze_all_but
 from panollava.training.tower_layers import checkpoint_layers
 
@@ -41,11 +41,13 @@ def heaviest(objective: Any, settings: Settings, stage: Stage, parts: int) -> li
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "finetune with lora"])
 def test_the_estimate_is_what_a_real_step_holds(
     project: Path, name: str, parts: int, checkpointed: bool
 ) -> None:
-    settings, stage = load_settings(paths.PARAMS), STAGES[name]
+    name, _, lora = name.partition(" with ")
+    settings = load_settings(paths.PARAMS, changes={"stage.finetune.lora": bool(lora)})
+    stage = configured_stages(settings.stage)[name]
     empty = objective_of(stage, settings, False, checkpointed)
     step = heaviest(empty, settings, stage, parts)
     estimate = step_memory(empty, step, "32-true", torch.device("cpu"))

@@ -86,6 +86,17 @@ def check_header(header: Header, stage: Stage, settings: config.Settings, path: 
                 )
 
 
+def check_lora(raw: dict[str, Any], settings: config.Lora, path: Path) -> None:
+    """Raises UserError if the adapter in `path` was trained with another alpha, which scales it.
+    Its tensors show every other difference."""
+    before = raw["settings"]["model"]["lora"]["alpha"]
+    if before != settings.alpha:
+        raise UserError(
+            f"{path}: its adapter was trained with model.lora.alpha {before}, params.yaml has "
+            f"{settings.alpha}; restore it, or train again: dvc repro {raw['stage']}"
+        )
+
+
 def _flatten(key: str, value: Any) -> dict[str, Any]:
     """The values of nested sections, by their dotted keys."""
     if not isinstance(value, config.Section):

@@ -19,8 +19,14 @@ from panollava.errors import UserError
 from panollava.files import write_json
 from panollava.model import ranks
 from panollava.model.device import choose_device, configure_cpu, describe_device
-from panollava.model.header import TOWERS, make_header
-from panollava.model.weights import load_start, parts_in, read_checkpoint, save_weights
+from panollava.model.header import TOWERS, check_lora, make_header
+from panollava.model.weights import (
+    load_start,
+    parts_in,
+    read_checkpoint,
+    read_header,
+    save_weights,
+)
 from panollava.provenance import code_digest, made_from, resume
 from panollava.provenance.fingerprint import fingerprint
 from panollava.stages import STAGES, Stage
@@ -105,6 +111,8 @@ def _load_start(
     before = STAGES[stage.starts_from]
     held = [part for part in before.optional if part in parts_in(start)]
     load_start(start, model, (*before.saves, *held), before)
+    if "lora" in held and start.suffix != ".ckpt":
+        check_lora(read_header(start), settings.model.lora, start)
     if stage.reads_features:
         made_from.check_features(settings, model.encoder)  # type: ignore[arg-type]
     log.info("stage %d, %s: starts from %s", stage.number, stage.name, start)
