@@ -49,14 +49,13 @@ CHOICES: dict[str, Choice] = {
     "stage1-infonce": Choice("sphere-64", {**SPHERE, "stage.vision.objective": "infonce"}),
     "stage1-naive": Choice("sphere-64", {**SPHERE, "stage.vision.overlap": "naive"}),
 }
-CORE = tuple(
-    f"{regime}.{tokens}" for regime in REGIMES for tokens in ("sphere-64", "views", "sphere-32")
-)
+TOKENS = ("sphere-64", "views", "sphere-32")
+CORE = {f"{regime}.{tokens}" for regime in REGIMES for tokens in TOKENS}
 
 
 def select(patterns: list[str]) -> list[str]:
-    """The variants that match a pattern, with those they are compared with; none: the core ones. A
-    pattern is a regime, the start of a choice, or both, with wildcards."""
+    """The variants whose name, regime or choice matches a pattern, such as `stage1-*`, with those
+    they are compared with. No patterns: the core ones."""
     names = [f"{regime}.{choice}" for regime in REGIMES for choice in CHOICES]
     chosen = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
     if not patterns:
@@ -66,8 +65,7 @@ def select(patterns: list[str]) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    regime, choice = name.split(".")
-    return pattern == regime or any(fnmatch(each, f"{pattern}*") for each in (name, choice))
+    return any(fnmatch(each, pattern) for each in (name, *name.split(".")))
 
 
 def base_of(name: str) -> str | None:
