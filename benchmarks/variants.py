@@ -47,6 +47,7 @@ CHOICES: dict[str, Choice] = {
     "stage1-none": Choice("sphere-64", {**SPHERE, "stage.vision.epochs": 0}),
     "stage1-high": Choice("sphere-64", {**SPHERE, "stage.vision.lr": 1e-4}),
     "stage1-infonce": Choice("sphere-64", {**SPHERE, "stage.vision.objective": "infonce"}),
+    "stage1-expander": Choice("sphere-64", {**SPHERE, "stage.vision.expander": 512}),
     "stage1-naive": Choice("sphere-64", {**SPHERE, "stage.vision.overlap": "naive"}),
 }
 TOKENS = ("sphere-64", "views", "sphere-32")
