@@ -10,12 +10,15 @@ choices are made from the results.
     make laboratory ARGS="--only lora stage1 --report"        # and write docs/laboratory.md"""
 
 import argparse
+import hashlib
 import logging
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
 
 import comparison
 from laboratory_work import COMMON, Laboratory, make_runs
@@ -33,6 +36,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*batching rule.*")  # attention on a processor
+    disable_progress_bar()
     options = _parser().parse_args()
     device = choose_device(options.device)
     on_gpu = device.type != "cpu"
@@ -91,14 +95,16 @@ def run_side_by_side(processes: int) -> None:
 
 
 def code_commit() -> str:
-    """The last commit that changed what results depend on; "-changed" if they differ from it."""
+    """The last commit that changed what results depend on, and a digest of later changes."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments, "--", *CODE]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("log", "-1", "--format=%h") + ("-changed" if changed else "")
+    commit, changes = git("log", "-1", "--format=%h"), git("diff", "HEAD")
+    if changes:
+        commit += f"-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
+    return commit
 
 
 if __name__ == "__main__":

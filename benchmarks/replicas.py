@@ -221,8 +221,8 @@ class Replicas:
         `features`: (replicas, panoramas, ...)."""
         limit, results = self.settings.evaluate.max_new_tokens, []
         with autocast(self.device, self.settings.trainer.precision):
-            if any(name.startswith("model.language_model.") for name in self.stacked):
-                # Its cache of keys and values is written in place, which cannot be stacked.
+            if self._language_models_differ():
+                # The cache of keys and values is written in place, which cannot be stacked.
                 for objective, values in zip(self.objectives, features, strict=True):
                     given = torch.from_numpy(values).float().to(self.device)
                     results += answer(objective.model, objective.dialogue, given, queries, limit)
@@ -241,6 +241,12 @@ class Replicas:
         texts = [[each.text for each in of_panorama] for of_panorama in results]
         count = len(queries)
         return [texts[at : at + count] for at in range(0, len(texts), count)]
+
+    def _language_models_differ(self) -> bool:
+        """True if they have trained parts, such as adapters."""
+        own = {id(parameter) for parameter in self.objective.model.language_model.parameters()}
+        named = dict(self.objective.named_parameters())
+        return any(id(named[name]) in own for name in self.stacked)
 
 
 class _Caller(nn.Module):
