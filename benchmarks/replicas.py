@@ -262,10 +262,9 @@ class _Caller(nn.Module):
 
 def _loss_sum(objective: Any, batch: Any) -> Tensor:
     """Of one replica, summed over answer tokens or panoramas."""
-    if isinstance(batch, Tensor):
-        losses: list[Tensor] = []
-        objective.step([batch], losses.append)
-        return losses[0] * len(batch)
+    if isinstance(batch, Tensor):  # the same loss in training and in validation
+        sums, _ = objective.validate([batch])
+        return sums["loss"]
     vision, packed = batch
     features = vision if objective.reads_features else objective.model.features(vision)
     return objective.model.loss_sum(features, packed, objective.text_prefix)
