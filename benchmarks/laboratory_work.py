@@ -35,6 +35,7 @@ from panollava.evaluation.metrics import (
 )
 from panollava.files import read_prepared_rows, write_json
 from panollava.geometry.views import layout, resampled, view_shift
+from panollava.model.header import TOWERS, make_header
 from panollava.model.weights import save_weights
 from panollava.stages import STAGES, Stage
 from replicas import Replicas
@@ -140,9 +141,12 @@ class Laboratory:
         """Train an earlier stage, and keep its weights."""
         unit = [run for run in unit if not self._weights(stage, run.settings).is_file()]
         if unit:
-            trained = self._trained(stage, unit).objectives
-            for run, objective in zip(unit, trained, strict=True):
-                file, header = self._weights(stage, run.settings), {"stage": stage.name}
+            replicas = self._trained(stage, unit)
+            stage = replicas.stage
+            for run, objective in zip(unit, replicas.objectives, strict=True):
+                towers = [name for name in TOWERS if hasattr(objective.model, name)]
+                header = make_header(stage, run.settings, towers)
+                file = self._weights(stage, run.settings)
                 save_weights(file, objective.model, stage.saves, header)
 
     def _trained(self, stage: Stage, unit: list[Run]) -> Replicas:

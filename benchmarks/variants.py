@@ -24,7 +24,6 @@ class Choice(NamedTuple):
 
 VIEWS: Changes = {"model.tokens": "views"}
 SPHERE: Changes = {"model.tokens": "sphere", "model.sphere_rows": 4, "model.sphere_columns": 16}
-LORA: Changes = {"model.lora.rank": 8, "model.lora.alpha": 16}
 CHOICES: dict[str, Choice] = {
     "sphere-64": Choice(None, SPHERE),
     "views": Choice("sphere-64", VIEWS),  # 128 tokens
@@ -32,7 +31,7 @@ CHOICES: dict[str, Choice] = {
     "connector-linear": Choice("sphere-64", {**SPHERE, "model.resampler.type": "linear"}),
     "connector-perceiver": Choice("sphere-64", {**SPHERE, "model.resampler.type": "perceiver"}),
     "lora": Choice(
-        "sphere-64", {**SPHERE, **LORA, "stage.resampler.lora": True, "stage.finetune.lora": True}
+        "sphere-64", {**SPHERE, "stage.resampler.lora": True, "stage.finetune.lora": True}
     ),
     "direction-none": Choice("sphere-64", {**SPHERE, "model.resampler.position": "none"}),
     "direction-view": Choice("views", {**VIEWS, "model.resampler.position": "view"}),
