@@ -88,7 +88,8 @@ class Replicas:
         caller = _Caller(self.objective, function)
 
         def of_one(parameters: dict[str, Tensor], inputs: Any) -> Any:
-            return functional_call(caller, parameters, inputs)
+            # An adapter is one module at two places: replaced at both, it would not be restored.
+            return functional_call(caller, parameters, inputs, tie_weights=False)
 
         stacked = {f"objective.{name}": stack for name, stack in self.stacked.items()}
         axes = (0, None if shared else 0)
