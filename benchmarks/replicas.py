@@ -137,7 +137,7 @@ class Replicas:
         """One optimizer step of each replica that has one; the others' steps are empty. Returns
         the losses, (replicas,)."""
         batch, counts = self._load("train", steps, epoch)
-        losses = self.compute(_loss_sum, batch) / counts.clamp(min=1)
+        losses = self.compute(_loss_sum, batch) / counts
         losses.sum().backward()
         for replica, step in enumerate(steps):
             if step:
@@ -181,18 +181,15 @@ class Replicas:
         """A step of each replica as one batch, and what each replica's loss is divided by."""
         readers = [objective.readers[split] for objective in self.objectives]
         busy = next(at for at, step in enumerate(steps) if step)
-        # A replica without a step repeats another one's, of which nothing counts.
+        # A replica without a step repeats another one's, and is not updated.
         batches = [
             reader.load(step, epoch) if step else readers[busy].load(steps[busy], epoch)
             for reader, step in zip(readers, steps, strict=True)
         ]
         if isinstance(batches[0], Tensor):  # views, and every replica has the same number
-            counts = [len(step) for step in steps]
-            return torch.stack(batches).to(self.device), torch.tensor(counts, device=self.device)
+            views = torch.stack(batches).to(self.device)
+            return views, torch.full((len(views),), views.shape[1], device=self.device)
         stacked = stack_batches(batches)
-        for replica, step in enumerate(steps):
-            if not step:
-                stacked[1].labels[replica] = IGNORED
         vision, packed = tree_map_only(Tensor, lambda each: each.to(self.device), stacked)
         return (vision, packed), (packed.labels != IGNORED).sum(dim=1)
 
