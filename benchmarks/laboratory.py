@@ -51,7 +51,7 @@ def main() -> None:
             run_side_by_side(processes)
         else:
             configure_cpu(COMMON["trainer.threads"])
-            runs = make_runs(selected, range(options.seeds), options.device)
+            runs = make_runs(selected, range(options.seeds))
             Laboratory(options.folder, commit, device, stacked).run(runs)
     if not options.worker:
         results = comparison.read_results(options.folder / "results", commit, selected)

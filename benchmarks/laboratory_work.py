@@ -59,11 +59,11 @@ class Run(NamedTuple):
     settings: Settings
 
 
-def make_runs(variants: list[str], seeds: range, accelerator: str) -> list[Run]:
+def make_runs(variants: list[str], seeds: range) -> list[Run]:
     """Those of the variants that this version has the parameters for."""
     runs = []
     for variant in variants:
-        changes = {**changes_of(variant), **COMMON, "trainer.accelerator": accelerator}
+        changes = {**changes_of(variant), **COMMON}
         try:
             for seed in seeds:
                 settings = load_settings(ROOT / paths.PARAMS, changes={**changes, "seed": seed})

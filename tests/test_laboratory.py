@@ -156,13 +156,13 @@ def test_variants_are_compared_with_one_that_also_runs_and_unknown_ones_are_left
 ) -> None:
     core = variants.select([])
     assert {*core} == variants.CORE and len(core) == 9
-    assert len(laboratory_work.make_runs(core, range(8), "cpu")) == 72
+    assert len(laboratory_work.make_runs(core, range(8))) == 72
     assert variants.select(["quarter.views"]) == ["quarter.sphere-64", "quarter.views"]
     assert variants.select(["stage1-n*"])[:2] == ["quarter.sphere-64", "quarter.stage1-none"]
     unknown = variants.Choice("views", {"model.no_such_key": 1})
     monkeypatch.setitem(variants.CHOICES, "unknown", unknown)
     with caplog.at_level(logging.INFO):
-        runs = laboratory_work.make_runs(variants.select(["profile.unknown"]), range(2), "cpu")
+        runs = laboratory_work.make_runs(variants.select(["profile.unknown"]), range(2))
     assert {run.variant for run in runs} == {"profile.views"}
     assert "profile.unknown is left out" in caplog.text
 
