@@ -60,7 +60,8 @@ format: $(VENV)/ready-dev ## format the code
 bench: $(VENV)/ready-bench ## measure speed on this machine; ARGS=--help lists the sections
 	python benchmarks/compare.py $(ARGS)
 
-laboratory: $(VENV)/ready-bench ## compare choices as DVC experiments; ARGS=--help
+laboratory: $(VENV)/ready ## compare choices over seeds; ARGS=--help
+	dvc repro prepare
 	python benchmarks/laboratory.py $(ARGS)
 
 towers: $(VENV)/ready ## retrain the demo's two towers (one to two hours)

@@ -80,7 +80,7 @@ def compare(
     }
 
     def f1_of(kind: str) -> dict[str, Any]:
-        counts = [_counts(facts, reference, lambda k, _: k == kind) for facts in predicted]
+        counts = [count_facts(facts, reference, lambda k, _: k == kind) for facts in predicted]
         return {**_f1_interval(np.sum(counts, axis=0)), "facts": int(counts[0][:, 2].sum())}
 
     return {kind: f1_of(kind) for kind in sorted(kinds)}
@@ -96,10 +96,10 @@ def rotation(
     `stays`: invariance of the facts that name no direction. `turns`: equivariance of those that
     do, for angles that map directions to directions."""
     expected = reader.roll(facts, degrees)
-    stays = _counts(facts_of_rolled, expected, lambda kind, _: kind not in reader.directed)
+    stays = count_facts(facts_of_rolled, expected, lambda kind, _: kind not in reader.directed)
     if not reader.maps_directions(degrees):
         return {"stays": _f1_interval(stays)}
-    turns = _counts(facts_of_rolled, expected, lambda kind, _: kind in reader.directed)
+    turns = count_facts(facts_of_rolled, expected, lambda kind, _: kind in reader.directed)
     return {"stays": _f1_interval(stays), "turns": _f1_interval(turns)}
 
 
@@ -123,7 +123,7 @@ def seam(
             return kind in reader.directed and (behind in fact) == at_seam
 
         counts = [
-            _counts(predicted_by_roll[degrees], reader.roll(reference, degrees), counted)
+            count_facts(predicted_by_roll[degrees], reader.roll(reference, degrees), counted)
             for degrees in rolls
         ]
         return np.sum(counts, axis=0)
@@ -137,7 +137,7 @@ def seam(
     }
 
 
-def _counts(
+def count_facts(
     predicted: PanoramaFacts, reference: PanoramaFacts, counted: Callable[[str, Fact], bool]
 ) -> NDArray:
     """(panoramas, 3): numbers of correct, predicted and reference facts, of those `counted`."""
@@ -151,7 +151,7 @@ def _counts(
 
 
 def _f1_interval(counts: NDArray) -> dict[str, Any]:
-    """`counts`: (panoramas, 3), see `_counts`."""
+    """`counts`: (panoramas, 3), see `count_facts`."""
     result = interval(lambda sums: _f1(sums[0]), counts[None])
     return {"f1": result.pop("value"), **result, "facts": int(counts[:, 2].sum())}
 
