@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,27 @@ def test_checkpointing_gives_the_same_gradients_and_stores_less(towers: Path, st
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, others[name], rtol=1e-6, atol=1e-6), name
     assert fewer < 0.5 * kept
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_random_states_are_saved_only_for_dropout(
+    towers: Path, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph cannot save them."""
+    model, dialogue = build(towers, STAGES["resampler"].trains)
+    encoder: Any = model.encoder
+    for layer in encoder.tower.encoder.layers:
+        layer.self_attn.dropout = rate
+    checkpoint_layers(model)
+    state, saved = torch.get_rng_state, []
+
+    def count() -> Tensor:
+        saved.append(1)
+        return state()
+
+    monkeypatch.setattr(torch, "get_rng_state", count)
+    step(model, dialogue, 2)
+    assert bool(saved) == bool(rate)
 
 
 def test_dropout_in_a_checkpointed_frozen_part_is_an_error() -> None:
