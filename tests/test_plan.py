@@ -168,6 +168,6 @@ def test_a_stage_with_patience_has_at_most_the_planned_steps(
 ) -> None:
     caplog.set_level(logging.INFO)
     settings = change(settings, stage__finetune__patience=2)
-    show(make_plan(settings, list(STAGES.values())), checkpointing=False)
+    show(make_plan(settings, list(STAGES.values())), checkpointing=False, bandwidth=10)
     assert "finetune: at most these steps, because of its patience (2)" in caplog.text
     assert "resampler: at most" not in caplog.text
