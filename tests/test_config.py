@@ -57,10 +57,13 @@ def test_the_recommended_profile_differs_where_its_comments_say() -> None:
         "model.language_model.path": "Qwen/Qwen2.5-0.5B-Instruct",
         "model.tokens": "sphere",
         "model.prompt": "Describe this 360-degree panorama in one sentence. Topic: {query}",
+        "stage.vision.accumulate": 8,
         "stage.vision.lr": 1e-5,
+        "stage.resampler.accumulate": 8,
         "stage.resampler.batch_size": 48,
         "stage.resampler.lr": 1e-3,
         "stage.resampler.max_text_length": 128,
+        "stage.finetune.accumulate": 8,
         "stage.finetune.batch_size": 48,
         "stage.finetune.lr": 2e-4,
     }

@@ -230,7 +230,7 @@ class LitStage(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         steps = len(self.objective.readers["valid"].plan(None))
-        of_ranks = ranks.gather(self._validation)
+        of_ranks = ranks.gather(self._validation) if self.ranks > 1 else [self._validation]
         of_steps = [of_ranks[step % self.ranks][step // self.ranks] for step in range(steps)]
         sums, counts = zip(*of_steps, strict=True)
         self._validation = []
