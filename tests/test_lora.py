@@ -271,11 +271,11 @@ def test_a_stage_starts_from_a_checkpoint_with_an_adapter(settings: Settings) ->
 
 def test_the_plan_counts_the_adapter(settings: Settings) -> None:
     settings = with_lora(settings, "resampler")
-    run_stage("vision", settings)
-    run_stage("resampler", settings)
-    plan = make_plan(settings, list(STAGES.values()))
-    without = make_plan(change(settings, stage__resampler__lora=False), list(STAGES.values()))
-    size = sum(value.numel() for value in adapter("resampler").values())
+    stages = [STAGES["resampler"], STAGES["finetune"]]
+    plan = make_plan(settings, stages)
+    without = make_plan(change(settings, stage__resampler__lora=False), stages)
+    model, _ = build_model(settings.model, settings.views, lora=True)
+    size = sum(parameter.numel() for parameter in model.lora.parameters())
     for stage, trained in (("resampler", size), ("finetune", 0)):
         one, other = plan.stages[stage], without.stages[stage]
         assert one.parameters["lora"] == size and "lora" not in other.parameters
@@ -284,7 +284,6 @@ def test_the_plan_counts_the_adapter(settings: Settings) -> None:
         assert one.memory.weights - other.memory.weights == 4 * size
         assert one.memory.gradients - other.memory.gradients == 4 * trained
         assert one.model_final - other.model_final == 4 * size
-    assert plan.stages["vision"] == without.stages["vision"]
 
 
 @pytest.fixture

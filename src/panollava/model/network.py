@@ -141,16 +141,6 @@ class Network(nn.Module):
         return logits
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """The number of parameters of each part (child) of `model`. An adapter does not count as part
-    of the language model."""
-    counts = dict.fromkeys((name for name, _ in model.named_children()), 0)
-    for name, parameter in model.named_parameters():
-        if (part := name.split(".")[0]) in counts:
-            counts[part] += parameter.numel()
-    return counts
-
-
 def build_model(
     settings: config.Model,
     view_settings: config.Views,

@@ -179,3 +179,13 @@ def copy_strictly(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 def _only(parts: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of the tensors that are in these parts of the model."""
     return {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in parts}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """The number of parameters of each part (child) of `model`. An adapter does not count as part
+    of the language model."""
+    counts = dict.fromkeys((name for name, _ in model.named_children()), 0)
+    for name, parameter in model.named_parameters():
+        if (part := name.split(".")[0]) in counts:
+            counts[part] += parameter.numel()
+    return counts

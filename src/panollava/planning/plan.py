@@ -23,8 +23,8 @@ from panollava.files import read_prepared_rows
 from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
 from panollava.model.encoder import load_encoder
-from panollava.model.network import count_parameters
 from panollava.model.resampler import Pooling
+from panollava.model.weights import count_parameters
 from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
 from panollava.stages import Stage, configured_stages
 from panollava.training.objective import load_objective, prepare_parts

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from panollava import paths
 from panollava.config import Pretrained
 from panollava.model.header import TOWERS
-from panollava.model.network import count_parameters
 from panollava.model.panollava import PanoLLaVA
+from panollava.model.weights import count_parameters
 from panollava.provenance.fingerprint import file_sha256
 from panollava.serving import project_record as project
 from panollava.serving.project_record import UNKNOWN

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from panollava.config import Settings
 from panollava.data.batches import Reader, StepBatch
 from panollava.errors import UserError
-from panollava.model.network import count_parameters
 from panollava.model.precision import cast_frozen_linears
+from panollava.model.weights import count_parameters
 from panollava.stages import Stage
 from panollava.training.tower_layers import checkpoint_layers
 
