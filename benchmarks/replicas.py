@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import Step, TextBatch
-from panollava.data.packing import PADDING, Packed
+from panollava.data.batches import Step
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
 from panollava.model.generate import answer
@@ -29,8 +28,8 @@ from panollava.model.weights import load_start
 from panollava.stages import STAGES, Stage
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import load_objective, prepare_parts
+from stacked_batches import IGNORED, stack_batches
 
-IGNORED = -100  # label that counts for nothing, as in cross_entropy
 ENCODED = 8  # panoramas encoded at once
 VALIDATED = 4  # steps of validation in one batch; their loss is a sum over tokens
 
@@ -98,7 +97,9 @@ class Replicas:
 
     def train(self) -> list[list[float]]:
         """Train all epochs, and keep the weights with the lowest validation loss. Returns the
-        validation losses of the start and of each epoch, by replica."""
+        validation losses of the start and of each epoch, by replica; none without an epoch."""
+        if not getattr(self.settings.stage, self.stage.name).epochs:
+            return [[] for _ in self.objectives]
         self.open()
         history = [self.validate()]
         best = {name: stack.detach().clone() for name, stack in self.trained.items()}
@@ -266,35 +267,3 @@ def _loss_sum(objective: Any, batch: Any) -> Tensor:
     vision, packed = batch
     features = vision if objective.reads_features else objective.model.features(vision)
     return objective.model.loss_sum(features, packed, objective.text_prefix)
-
-
-def stack_batches(batches: list[TextBatch]) -> tuple[Tensor, Packed]:
-    """Views or features and packed rows of several batches, padded to the largest, with a new first
-    axis. Padding is panoramas without tokens, and answers that are IGNORED."""
-    panoramas = max(len(batch.vision) for batch in batches)
-    length = max(batch.packed.tokens.shape[1] for batch in batches)
-    answers = max(len(batch.packed.labels) for batch in batches)
-    sequences = (panoramas, length)
-    packs = []
-    for batch in batches:
-        packed = batch.packed
-        width = packed.tokens.shape[1]
-        moved = packed.predicts // width * length + packed.predicts % width
-        packs.append(
-            Packed(
-                tokens=_pad(packed.tokens, sequences, 0),
-                positions=_pad(packed.positions, sequences, 0),
-                segments=_pad(packed.segments, sequences, PADDING),
-                predicts=_pad(moved, (answers,), 0),
-                labels=_pad(packed.labels, (answers,), IGNORED),
-            )
-        )
-    vision = [_pad(b.vision, (panoramas, *b.vision.shape[1:]), 0) for b in batches]
-    return torch.stack(vision), Packed(*map(torch.stack, zip(*packs, strict=True)))
-
-
-def _pad(tensor: Tensor, shape: tuple[int, ...], value: int) -> Tensor:
-    """`tensor` in the corner of a larger one."""
-    padded = tensor.new_full(shape, value)
-    padded[tuple(map(slice, tensor.shape))] = tensor
-    return padded

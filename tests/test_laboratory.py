@@ -16,6 +16,7 @@ import laboratory_work
 import variants
 from crossed_intervals import influence, interval
 from helpers import change, curve, run_stage, save_language_model
+from laboratory_scores import answer_all
 from panollava import paths
 from panollava.config import Settings
 from panollava.evaluation.evaluate import evaluate
@@ -110,7 +111,7 @@ def test_replicas_answer_as_panollava_evaluate_does(each: list[Settings], tmp_pa
     trained.train()
     split = paths.PREPARED / each[0].evaluate.split
     references = group_references(read_prepared_rows(split / "rows.csv"))
-    answered = laboratory_work.answer_all(trained, references)
+    answered = answer_all(trained, references)
     for answers, table in zip(answered, expected, strict=True):
         assert answers.keys() >= {"prediction", "turned by 20", "turned by 45"}
         for name, texts in answers.items():
@@ -131,16 +132,22 @@ def test_a_laboratory_trains_shared_stages_once_and_continues_where_it_stopped(
             return super().train()
 
     monkeypatch.setattr(laboratory_work, "Replicas", Counted)
+    changed: dict[str, dict[str, float]] = {
+        "profile.sphere-64": {},
+        "profile.views": {"stage__finetune__lr": 2e-3},
+        "profile.stage1-none": {"stage__vision__epochs": 0, "stage__finetune__epochs": 0},
+    }
     runs = [
-        laboratory_work.Run(variant, settings.seed, change(settings, stage__finetune__lr=rate))
-        for variant, rate in (("profile.sphere-64", 1e-3), ("profile.views", 2e-3))
+        laboratory_work.Run(variant, settings.seed, change(settings, **changes))
+        for variant, changes in changed.items()
         for settings in each
     ]
     laboratory = laboratory_work.Laboratory(tmp_path / "laboratory", "abc", CPU, stacked=2)
     laboratory.run(runs)
-    assert trainings == [("vision", 2), ("resampler", 2), ("finetune", 2), ("finetune", 2)]
+    stages = "vision resampler finetune finetune vision resampler finetune".split()
+    assert trainings == [(stage, 2) for stage in stages]
     results = sorted((tmp_path / "laboratory/results").iterdir())
-    assert len(results) == 4
+    assert len(results) == 6
     before = results[1].read_bytes()
     results[1].unlink()
     trainings.clear()
