@@ -37,6 +37,7 @@ class _Ranks:
     store: dist.TCPStore
     exchanges: int = 0
     patience: float = START_PATIENCE
+    nccl: bool = False
 
 
 _ranks: _Ranks | None = None
@@ -52,15 +53,18 @@ def count() -> int:
 
 @contextlib.contextmanager
 def join(store: dist.TCPStore, rank: int, count: int, local_rank: int) -> Iterator[None]:
-    """Be a rank in the block. Each has a GPU of its own if there are enough: NCCL exchanges between
-    them. Otherwise gloo does, also between processes on one GPU, which NCCL refuses."""
+    """Be a rank in the block. If each has a GPU of its own, NCCL exchanges between them. Otherwise
+    gloo does, also between processes on one GPU, which NCCL refuses."""
     global _ranks
-    gpus = torch.cuda.device_count()
-    if gpus:
+    card = None
+    if gpus := torch.cuda.device_count():
         torch.cuda.set_device(local_rank % gpus)
-    backend = "cpu:gloo,cuda:nccl" if gpus >= count else "gloo"
+        card = str(torch.cuda.get_device_properties(local_rank % gpus).uuid)
     _ranks = _Ranks(rank, count, store)
     try:
+        cards = gather(card)
+        _ranks.nccl = None not in cards and len({*cards}) == count
+        backend = "cpu:gloo,cuda:nccl" if _ranks.nccl else "gloo"
         with _exchange(START_PATIENCE):
             limit = timedelta(seconds=START_PATIENCE)
             group = dist.PrefixStore("group", store)
@@ -201,7 +205,7 @@ def sum_in_pairs(
 def _swap(flat: Tensor, partner: int) -> Tensor:
     """The partner's tensor of the same shape, for this one."""
     assert _ranks is not None
-    through_host = flat.is_cuda and dist.get_backend() == "gloo"
+    through_host = flat.is_cuda and not _ranks.nccl
     sent = flat.cpu().pin_memory() if through_host else flat
     received = torch.empty_like(sent, pin_memory=through_host)
     with _exchange(_ranks.patience) as ranks:
