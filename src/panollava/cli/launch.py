@@ -103,8 +103,9 @@ def first(place: Place | None, settings: "Settings", trains: bool) -> Iterator[N
     try:
         with ranks.join(store, 0, count, place.local_rank):
             yield
-        for child in children:
-            child.wait(_GRACE_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for child in children:
+                child.wait(_GRACE_SECONDS)
     finally:
         done.set()
         for child in children:
