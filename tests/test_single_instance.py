@@ -78,8 +78,14 @@ def test_a_training_joins_the_processes_of_srun_and_torchrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert find_place() is None
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     slurm = {"STEP_NUM_TASKS": "4", "NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_ID": "54321"}
-    for name, value in {**slurm, "JOB_NAME": "train", "NODELIST": "node[07-08]"}.items():
+    for name, value in {
+        **slurm,
+        "JOB_NAME": "train",
+        "NODELIST": "node[07-08]",
+        "NTASKS_PER_NODE": "2",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     place = find_place()
     assert place is not None and place[:4] == (3, 4, 1, "node07") and place.port > 1024

@@ -46,7 +46,9 @@ class Place(NamedTuple):
 
 
 def find_place() -> Place | None:
-    """This process's place among those that torchrun, SLURM or `first` started; None: alone."""
+    """This process's place among those that torchrun, SLURM or `first` started; None: alone.
+
+    Raises UserError for SLURM options that Lightning does not support."""
     env = os.environ
     if int(env.get("WORLD_SIZE") or 1) > 1 and "MASTER_PORT" in env:
         rank, world, local_rank = (int(env[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -56,7 +58,10 @@ def find_place() -> Place | None:
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # srun's; sbatch alone does not set it
         from lightning_fabric.plugins.environments import SLURMEnvironment
 
-        slurm = SLURMEnvironment()
+        try:
+            slurm = SLURMEnvironment()
+        except RuntimeError as error:  # of --ntasks without --ntasks-per-node
+            raise UserError(str(error)) from None
         numbers = slurm.global_rank(), slurm.world_size(), slurm.local_rank()
         return Place(*numbers, slurm.main_address, slurm.main_port)
     return None
@@ -98,8 +103,9 @@ def first(place: Place | None, settings: "Settings", trains: bool) -> Iterator[N
     try:
         with ranks.join(store, 0, count, place.local_rank):
             yield
-        for child in children:
-            child.wait(_GRACE_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for child in children:
+                child.wait(_GRACE_SECONDS)
     finally:
         done.set()
         for child in children:

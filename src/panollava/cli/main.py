@@ -34,15 +34,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.logs is None:
         _run_anywhere(options)
         return
-    place = launch.find_place() if options.command in launch.COMMANDS else None
-    hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
-    if place is not None and place.rank:
-        launch.run_as_rank(place, lambda: _run_with(hint, options))
     try:
+        place = launch.find_place() if options.command in launch.COMMANDS else None
         if place is None:
             check_first_process()
     except UserError as error:
         sys.exit(f"error: {error}")
+    hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
+    if place is not None and place.rank:
+        launch.run_as_rank(place, lambda: _run_with(hint, options))
     try:
         with logs.start(name, options.logs), hint, single_instance(name):
             # `train all` resumes from finished stages too.

@@ -203,6 +203,7 @@ def _settings(changes: Changes, only: tuple[str, ...] | None = None) -> "Setting
 def _train(
     stage: Stage, changes: Changes, start: Path | None, must_resume: bool, run_name: str | None
 ) -> None:
+    from panollava.model import ranks
     from panollava.planning.out_of_memory import explain_out_of_memory
     from panollava.provenance.made_from import check_prepared
     from panollava.training.train import train
@@ -212,6 +213,7 @@ def _train(
     _warn_of_untracked_towers(settings.model)
     with explain_out_of_memory(configured_stages(settings.stage)[stage.name], settings):
         train(stage, _settings(changes, stage.reads), start, must_resume, run_name)
+    ranks.on_first(lambda: None)  # the result is written
 
 
 def _warn_of_untracked_towers(model: "Model") -> None:

@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -37,6 +37,8 @@ class _Ranks:
     store: dist.TCPStore
     exchanges: int = 0
     patience: float = START_PATIENCE
+    nccl: bool = False
+    keys: list[str] = field(default_factory=list)  # of the store, which this rank has set
 
 
 _ranks: _Ranks | None = None
@@ -52,15 +54,18 @@ def count() -> int:
 
 @contextlib.contextmanager
 def join(store: dist.TCPStore, rank: int, count: int, local_rank: int) -> Iterator[None]:
-    """Be a rank in the block. Each has a GPU of its own if there are enough: NCCL exchanges between
-    them. Otherwise gloo does, also between processes on one GPU, which NCCL refuses."""
+    """Be a rank in the block. If each has a GPU of its own, NCCL exchanges between them. Otherwise
+    gloo does, also between processes on one GPU, which NCCL refuses."""
     global _ranks
-    gpus = torch.cuda.device_count()
-    if gpus:
+    card = None
+    if gpus := torch.cuda.device_count():
         torch.cuda.set_device(local_rank % gpus)
-    backend = "cpu:gloo,cuda:nccl" if gpus >= count else "gloo"
+        card = str(torch.cuda.get_device_properties(local_rank % gpus).uuid)
     _ranks = _Ranks(rank, count, store)
     try:
+        cards = gather(card)
+        _ranks.nccl = None not in cards and len({*cards}) == count
+        backend = "cpu:gloo,cuda:nccl" if _ranks.nccl else "gloo"
         with _exchange(START_PATIENCE):
             limit = timedelta(seconds=START_PATIENCE)
             group = dist.PrefixStore("group", store)
@@ -118,6 +123,12 @@ def _cause(ranks: _Ranks, patience: float) -> str:
     )
 
 
+def expect_slow_start() -> None:
+    """Until the next sum, ranks may load and compile programs."""
+    if _ranks is not None:
+        _ranks.patience = START_PATIENCE
+
+
 def on_first(function: Callable[[], Result]) -> Result:
     """The result of a function that only rank 0 calls, while the others wait."""
     return share(function() if rank() == 0 else None, FIRST_PATIENCE)  # type: ignore[return-value]
@@ -129,10 +140,7 @@ def share(value: Result, patience: float | None = None) -> Result:
 
 
 def gather(
-    value: Result,
-    patience: float | None = None,
-    only_from_first: bool = False,
-    only_to_first: bool = False,
+    value: Result, patience: float | None = None, only_from_first: bool = False
 ) -> list[Result]:
     """The values of all ranks, in their order."""
     if _ranks is None:
@@ -140,15 +148,24 @@ def gather(
     patience = patience or _ranks.patience
     with _exchange(patience) as ranks:
         keys = [f"value/{ranks.exchanges}/{each}" for each in range(ranks.count)]
-        if ranks.rank == 0 or not only_from_first:
-            ranks.store.set(keys[ranks.rank], pickle.dumps(value))  # type: ignore[arg-type]
-        wanted = keys[:1] if only_from_first else keys
-        if only_to_first and ranks.rank:
-            return []
-        _wait(ranks.store, wanted, patience)
-        values = [pickle.loads(ranks.store.get(key)) for key in wanted]
-        ranks.store.delete_key(f"value/{ranks.exchanges - 2}/{ranks.rank}")
+        own = keys[ranks.rank]
+        if only_from_first:
+            keys = keys[:1]
+        if own in keys:
+            ranks.store.set(own, pickle.dumps(value))  # type: ignore[arg-type]
+        _wait(ranks.store, keys, patience)
+        values = [pickle.loads(ranks.store.get(key)) for key in keys]
+        if not only_from_first:
+            _forget(ranks)
+        if own in keys:
+            ranks.keys.append(own)
     return values
+
+
+def _forget(ranks: _Ranks) -> None:
+    """Delete what all ranks have read: each has begun an exchange after it."""
+    while ranks.keys:
+        ranks.store.delete_key(ranks.keys.pop())
 
 
 def _wait(store: dist.TCPStore, keys: list[str], patience: float) -> None:
@@ -161,15 +178,12 @@ def _wait(store: dist.TCPStore, keys: list[str], patience: float) -> None:
         time.sleep(min(0.05, 0.0002 + seconds / 10))
 
 
-def map_in_turn(
-    function: Callable[[Item], Result], items: Sequence[Item], only_to_first: bool = False
-) -> Iterator[Result]:
-    """`function` of each item, in their order; ranks take items in turn. `only_to_first`: other
-    ranks get no results."""
+def map_in_turn(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`function` of each item, in their order; ranks take items in turn."""
     for first in range(0, len(items), count()):
         chunk = items[first : first + count()]
         own = function(chunk[rank()]) if rank() < len(chunk) else None
-        yield from gather(own, START_PATIENCE, only_to_first=only_to_first)[: len(chunk)]  # type: ignore[misc]
+        yield from gather(own, START_PATIENCE)[: len(chunk)]  # type: ignore[misc]
 
 
 def sum_in_pairs(
@@ -191,6 +205,7 @@ def sum_in_pairs(
         distance *= 2
     if _ranks is not None:
         _ranks.patience = PATIENCE
+        _forget(_ranks)
     *sums, present = flat.split([part.numel() for part in [*parts, present]])
     return [
         part.view_as(b) if there else None
@@ -201,7 +216,7 @@ def sum_in_pairs(
 def _swap(flat: Tensor, partner: int) -> Tensor:
     """The partner's tensor of the same shape, for this one."""
     assert _ranks is not None
-    through_host = flat.is_cuda and dist.get_backend() == "gloo"
+    through_host = flat.is_cuda and not _ranks.nccl
     sent = flat.cpu().pin_memory() if through_host else flat
     received = torch.empty_like(sent, pin_memory=through_host)
     with _exchange(_ranks.patience) as ranks:

@@ -51,8 +51,7 @@ def write_features(settings: Settings, start: Path | None = None) -> None:
         out = paths.FEATURES / f"{name}.npy"
         _write(model.encoder, pooling, views, out, settings)
         log.info("features of %d panoramas: %s", len(views), out)
-    if ranks.rank() == 0:
-        made_from.record_features(settings, model.encoder)
+    ranks.on_first(lambda: made_from.record_features(settings, model.encoder))
 
 
 @torch.inference_mode()
@@ -75,9 +74,11 @@ def _write(
         return values
 
     firsts = range(0, len(views), _BATCH)
-    batches = ranks.map_in_turn(compute, firsts, only_to_first=True)
+    batches = ranks.map_in_turn(compute, firsts)
     if ranks.rank():
-        return [*batches].clear()
+        for _ in batches:
+            pass
+        return
     with write_array(out) as append:
         for values in tqdm(batches, desc=f"features, {out.stem}", total=len(firsts)):
             append(values)

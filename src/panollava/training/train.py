@@ -74,6 +74,7 @@ def train(
     work = ranks.on_first(lambda: _open_work(stage, settings, module, must_resume))
     checkpoints = Checkpoints(work, settings.trainer.keep_checkpoints, settings.machine.save_every)
     restored = checkpoints.restore(module)
+    ranks.expect_slow_start()
     if ranks.rank():
         return _fit(module, settings.trainer, [checkpoints])
     parameters = _parameters(stage, settings)
