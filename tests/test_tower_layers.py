@@ -92,6 +92,27 @@ def test_checkpointing_gives_the_same_gradients_and_stores_less(towers: Path, st
     assert fewer < 0.5 * kept
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_random_states_are_saved_only_for_dropout(
+    towers: Path, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph cannot save them."""
+    model, dialogue = build(towers, STAGES["resampler"].trains)
+    for module in model.encoder.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = rate
+    checkpoint_layers(model)
+    state, saved = torch.get_rng_state, []
+
+    def count() -> Tensor:
+        saved.append(1)
+        return state()
+
+    monkeypatch.setattr(torch, "get_rng_state", count)
+    step(model, dialogue, 2)
+    assert bool(saved) == bool(rate)
+
+
 def test_dropout_in_a_checkpointed_frozen_part_is_an_error() -> None:
     config = OPTConfig(
         vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2,

@@ -151,6 +151,7 @@ class Trainer(Section):
     precision: Literal["32-true", "bf16-mixed"]
     gradient_checkpointing: StrictBool  # recompute activations instead of storing them
     compile: StrictBool  # the towers' layers
+    cuda_graphs: StrictBool  # record the steps of a GPU, and replay them
     deterministic: StrictBool  # bit-reproducible kernels
     weight_decay: NotNegative
     beta1: ShareBelow1

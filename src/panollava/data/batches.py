@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from panollava.data.packing import Packed, Row, pack
+from panollava.data.packing import Packed, Row, pack, packed_size
+from panollava.data.shapes import Shape, fit
 from panollava.errors import UserError
 from panollava.files import open_array, read_prepared_rows
 
@@ -130,7 +131,9 @@ class Reader(Protocol[BatchT]):
 
     def count(self, step: Step) -> int: ...  # what the step's loss is a mean over
 
-    def load(self, part: Step, epoch: int | None = None) -> BatchT: ...
+    def size(self, part: Step) -> Shape: ...
+
+    def load(self, part: Step, epoch: int | None = None, shape: Shape | None = None) -> BatchT: ...
 
 
 class StepBatch(NamedTuple):
@@ -141,7 +144,8 @@ class StepBatch(NamedTuple):
 
 class StepDataset(Dataset[StepBatch], Generic[BatchT]):
     """Some steps of an epoch, each in `accumulate` parts of which some are loaded: all of them, or
-    those of one process. Without steps, the epoch's first one."""
+    those of one process. Without steps, the epoch's first one. Parts are filled up to one of the
+    `shapes` if there are any."""
 
     def __init__(
         self,
@@ -150,10 +154,11 @@ class StepDataset(Dataset[StepBatch], Generic[BatchT]):
         accumulate: int,
         steps: slice = slice(None),
         parts: range | None = None,
+        shapes: Sequence[Shape] = (),
     ) -> None:
         self.reader, plan = reader, reader.plan(epoch)
         self.epoch, self.steps = epoch, plan[steps] or plan[:1]
-        self.accumulate = accumulate
+        self.accumulate, self.shapes = accumulate, shapes
         self.parts = range(accumulate) if parts is None else parts
 
     def __len__(self) -> int:
@@ -163,8 +168,12 @@ class StepDataset(Dataset[StepBatch], Generic[BatchT]):
         step, reader = self.steps[index], self.reader
         divided = divide(step, self.accumulate)
         own = [divided[number] for number in self.parts]
-        loaded = [reader.load(part, self.epoch) if part else None for part in own]
+        loaded = [self._load(part) if part else None for part in own]
         return StepBatch(loaded, reader.count(step), sum(len(rows) for _, rows in step))
+
+    def _load(self, part: Step) -> BatchT:
+        shape = fit(self.reader.size(part), self.shapes) if self.shapes else None
+        return self.reader.load(part, self.epoch, shape)
 
 
 def labeled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -191,8 +200,12 @@ class ViewReader:
         """Panoramas."""
         return len(step)
 
-    def load(self, part: Step, epoch: int | None = None) -> Tensor:
-        """uint8 (panoramas, views, size, size, 3)."""
+    def size(self, part: Step) -> Shape:
+        return Shape(len(part))
+
+    def load(self, part: Step, epoch: int | None = None, shape: Shape | None = None) -> Tensor:
+        """uint8 (panoramas, views, size, size, 3). Never filled up, because losses between views
+        are statistics over all panoramas: full steps and the last one have at most four sizes."""
         return gather(self.array, [panorama for panorama, _ in part])
 
 
@@ -246,19 +259,30 @@ class TextReader:
         """Answer tokens."""
         return sum(len(self.rows[index].answer) for _, rows in step for index in rows)
 
-    def load(self, part: Step, epoch: int | None = None) -> TextBatch:
-        """`epoch`: of the training; None: validation, in which no panorama is rolled."""
+    def size(self, part: Step) -> Shape:
+        prefix = len(self.dialogue.text_prefix) + self.vision_tokens
+        return packed_size(prefix, self._rows(part))
+
+    def _rows(self, part: Step) -> list[list[Row]]:
+        return [[self.rows[index] for index in rows] for _, rows in part]
+
+    def load(self, part: Step, epoch: int | None = None, shape: Shape | None = None) -> TextBatch:
+        """`epoch`: of the training; None: validation, in which no panorama is rolled. `shape`: fill
+        up to it with blank panoramas and padding, without any loss."""
         packed = pack(
             self.dialogue.text_prefix,
             self.vision_tokens,
-            [[self.rows[index] for index in rows] for _, rows in part],
+            self._rows(part),
             self.dialogue.pad,
+            shape,
         )
         panoramas = [panorama for panorama, _ in part]
         vision = gather(self.array, panoramas)
         if self.strides and epoch is not None:
             shifts = turns(self.seed, epoch, panoramas, self.strides)
             vision = torch.stack([*map(roll_views, vision, shifts, repeat(self.strides))])
+        if blank := len(packed.tokens) - len(vision):
+            vision = torch.cat([vision, vision.new_zeros(blank, *vision.shape[1:])])
         return TextBatch(vision, packed)
 
 

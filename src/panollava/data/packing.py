@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from panollava.data.shapes import Shape
 from panollava.errors import UserError
 
 PADDING = -1  # segment number
+IGNORED = -100  # label without a loss, torch's default
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,39 @@ class Packed(NamedTuple):
     positions: Tensor  # (batch, length) int64
     segments: Tensor  # (batch, length) int64: 0 prefix, 1.. rows, -1 padding
     predicts: Tensor  # (answers,) int64: flat positions whose next token is supervised
-    labels: Tensor  # (answers,) int64
+    labels: Tensor  # (answers,) int64; IGNORED at the end, where a shape has more
+
+
+def packed_size(prefix: int, panoramas: list[list[Row]]) -> Shape:
+    """The size of a part with these rows behind prefixes of so many tokens."""
+    longest = max(sum(map(len, rows)) for rows in panoramas)
+    answers = sum(len(row.answer) for rows in panoramas for row in rows)
+    return Shape(len(panoramas), prefix + longest, answers)
 
 
 def pack(
-    text_prefix: list[int], vision_tokens: int, panoramas: list[list[Row]], pad: int
+    text_prefix: list[int],
+    vision_tokens: int,
+    panoramas: list[list[Row]],
+    pad: int,
+    shape: Shape | None = None,
 ) -> Packed:
     """Pack the rows of each panorama after the prefix, and pad the sequences at their ends.
 
-    `text_prefix`: tokens of the text before the image.
+    `text_prefix`: tokens of the text before the image. `shape`: fill up to it, with sequences that
+    are all padding and labels that are ignored (default: the rows' own size).
 
     Raises:
         UserError: a row without a supervised token.
     """
     start = len(text_prefix) + vision_tokens
-    length = start + max(sum(len(row) for row in rows) for rows in panoramas)
-    tokens = torch.full((len(panoramas), length), pad)
-    positions = torch.zeros((len(panoramas), length), dtype=torch.int64)
-    segments = torch.full((len(panoramas), length), PADDING)
+    count, length, answers = shape or packed_size(start, panoramas)
+    tokens = torch.full((count, length), pad)
+    positions = torch.zeros((count, length), dtype=torch.int64)
+    segments = torch.full((count, length), PADDING)
     tokens[:, : len(text_prefix)] = torch.tensor(text_prefix, dtype=torch.int64)
     positions[:, :start] = torch.arange(start)
-    segments[:, :start] = 0
+    segments[: len(panoramas), :start] = 0
     predicts: list[int] = []
     labels: list[int] = []
     for sequence, rows in enumerate(panoramas):
@@ -71,6 +85,9 @@ def pack(
             predicts += range(first, first + len(row.answer))
             labels += row.answer
             at = end
+    # Different positions: the gradient of one that is read many times is slow.
+    predicts += range(answers - len(labels))
+    labels += [IGNORED] * (answers - len(labels))
     return Packed(tokens, positions, segments, torch.tensor(predicts), torch.tensor(labels))
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Objective(nn.Module):
     """The mean over all answer tokens of a step. It does not depend on the step's division into
     parts."""
 
-    curves = ("loss",)
+    curves, joint = ("loss",), False
     readers: dict[str, TextReader]
 
     def __init__(self, stage: Stage, settings: Settings, weights: bool = True) -> None:
@@ -117,11 +117,12 @@ class Objective(nn.Module):
         return groups
 
     def terms(
-        self, batch: StepBatch, seeds: list[int], gather: Gather
+        self, batch: StepBatch, seeds: Sequence[int | None], gather: Gather
     ) -> Iterator[tuple[Tensor, Tensor] | None]:
         """A part's loss, summed over its answer tokens, over the number of those of the step."""
         for part, seed in zip(batch.parts, seeds, strict=True):
-            torch.manual_seed(seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             if part is None:
                 yield None
                 continue

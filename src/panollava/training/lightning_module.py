@@ -3,6 +3,8 @@
 Uses Lightning's manual optimization: a step's loss is one mean over all its parts, whereas
 Lightning's gradient accumulation averages the means of parts of unequal size."""
 
+import itertools
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -15,12 +17,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panollava.config import Settings
-from panollava.data.batches import PlanSize, StepBatch, StepDataset, StepLoader, plan_size, tree_sum
+from panollava.data.batches import (
+    PlanSize,
+    StepBatch,
+    StepDataset,
+    StepLoader,
+    divide,
+    plan_size,
+    tree_sum,
+)
+from panollava.data.shapes import Shape, choose_shapes, describe
 from panollava.errors import UserError
 from panollava.model import ranks
 from panollava.model.weights import copy_strictly
 from panollava.stages import Stage
+from panollava.training.cuda_graphs import StepGraphs, make_recorder, needs_few_shapes
 from panollava.training.objective import StageObjective, checked_groups
+
+log = logging.getLogger(__name__)
 
 
 class LitStage(pl.LightningModule):
@@ -41,7 +55,8 @@ class LitStage(pl.LightningModule):
         self.own_parts = range(self.rank * share, (self.rank + 1) * share)
         train = objective.readers["train"]
         self.groups = checked_groups(objective)
-        sizes = [plan_size(train.plan(epoch)) for epoch in range(stage_settings.epochs)]
+        plans = [train.plan(epoch) for epoch in range(stage_settings.epochs)]
+        sizes = [plan_size(plan) for plan in plans]
         self.epoch_steps = [size.steps for size in sizes]
         self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
         self.total_steps = self.size.steps
@@ -53,6 +68,14 @@ class LitStage(pl.LightningModule):
         self.best: list[tuple[float, int]] = []  # (validation loss, epoch) of the best epochs
         self._validation: list[tuple[dict[str, Tensor], int]] = []
         self._restored: tuple[dict, dict] | None = None  # states of optimizer and scheduler
+        self.graphs: StepGraphs | None = None
+        self.shapes: list[Shape] = []  # that training parts are padded to; none: their own
+        if needs_few_shapes(self.settings):
+            steps = itertools.chain(*plans)
+            parts = [p for step in steps for p in divide(step, self.accumulate) if p]
+            part_sizes = [train.size(part) for part in parts]
+            self.shapes = choose_shapes(part_sizes)
+            log.info("parts of a step have %s", describe(self.shapes, part_sizes))
 
     def train_dataloader(self) -> DataLoader:
         steps = slice(self.epoch_step, None)
@@ -63,7 +86,8 @@ class LitStage(pl.LightningModule):
         return self._loader("valid", None, steps, range(self.accumulate))
 
     def _loader(self, split: str, epoch: int | None, steps: slice, parts: range) -> DataLoader:
-        dataset = StepDataset(self.objective.readers[split], epoch, self.accumulate, steps, parts)
+        reader, shapes = self.objective.readers[split], self.shapes if split == "train" else ()
+        dataset = StepDataset(reader, epoch, self.accumulate, steps, parts, shapes)
         return StepLoader(dataset, self.loader_workers, pin_memory=self.device.type == "cuda")
 
     def configure_optimizers(self) -> Any:
@@ -75,7 +99,8 @@ class LitStage(pl.LightningModule):
         ]
         betas = (self.settings.beta1, self.settings.beta2)
         fused = self.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
+        capturable = self.settings.cuda_graphs and self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=capturable)
         warmup = max(1, round(self.settings.warmup * self.total_steps))
         decay = SCHEDULES[self.settings.schedule]
 
@@ -93,31 +118,24 @@ class LitStage(pl.LightningModule):
             self.optimizers().optimizer.load_state_dict(optimizer)  # type: ignore[union-attr]
             self.lr_schedulers().load_state_dict(scheduler)  # type: ignore[union-attr]
             self._restored = None
+        recorder = make_recorder(self.settings, self.device)
+        if recorder and self.ranks > 1 and self.objective.joint:
+            log.warning("trainer.cuda_graphs: steps are not recorded: their devices exchange parts")
+        elif recorder:
+            raw: Any = self.optimizers().optimizer  # type: ignore[union-attr]
+            arguments = (self.objective, raw, self.settings, self.step, self._gather, recorder)
+            self.graphs = StepGraphs(*arguments)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        if self.graphs:
+            return self.graphs.recorder.transfer(batch, device)
+        return super().transfer_batch_to_device(batch, device, index)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        seeds = part_seeds(self.seed, self.step, self.own_parts)
-        terms = self.objective.terms(batch, seeds, self._gather)
-        sums = (self._differentiate(each, trained) for each in terms)
-        own = total = tree_sum(sums, len(batch.parts))
-        if self.ranks > 1:
-            values = torch.empty(len(self.objective.curves), device=self.device)
-            total = ranks.sum_in_pairs(own, [*trained, values])
-        *gradients, values = total
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        result = dict(zip(self.objective.curves, values, strict=True))
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
-        if not torch.isfinite(result["loss"] + norm):
-            raise UserError(
-                f"step {self.step + 1}{_who(own)}: loss is {result['loss'].item()} (gradient norm "
-                f"{norm.item()}); this run is discarded. Lower the stage's learning rate, or set "
-                "trainer.precision to 32-true"
-            )
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}  # type: ignore[union-attr]
-        optimizer.step()  # type: ignore[union-attr]
+        values, norm = self._replay(batch) if self.graphs else self._update(batch, optimizer)
+        result = dict(zip(self.objective.curves, values, strict=True))
         scheduler.step()  # type: ignore[union-attr]
         self.values = {
             **{f"train/{name}": value for name, value in result.items()},
@@ -126,7 +144,45 @@ class LitStage(pl.LightningModule):
         }
         self.step += 1
         self.epoch_step += 1
-        self.log("loss", result["loss"], prog_bar=True, logger=False)
+        if not self.graphs or self.step % self.settings.log_every == 0:
+            self.check_finite()
+            self.log("loss", result["loss"], prog_bar=True, logger=False)
+
+    def _update(self, batch: StepBatch, optimizer: Any) -> tuple[Tensor, Tensor]:
+        """Take an optimizer step. Returns the step's values and its gradient norm."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        seeds = part_seeds(self.seed, self.step, self.own_parts)
+        terms = self.objective.terms(batch, seeds, self._gather)
+        sums = (self._differentiate(each, trained) for each in terms)
+        own = tree_sum(sums, len(batch.parts))
+        *gradients, values = self._sum_over_ranks(own, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        if not torch.isfinite(values[0] + norm):
+            raise not_finite(self.step + 1, values[0].item(), norm.item(), _who(own))
+        optimizer.step()
+        return values, norm
+
+    def _replay(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """The same by programs that are recorded once."""
+        assert self.graphs is not None
+        seeds = part_seeds(self.seed, self.step, self.own_parts)
+        own = tree_sum(self.graphs.parts(batch, seeds), len(batch.parts))
+        self.graphs.update(self._sum_over_ranks(own, self.graphs.trained))
+        return self.graphs.values, self.graphs.norm
+
+    def _sum_over_ranks(self, own: Any, trained: list[torch.nn.Parameter]) -> Any:
+        if self.ranks == 1:
+            return own
+        values = torch.empty(len(self.objective.curves), device=self.device)
+        return ranks.sum_in_pairs(own, [*trained, values])
+
+    def check_finite(self) -> None:
+        """Raises UserError if a loss or gradient norm was not finite since the last call."""
+        if self.graphs and (fault := self.graphs.find_fault()):
+            raise not_finite(*fault)
 
     def _gather(self, tensors: list[Tensor]) -> tuple[Tensor, int]:
         if self.ranks == 1:
@@ -151,6 +207,9 @@ class LitStage(pl.LightningModule):
         sums, count = self.objective.validate(parts)
         self._validation.append(({name: value.cpu() for name, value in sums.items()}, count))
 
+    def on_validation_start(self) -> None:
+        self.check_finite()
+
     def on_validation_epoch_end(self) -> None:
         steps = len(self.objective.readers["valid"].plan(None))
         of_ranks = ranks.gather(self._validation)
@@ -171,6 +230,7 @@ class LitStage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained parts, the optimizer and the progress; drop what differs between equal
         runs, such as paths, times and the number of restarts."""
+        self.check_finite()
         trained = self._trained()
         kept = {
             "epoch": self.epoch,
@@ -224,6 +284,13 @@ def _who(own: list[Tensor] | None) -> str:
     each = ranks.gather(all(t is None or bool(t.isfinite().all()) for t in own or []))
     faulty = [str(rank) for rank, finite in enumerate(each) if not finite]
     return f", rank {', '.join(faulty)}" if faulty else ", sum over ranks"
+
+
+def not_finite(step: int, loss: float, norm: float, who: str = "") -> UserError:
+    return UserError(
+        f"step {step}{who}: loss is {loss} (gradient norm {norm}); this run is discarded. Lower "
+        "the stage's learning rate, or set trainer.precision to 32-true"
+    )
 
 
 def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:

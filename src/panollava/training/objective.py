@@ -2,7 +2,7 @@
 model that do not train."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tabulate import tabulate
@@ -25,6 +25,7 @@ class StageObjective(Protocol):
 
     model: nn.Module
     curves: tuple[str, ...]  # names of a step's values, "loss" first
+    joint: bool  # a part's terms depend on the other parts
     readers: dict[str, Reader]  # by split
 
     def open_readers(self) -> None: ...
@@ -33,12 +34,13 @@ class StageObjective(Protocol):
     def blank(self, panoramas: list) -> Any: ...
     def parameter_groups(self) -> list[dict]: ...  # name, params, lr
     def terms(
-        self, batch: StepBatch, seeds: list[int], gather: Gather
+        self, batch: StepBatch, seeds: Sequence[int | None], gather: Gather
     ) -> Iterator[tuple[Tensor, Tensor] | None]:
         """Of each part in turn: its term of the step's loss, to be differentiated, and its terms of
         `curves`. Both add up over the parts. None: an empty part.
 
-        `seeds`: of the parts' random numbers. `gather`: the parts of other devices, too."""
+        `seeds`: of the parts' random numbers; None: go on with the current ones. `gather`: the
+        parts of other devices, too."""
 
     def validate(self, parts: list) -> tuple[dict[str, Tensor], int]: ...
 

@@ -1,14 +1,15 @@
 """The layers of the pretrained towers: gradient checkpointing (recompute activations in the
 backward pass instead of storing them) and torch.compile."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from panollava.errors import UserError
 
-# Compiled programs for both towers: with and without gradients, the first shape and others, one
-# sequence and several. Beyond its default limit of 8, torch silently stops compiling.
+# Compiled programs for both towers: with and without gradients, and each shape. Beyond its default
+# limit of 8, torch silently stops compiling.
 _PROGRAMS = 64
 
 
@@ -25,7 +26,9 @@ def checkpoint_layers(model: nn.Module) -> None:
             continue
         if not tower.supports_gradient_checkpointing:
             raise _unsupported(tower, "do not support it")
-        tower.activation_checkpointing_enable({"use_reentrant": False})
+        # A CUDA graph cannot save the state of random numbers.
+        options = {"use_reentrant": False, "preserve_rng_state": _drops_out(tower)}
+        tower.activation_checkpointing_enable(options)
         for layer in tower.modules():
             if isinstance(layer, GradientCheckpointingLayer) and not layer.training:
                 if any(value for name, value in vars(layer).items() if "dropout" in name):
@@ -35,12 +38,25 @@ def checkpoint_layers(model: nn.Module) -> None:
                 layer.training = True
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, few_shapes: bool = False) -> None:
     """Compile each layer of all towers in `model`, in place, at its first call. Parameters keep
-    their names."""
+    their names. `few_shapes`: compile each shape by itself, so that a program does not depend on
+    those that came before."""
+    # Not the argument of `compile`, which torch 2.11 does not have.
+    torch._dynamo.config.recompile_limit = _PROGRAMS
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(recompile_limit=_PROGRAMS)
+            layer.compile(dynamic=False if few_shapes else None)
+
+
+def _drops_out(tower: nn.Module) -> bool:
+    rates = (
+        value
+        for module in tower.modules()
+        for name, value in vars(module).items()
+        if "drop" in name or isinstance(module, nn.Dropout) and name == "p"
+    )
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _unsupported(tower: PreTrainedModel, reason: str) -> UserError:

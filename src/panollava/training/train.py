@@ -25,6 +25,7 @@ from panollava.provenance import code_digest, made_from, resume
 from panollava.provenance.fingerprint import fingerprint
 from panollava.stages import STAGES, Stage
 from panollava.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from panollava.training.cuda_graphs import needs_few_shapes
 from panollava.training.curves import Curves, Speed, Track, open_tracker
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import StageObjective, load_objective, prepare_parts
@@ -112,7 +113,7 @@ def make_module(stage: Stage, settings: Settings, objective: StageObjective) -> 
     checkpointing = settings.trainer.gradient_checkpointing
     log.info("%s", prepare_parts(objective.model, stage, settings.trainer.precision, checkpointing))
     if settings.trainer.compile:
-        compile_layers(objective.model)
+        compile_layers(objective.model, needs_few_shapes(settings.trainer))
     module = LitStage(objective, settings, stage)
     rates = (f"{group['name']} {group['lr']:g}" for group in module.groups)
     log.info("learning rates: %s", ", ".join(rates))
@@ -167,7 +168,8 @@ def _fit(module: LitStage, settings: Trainer, callbacks: list[pl.Callback]) -> N
             strategy=_strategy(settings.accelerator),
             precision=settings.precision,
             max_epochs=epochs,
-            callbacks=[*callbacks, _ProgressBar(refresh_rate=5)],
+            # Reading the loss waits for a GPU.
+            callbacks=[*callbacks, _ProgressBar(settings.log_every if settings.cuda_graphs else 5)],
             # Whatever scheduler runs this, each process trains on one device and is started
             # already, and `Checkpoints` saves and resumes.
             # Under SLURM, Lightning would also load a hpc_ckpt_*.ckpt from its root folder.

@@ -1,6 +1,6 @@
 """Stage objective: VICReg, or InfoNCE, between what adjacent views see of the same directions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Objective(nn.Module):
         self.model = EncoderOnly(encoder)
         self.infonce = self.stage_settings.objective == "infonce"
         self.curves = ("loss", "retrieval_accuracy") if self.infonce else _VICREG
+        self.joint = not self.infonce
         if self.stage_settings.epochs:  # without training, views need not overlap
             centers = views.token_centers(encoder.patch, size)
             self.pairs = correspondences(layout, centers, self.stage_settings.overlap)
@@ -70,7 +71,7 @@ class Objective(nn.Module):
         return [{"name": "encoder", "params": parameters, "lr": self.stage_settings.lr}]
 
     def terms(
-        self, batch: StepBatch, seeds: list[int], gather: Gather
+        self, batch: StepBatch, seeds: Sequence[int | None], gather: Gather
     ) -> Iterator[tuple[Tensor, Tensor] | None]:
         parts = [pair for pair in zip(batch.parts, seeds, strict=True) if pair[0] is not None]
         if self.infonce:
@@ -80,7 +81,7 @@ class Objective(nn.Module):
         yield from [None] * (len(seeds) - len(parts))  # empty parts are the last ones
 
     def _infonce_terms(
-        self, parts: list[tuple[Tensor, int]], count: int
+        self, parts: list[tuple[Tensor, int | None]], count: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The mean over a part's panoramas, times their share of the step's."""
         for part, seed in parts:
@@ -89,7 +90,7 @@ class Objective(nn.Module):
             yield values[0], values.detach()
 
     def _vicreg_terms(
-        self, parts: list[tuple[Tensor, int]], gather: Gather
+        self, parts: list[tuple[Tensor, int | None]], gather: Gather
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The loss is that of all features of the step, so each part is computed twice, as in
         GradCache (Gao et al., 2021): for its features, and to propagate the loss's gradient into
