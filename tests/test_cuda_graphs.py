@@ -18,7 +18,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError
 from panollava.stages import STAGES
-from panollava.training import cuda_graphs, curves, lightning_module
+from panollava.training import cuda_graphs, curves, lightning_module, train
 from panollava.training.cuda_graphs import (
     CannotRecord,
     Program,
@@ -33,7 +33,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    return change(settings, trainer__threads=1)
+    """Without a recorder, steps run as usual."""
+    return change(settings, trainer__threads=1, trainer__cuda_graphs=True)
 
 
 class Recorded(Rerun):
@@ -238,7 +239,30 @@ def test_a_loss_that_is_not_finite_stops_recorded_steps_before_a_checkpoint(
 
 
 def test_a_processor_records_nothing_and_pads_nothing(settings: Settings) -> None:
-    trainer = change(settings, trainer__cuda_graphs=True, trainer__compile=True).trainer
-    assert cuda_graphs.make_recorder(trainer, CPU) is None
+    assert cuda_graphs.make_recorder(CPU) is None
     if not torch.cuda.is_available():
-        assert not cuda_graphs.needs_few_shapes(trainer)
+        assert not cuda_graphs.needs_few_shapes(change(settings, trainer__compile=True).trainer)
+
+
+def test_each_of_few_shapes_is_compiled_by_itself_and_validation_is_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = change(settings, trainer__compile=True)
+    run_before("resampler", settings)
+    programs: list[tuple[int, ...]] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        assert torch.is_grad_enabled()
+        programs.append(tuple(max(value.shape for value in inputs)))
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *a, **k: compile_module(*a, **k, backend=count)
+    )
+    for module in (lightning_module, train):
+        monkeypatch.setattr(module, "needs_few_shapes", lambda _: True)
+    monkeypatch.setattr(lightning_module.choose_shapes, "__defaults__", (2,))
+    torch._dynamo.reset()
+    run_stage("resampler", settings)
+    assert len(programs) == 4, programs  # of two towers

@@ -75,9 +75,9 @@ class Rerun:
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def make_recorder(trainer: Trainer, device: torch.device) -> Recorder | Rerun | None:
-    """None: steps run as usual, as always on a processor."""
-    return Recorder(device) if trainer.cuda_graphs and device.type == "cuda" else None
+def make_recorder(device: torch.device) -> Recorder | Rerun | None:
+    """None for a processor, whose steps run as usual."""
+    return Recorder(device) if device.type == "cuda" else None
 
 
 def needs_few_shapes(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class LitStage(pl.LightningModule):
             self.optimizers().optimizer.load_state_dict(optimizer)  # type: ignore[union-attr]
             self.lr_schedulers().load_state_dict(scheduler)  # type: ignore[union-attr]
             self._restored = None
-        recorder = make_recorder(self.settings, self.device)
+        recorder = self.settings.cuda_graphs and make_recorder(self.device)
         if recorder and self.ranks > 1 and self.objective.joint:
             log.warning("trainer.cuda_graphs: steps are not recorded: their devices exchange parts")
         elif recorder:
@@ -204,7 +205,10 @@ class LitStage(pl.LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         parts = [part for part in batch.parts if part is not None]
-        sums, count = self.objective.validate(parts)
+        # Without compiled layers: a program for each of its many shapes would take long.
+        eager = torch.compiler.set_stance("force_eager") if self.shapes else nullcontext()
+        with eager:
+            sums, count = self.objective.validate(parts)
         self._validation.append(({name: value.cpu() for name, value in sums.items()}, count))
 
     def on_validation_start(self) -> None:
