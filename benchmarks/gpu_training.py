@@ -28,33 +28,34 @@ from panollava.training.cuda_graphs import Rerun
 from panollava.training.curves import Curves
 from training_loop import Stop, fit, make_module
 
-TENTH, WARM, TIMED = 10, 110, 80  # steps; the second epoch has no new shapes
+TENTH, WARM, TIMED = 10, 110, 80  # steps; the second epoch has few new shapes
 
 
 class _Clock(pl.Callback):
     """The tenth step's end, then steps and the time between them on the processor."""
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, tiny: bool) -> None:
         self.started, self.steps = started, 0
+        self.warm, self.timed = (12, 4) if tiny else (WARM, TIMED)
         self.result: dict[str, float] = {}
         self.between: list[float] = []
         self.ended = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.steps > WARM:
+        if self.steps > self.warm:
             self.between.append(time.perf_counter() - self.ended)
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self.steps += 1
-        if self.steps in (TENTH, WARM, WARM + TIMED):
+        if self.steps in (TENTH, self.warm, self.warm + self.timed):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             now = time.time()
             if self.steps == TENTH:
                 self.result["tenth"] = now - self.started
-            elif self.steps == WARM:
+            elif self.steps == self.warm:
                 self.since, self.rows = now, 0
             else:
                 self.result["rows_per_second"] = (self.rows + batch.rows) / (now - self.since)
@@ -62,13 +63,13 @@ class _Clock(pl.Callback):
                 if torch.cuda.is_available():
                     self.result["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
                 raise Stop
-        if self.steps > WARM:
+        if self.steps > self.warm:
             self.rows += batch.rows
         self.ended = time.perf_counter()
 
 
-def start(stage: str, settings: Settings) -> dict[str, float]:
-    clock = _Clock(psutil.Process().create_time())
+def start(stage: str, settings: Settings, tiny: bool) -> dict[str, float]:
+    clock = _Clock(psutil.Process().create_time(), tiny)
     fit(make_module(stage, settings), settings, clock)
     return clock.result
 
@@ -104,7 +105,7 @@ def main() -> None:
             module.needs_few_shapes = lambda _: True
         modules[0].make_recorder = lambda *_: Rerun()
     if options.what == "start":
-        result: Any = start(options.which, gpu_project.load(options.tiny, **changes))
+        result: Any = start(options.which, gpu_project.load(options.tiny, **changes), options.tiny)
     else:
         from helpers import change, settings_for
 

@@ -266,3 +266,20 @@ def test_each_of_few_shapes_is_compiled_by_itself_and_validation_is_not(
     torch._dynamo.reset()
     run_stage("resampler", settings)
     assert len(programs) == 4, programs  # of two towers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("stage", "parts"), [("vision", 1), ("vision", 2), ("resampler", 2)])
+def test_a_gpu_replays_what_the_same_programs_compute(
+    settings: Settings, stage: str, parts: int, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    settings = change(settings, trainer__accelerator="gpu", trainer__precision="bf16-mixed")
+    settings = change(settings, **{f"stage__{stage}__accumulate": parts})
+    run_before(stage, settings)
+    run_stage(stage, settings)
+    replayed = outputs(stage)
+    assert "not recorded" not in caplog.text
+    shutil.rmtree(paths.RESUME)
+    record(monkeypatch, Rerun)
+    run_stage(stage, settings)
+    assert outputs(stage) == replayed
