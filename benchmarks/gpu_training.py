@@ -131,7 +131,7 @@ def main() -> None:
             result = {}
         else:
             result = run(settings, int(options.which))
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
