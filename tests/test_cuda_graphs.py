@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_recorded_steps_before_a_checkpoint(
 ) -> None:
     """The error names the step, and is raised when values are next read or saved."""
     settings = change(
-        settings, stage__vision__lr=1e25, stage__vision__epochs=9, machine__save_every=3
+        settings, stage__vision__lr=1e25, stage__vision__epochs=9, stage__vision__batch_size=2
     )
     settings = change(settings, trainer__log_every=log_every)
 

@@ -212,6 +212,8 @@ class StepGraphs:
     def _record(self, program: Program) -> Program:
         try:
             return self.recorder.record(program)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._give_up(str(error))
             return program
