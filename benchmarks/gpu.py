@@ -463,8 +463,8 @@ def measure_attention(bench: Bench) -> None:
         return attend(q, k, v, block_mask=blocks)
 
     if bench.tiny:  # a processor has no backward pass
-        with torch.no_grad():
-            assert torch.allclose(flexible(), reference[0], atol=1e-4)
+        q, k, v = (tensor.detach() for tensor in (q, k, v))
+        assert torch.allclose(flexible(), reference[0], atol=1e-4)
         return
     first = both(flexible)
     difference = max(float((a - b).abs().max()) for a, b in zip(reference, first, strict=True))
