@@ -187,9 +187,9 @@ class StepGraphs:
                 total = tree_sum(sums, len(parts))
             torch._foreach_copy_(self.results, total)
 
+        self.recorder.warm_up(program)  # the first run may move constants to the GPU
         if self.recorder.replays and not self.differentiate:
             self._check(program, random=sum(part is not None for part in parts) < 2)
-        self.recorder.warm_up(program)
         return _Differentiate(_tensors(parts), divisor, self._record(program))
 
     def _update(self) -> None:
