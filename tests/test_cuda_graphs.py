@@ -3,8 +3,11 @@ from the same buffers."""
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import torch
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from helpers import Killed, change, curve, outputs, run_stage
+from helpers import ROOT, Killed, change, curve, outputs, run_stage
 from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError
@@ -266,6 +269,21 @@ def test_each_of_few_shapes_is_compiled_by_itself_and_validation_is_not(
     torch._dynamo.reset()
     run_stage("resampler", settings)
     assert len(programs) == 4, programs  # of two towers
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_processor(tmp_path: Path) -> None:
+    """With tiny towers, so that no GPU is needed to find a mistake in it."""
+    lines = tmp_path / "lines.jsonl"
+    only = ("product", "steps finetune", "steps vision", "bytes vision", "attention", "loop graphs")
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--repeats=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([*command, f"--lines={lines}", "--only", *only], env=environment, check=True)
+    measured = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {line["section"].split(" ", 1)[0] for line in measured if "section" in line} == {
+        name.split(" ", 1)[0] for name in only
+    }
+    assert not [line for line in measured if "error" in line or "skipped" in line]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
