@@ -481,24 +481,19 @@ def measure_attention(bench: Bench) -> None:
 
 def measure_answers(bench: Bench) -> None:
     """In bf16 as `evaluate` computes them. With random weights, answers of both ways may differ."""
-    if bench.tiny:
-        return
-    model = real_size.build(device=bench.device)
-    panoramas = 16
-    features = evaluation.encode(model, real_size.make_example(panoramas).views.to(bench.device))
-    settings = gpu_project.load(False)
-    from panollava.model.language_model import load_language_model
-
-    _, tokenizer = load_language_model(settings.model.language_model, weights=False)
-    dialogue = evaluation.TokenDialogue(tokenizer)
+    steps = StageSteps(bench, "resampler")
+    model, panoramas = steps.objective.model, 2 if bench.tiny else 16
+    whole = [(panorama, [gpu_project.ROWS * panorama]) for panorama in range(panoramas)]
+    features = evaluation.encode(model, steps.reader.load(whole).vision.to(bench.device))
+    dialogue = evaluation.TokenDialogue(steps.objective.dialogue.tokenizer)
     texts = list(evaluation.QUERIES.values())[: evaluation.QUERIES_PER_PANORAMA]
 
     def ours() -> object:
-        with autocast(bench.device, settings.trainer.precision):
+        with autocast(bench.device, steps.trainer.precision):
             return evaluation.answer(model, dialogue, features, [texts] * panoramas, 30)
 
     def usual() -> object:  # two of the panoramas, because it is slow
-        with autocast(bench.device, settings.trainer.precision):
+        with autocast(bench.device, steps.trainer.precision):
             return evaluation.answer_one_by_one(model, dialogue, features[:2], [texts] * 2, 30)
 
     seconds, _ = bench.timed(ours)
