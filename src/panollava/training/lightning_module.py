@@ -148,12 +148,12 @@ class LitStage(pl.LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         parts = [part for part in batch.parts if part is not None]
-        sums, count = self.objective.validate(parts)
-        self._validation.append(({name: value.cpu() for name, value in sums.items()}, count))
+        self._validation.append(self.objective.validate(parts))
 
     def on_validation_epoch_end(self) -> None:
         steps = len(self.objective.readers["valid"].plan(None))
-        of_ranks = ranks.gather(self._validation)
+        own = [({name: v.cpu() for name, v in sums.items()}, n) for sums, n in self._validation]
+        of_ranks = ranks.gather(own)
         of_steps = [of_ranks[step % self.ranks][step // self.ranks] for step in range(steps)]
         sums, counts = zip(*of_steps, strict=True)
         self._validation = []
