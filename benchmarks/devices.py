@@ -34,15 +34,15 @@ from helpers import (
 from measure import PANOLLAVA
 
 GOALS = {"features": 1.6, "resampler": 1.5}
-PANORAMAS, ROWS, PARTS = 64, 3, 4
+ROWS, PARTS = 3, 4
 _FEATURES = re.compile(r"^(\S+ \S+) INFO .*: features of (\d+) panoramas", re.MULTILINE)
 
 
-def make_project(folder: Path) -> None:
+def make_project(folder: Path, panoramas: int) -> None:
     """Panoramas with their rows, and towers with random weights."""
     save_encoder(folder / "towers/encoder", 64, width=192)
     save_language_model(folder / "towers/language_model", width=128)
-    for split, count in (("train", PANORAMAS), ("valid", PANORAMAS), ("test", 2)):
+    for split, count in (("train", panoramas), ("valid", panoramas), ("test", 2)):
         rows = []
         for index in range(count):
             name = f"images/{split}_{index}.jpg"
@@ -102,13 +102,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--panoramas", type=int, default=64, help="in train and valid each")
+    options = parser.parse_args()
     rates: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_project(folder)
+        make_project(folder, options.panoramas)
         seen = set()
-        for _ in range(repeats):
+        for _ in range(options.repeats):
             for devices in (1, 2):
                 for work in (resampler, features):
                     rates.setdefault((work.__name__, devices), []).append(work(folder, devices))

@@ -222,15 +222,15 @@ class LitStage(pl.LightningModule):
         # Without compiled layers: a program for each of its many shapes would take long.
         eager = torch.compiler.set_stance("force_eager") if self.shapes else nullcontext()
         with eager:
-            sums, count = self.objective.validate(parts)
-        self._validation.append(({name: value.cpu() for name, value in sums.items()}, count))
+            self._validation.append(self.objective.validate(parts))
 
     def on_validation_start(self) -> None:
         self.check_finite()
 
     def on_validation_epoch_end(self) -> None:
         steps = len(self.objective.readers["valid"].plan(None))
-        of_ranks = ranks.gather(self._validation) if self.ranks > 1 else [self._validation]
+        own = [({name: v.cpu() for name, v in sums.items()}, n) for sums, n in self._validation]
+        of_ranks = ranks.gather(own) if self.ranks > 1 else [own]
         of_steps = [of_ranks[step % self.ranks][step // self.ranks] for step in range(steps)]
         sums, counts = zip(*of_steps, strict=True)
         self._validation = []
