@@ -24,7 +24,7 @@ from panollava.errors import UserError
 from panollava.files import open_array, write_array
 from panollava.model.generate import answer
 from panollava.model.precision import autocast
-from panollava.model.weights import load_start
+from panollava.model.weights import load_start, parts_in
 from panollava.stages import STAGES, Stage
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import load_objective, prepare_parts
@@ -44,6 +44,8 @@ class Replicas:
         starts: Sequence[Path | None],
         device: torch.device,
     ) -> None:
+        parts = () if starts[0] is None else parts_in(starts[0])
+        stage = stage.configured(getattr(settings[0].stage, stage.name), parts)
         self.stage, self.settings, self.device = stage, settings[0], device
         self.seeds = [each.seed for each in settings]
         self.objectives = [
@@ -59,7 +61,7 @@ class Replicas:
         objective = load_objective(self.stage, settings)
         if start is not None:
             before = STAGES[self.stage.starts_from or ""]
-            load_start(start, objective.model, before.saves, before)
+            load_start(start, objective.model, parts_in(start), before)
         prepare_parts(objective.model, self.stage, settings.trainer.precision, False)
         return objective.to(self.device)
 
@@ -104,7 +106,13 @@ class Replicas:
         history = [self.validate()]
         best = {name: stack.detach().clone() for name, stack in self.trained.items()}
         for epoch in range(len(self.modules[0].epoch_steps)):
-            plans = [objective.readers["train"].plan(epoch) for objective in self.objectives]
+            running = self._running(torch.stack(history))
+            plans = [
+                objective.readers["train"].plan(epoch) if runs else []
+                for objective, runs in zip(self.objectives, running, strict=True)
+            ]
+            if not any(running):
+                break
             for steps in zip_longest(*plans, fillvalue=()):
                 self.step([list(step) for step in steps], epoch)
             losses = self.validate()
@@ -115,6 +123,12 @@ class Replicas:
         for name, stack in self.trained.items():
             stack.detach().copy_(best[name])
         return torch.stack(history, dim=1).tolist()
+
+    def _running(self, losses: Tensor) -> list[bool]:
+        """Whether each replica goes on, by `stage.*.patience`. `losses`: (epochs, replicas)."""
+        patience = self.modules[0].patience
+        waited = len(losses) - 1 - losses.argmin(dim=0)
+        return [patience is None or epochs < patience for epochs in waited.tolist()]
 
     def open(self) -> None:
         """Open the readers of each replica, for the frozen encoder with its own features, and make

@@ -254,3 +254,43 @@ def test_differences_are_paired_by_seed() -> None:
     }
     assert "(+0.000 ± 0.000)" in comparison.describe(results, "profile.views", "count")
     assert "± 0.000" not in comparison.describe(results, "profile.sphere-64", "count")
+
+
+def test_replicas_stop_early_by_themselves(each: list[Settings], tmp_path: Path) -> None:
+    each = [change(s, stage__resampler__epochs=6, stage__resampler__patience=1) for s in each]
+    # Every epoch of this one is as good as the start.
+    each[1] = change(each[1], stage__resampler__lr=0.0, stage__resampler__encoder_lr=0.0)
+    stopped, starts = [], []
+    for settings in each:
+        train_stages(settings, "resampler", tmp_path / f"seed{settings.seed}")
+        starts.append(tmp_path / f"seed{settings.seed}/vision" / paths.WEIGHTS)
+        stopped.append(curve("resampler", "val/loss"))
+    assert len(stopped[1]) == 2 < len(stopped[0])
+    history = Replicas(STAGES["resampler"], each, starts, CPU).train()
+    for losses, reference in zip(history, stopped, strict=True):
+        assert losses[: len(reference)] == pytest.approx(reference, rel=1e-3)
+        assert {*losses[len(reference) :]} <= {losses[len(reference) - 1]}
+
+
+def test_adapters_train_and_answer_as_in_panollava(each: list[Settings], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    each = [
+        change(settings, stage__resampler__lora=True, stage__finetune__lora=True)
+        for settings in each
+    ]
+    expected, tables, folders = [], [], []
+    for settings in each:
+        folders.append(tmp_path / f"seed{settings.seed}")
+        train_stages(settings, "finetune", folders[-1])
+        expected.append(curve("finetune", "val/loss"))
+        evaluate(settings)
+        tables.append(pd.read_csv(paths.PREDICTIONS, keep_default_na=False))
+    starts = [folder / "resampler" / paths.WEIGHTS for folder in folders]
+    trained = Replicas(STAGES["finetune"], each, starts, CPU)
+    history = trained.train()
+    assert [*map(min, history)] == pytest.approx([*map(min, expected)], rel=1e-5)
+    rows = read_prepared_rows(paths.PREPARED / each[0].evaluate.split / "rows.csv")
+    answered = answer_all(trained, group_references(rows))
+    for answers, table in zip(answered, tables, strict=True):
+        keys = zip(table["panorama"], table["query"], strict=True)
+        assert answers["prediction"] == dict(zip(keys, table["prediction"], strict=True))
