@@ -71,6 +71,8 @@ def check_count(settings: "Settings", count: int) -> None:
     """Raises UserError if so many processes cannot share the steps of all stages."""
     parts = {name: getattr(settings.stage, name) for name in STAGES}
     parts = {name: stage.accumulate for name, stage in parts.items() if stage.epochs}
+    if not parts:
+        return
     common = math.gcd(*parts.values())
     valid = [2**n for n in range(common.bit_length()) if common % 2**n == 0]
     if count not in valid:

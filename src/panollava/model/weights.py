@@ -100,7 +100,7 @@ def read_header(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that writes it: dvc repro") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # OSError: a folder
         raise UserError(
             f"{path}: not a readable safetensors file ({error}); remove it and run: "
             "make verify, then dvc repro"

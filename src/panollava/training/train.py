@@ -84,8 +84,6 @@ def train(
         for step, values in module.history:
             curves.write(step, values)
         log.info("resuming from step %d of %d (%s)", module.step, module.total_steps, work)
-    most = "" if module.patience is None else "at most "
-    log.info("%s%d epochs, %s", most, len(module.epoch_steps), _steps(module))
     speed = Speed(paths.speed_folder(stage.name), settings.trainer.log_every, track)
     _fit(module, settings.trainer, [curves, checkpoints, speed])
     _publish(stage, module, checkpoints, track, header)
@@ -165,6 +163,8 @@ def _fit(module: LitStage, settings: Trainer, callbacks: list[pl.Callback]) -> N
     """Train the epochs that are left."""
     if not module.epochs_left:
         return
+    most = "" if module.patience is None else "at most "
+    log.info("%s%d epochs, %s", most, len(module.epoch_steps), _steps(module))
     with warnings.catch_warnings():
         # The number of workers is the user's choice (machine.loader_workers).
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
