@@ -35,7 +35,6 @@ CHOICES: dict[str, Choice] = {
     ),
     "direction-none": Choice("sphere-64", {**SPHERE, "model.resampler.position": "none"}),
     "direction-view": Choice("views", {**VIEWS, "model.resampler.position": "view"}),
-    "view-labels": Choice("sphere-64", {**SPHERE, "model.view_labels": True}),
     "views-global": Choice("sphere-64", {**SPHERE, "views.global_view": True}),
     # Wider than 90 degrees, because faces of 90 degrees share no token.
     "views-cubemap": Choice("views", {**VIEWS, "views.strategy": "cubemap", "views.fov": 100}),
