@@ -61,7 +61,7 @@ class Replicas:
         objective = load_objective(self.stage, settings)
         if start is not None:
             before = STAGES[self.stage.starts_from or ""]
-            load_start(start, objective.model, parts_in(start), before)
+            load_start(start, objective.model, (*parts_in(start),), before)
         prepare_parts(objective.model, self.stage, settings.trainer.precision, False)
         return objective.to(self.device)
 
