@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import cloudpickle  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,33 +19,43 @@ from panollava.model import ranks
 Function = Callable[[], Any]
 
 
+LIMIT = timedelta(seconds=60)
+
+
 def run(count: int, function: Function) -> list[Any]:
-    """What `function` returns in each of `count` forked processes, or the error that it raises."""
-    context = multiprocessing.get_context("fork")
-    limit = timedelta(seconds=60)
-    server = dist.TCPStore("127.0.0.1", 0, count, True, limit, wait_for_workers=False)
+    """What `function` returns in each of `count` processes, or the error that it raises.
+
+    They are forked from a process without threads: pytest's may have some, whose locks would stay
+    locked in a copy."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cloudpickle", "torch.distributed"])
+    server = dist.TCPStore("127.0.0.1", 0, count, True, LIMIT, wait_for_workers=False)
     results = context.Queue()
-
-    def work(rank: int) -> None:
-        store = dist.TCPStore("127.0.0.1", server.port, count, False, limit)
-        try:
-            with ranks.join(store, rank, count, rank):
-                results.put((rank, function()))
-        except Exception as error:  # noqa: BLE001 - the test looks at it
-            results.put((rank, error))
-        results.close()
-        results.join_thread()
-        os._exit(0)
-
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
+    pickled = cloudpickle.dumps(function)  # pickle does not take local functions
+    processes = [
+        context.Process(target=work, args=(rank, count, server.port, pickled, results))
+        for rank in range(count)
+    ]
     for process in processes:
         process.start()
     try:
-        found = dict(results.get(timeout=60) for _ in range(count - function_ends(function)))
+        found = dict(results.get(timeout=120) for _ in range(count - function_ends(function)))
     finally:
         for process in processes:
             process.kill()
     return [found.get(rank) for rank in range(count)]
+
+
+def work(rank: int, count: int, port: int, pickled: bytes, results: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", port, count, False, LIMIT)
+    try:
+        with ranks.join(store, rank, count, rank):
+            results.put((rank, cloudpickle.loads(pickled)()))
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        results.put((rank, error))
+    results.close()
+    results.join_thread()
+    os._exit(0)
 
 
 def function_ends(function: Function) -> int:
@@ -112,8 +123,9 @@ def test_only_rank_0_calls_what_is_to_be_done_once() -> None:
     assert first == own == second != other
 
 
-def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_is_named() -> None:
     def hang() -> Any:
+        ranks.PATIENCE = 2.0
         ranks.sum_in_pairs(None, LIKE)
         if ranks.rank() == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -123,7 +135,6 @@ def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return str(raised.value), time.monotonic() - start
 
     hang.lost = 1  # type: ignore[attr-defined]
-    monkeypatch.setattr(ranks, "PATIENCE", 2.0)
     for found in run(4, hang)[:3]:
         message, seconds = found
         assert "rank 3 of 4 has ended, or has not answered for 2 seconds" in message, message
