@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "features", "evaluate")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # that it sets for each process
 _CONNECT_SECONDS = 300.0
 _GRACE_SECONDS = 20.0  # for rank 0 to notice itself that another rank has ended
 
@@ -50,7 +51,7 @@ def find_place() -> Place | None:
 
     Raises UserError for SLURM options that Lightning does not support."""
     env = os.environ
-    if int(env.get("WORLD_SIZE") or 1) > 1 and "MASTER_PORT" in env:
+    if int(env.get("WORLD_SIZE") or 1) > 1 and env.keys() >= _TORCHRUN:
         rank, world, local_rank = (int(env[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
