@@ -219,7 +219,8 @@ def _train(
     _warn_of_untracked_towers(settings.model)
     with explain_out_of_memory(configured_stages(settings.stage)[stage.name], settings):
         train(stage, _settings(changes, stage.reads), start, must_resume, run_name)
-    ranks.on_first(lambda: None)  # the result is written
+    # The result is written, and nobody reads unfinished work any more.
+    ranks.gather(None, ranks.FIRST_PATIENCE)
 
 
 def _warn_of_untracked_towers(model: "Model") -> None:

@@ -191,6 +191,8 @@ class LitStage(pl.LightningModule):
     def _sum_over_ranks(self, own: Any, trained: list[torch.nn.Parameter]) -> Any:
         if self.ranks == 1:
             return own
+        if self.settings.compile or self.graphs:  # for shapes that are new to another rank
+            ranks.expect_slow_start()
         values = torch.empty(len(self.objective.curves), device=self.device)
         return ranks.sum_in_pairs(own, [*trained, values])
 
@@ -200,8 +202,6 @@ class LitStage(pl.LightningModule):
             raise not_finite(*fault)
 
     def _gather(self, tensors: list[Tensor]) -> tuple[Tensor, int]:
-        if self.ranks == 1:
-            return one_device(tensors)
         return ranks.gather_rows(tensors, self.device)
 
     def _differentiate(
@@ -309,11 +309,6 @@ def not_finite(step: int, loss: float, norm: float, who: str = "") -> UserError:
         f"step {step}{who}: loss is {loss} (gradient norm {norm}); this run is discarded. Lower "
         "the stage's learning rate, or set trainer.precision to 32-true"
     )
-
-
-def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:
-    """All rows, and the number of this device's first one."""
-    return torch.cat(tensors), 0
 
 
 def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:
