@@ -31,8 +31,7 @@ from panollava.geometry import views
 from panollava.model.network import build_model
 from panollava.stages import STAGES
 from panollava.training.features import write_features
-from panollava.training.lightning_module import one_device
-from panollava.training.objective import load_objective
+from panollava.training.objective import load_objective, one_device
 from panollava.training.train import train
 from training_loop import Stop, fit, make_module
 

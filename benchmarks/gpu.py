@@ -42,8 +42,7 @@ from panollava.data.shapes import Shape
 from panollava.model.precision import autocast
 from panollava.stages import STAGES
 from panollava.training.cuda_graphs import Recorder, Rerun, StepGraphs
-from panollava.training.lightning_module import one_device
-from panollava.training.objective import load_objective, prepare_parts
+from panollava.training.objective import load_objective, one_device, prepare_parts
 from panollava.training.tower_layers import compile_layers
 from real_size import Example
 from training import COUNTS

@@ -7,7 +7,7 @@ choices are made from the results.
 
     make laboratory                                           # tokens, in three regimes
     make laboratory ARGS="--only quarter.views --seeds 3"     # and what it is compared with
-    make laboratory ARGS="--only lora stage1 --report"        # and write docs/laboratory.md"""
+    make laboratory ARGS="--only lora 'stage1-*' --report"    # and write docs/laboratory.md"""
 
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-import comparison
+import laboratory_table
 from laboratory_work import COMMON, Laboratory, make_runs
 from measure import ROOT
 from panollava.model.device import choose_device, configure_cpu
@@ -29,7 +29,8 @@ from variants import select
 log = logging.getLogger("laboratory")
 
 FOLDER = ROOT / "runs/laboratory"
-CODE = ("src", "params.yaml", "data/demo", "benchmarks/variants.py", "benchmarks/replicas.py")
+_SCRIPTS = ("variants", "replicas", "stacked_batches", "laboratory_work", "laboratory_scores")
+CODE = ("src", "params.yaml", "data/demo", *(f"benchmarks/{name}.py" for name in _SCRIPTS))
 
 
 def main() -> None:
@@ -54,11 +55,11 @@ def main() -> None:
             runs = make_runs(selected, range(options.seeds))
             Laboratory(options.folder, commit, device, stacked).run(runs)
     if not options.worker:
-        results = comparison.read_results(options.folder / "results", commit, selected)
-        table = comparison.format_table(results)
+        results = laboratory_table.read_results(options.folder / "results", commit, selected)
+        table = laboratory_table.format_table(results)
         log.info("%s", table)
         if options.report:
-            comparison.write_table(table, ROOT / "docs/laboratory.md")
+            laboratory_table.write_table(table, ROOT / "docs/laboratory.md")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import Step
+from panollava.data.packing import IGNORED
 from panollava.errors import UserError
 from panollava.files import open_array, write_array
 from panollava.model.generate import answer
@@ -28,7 +29,7 @@ from panollava.model.weights import load_start, parts_in
 from panollava.stages import STAGES, Stage
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import load_objective, prepare_parts
-from stacked_batches import IGNORED, stack_batches
+from stacked_batches import stack_batches
 
 ENCODED = 8  # panoramas encoded at once
 VALIDATED = 4  # steps of validation in one batch; their loss is a sum over tokens

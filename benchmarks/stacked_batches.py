@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from panollava.data.batches import TextBatch
-from panollava.data.packing import PADDING, Packed
-
-IGNORED = -100  # label that counts for nothing, as in cross_entropy
+from panollava.data.packing import IGNORED, PADDING, Packed
 
 
 def stack_batches(batches: list[TextBatch]) -> tuple[Tensor, Packed]:

@@ -24,7 +24,7 @@ from panollava.model.precision import autocast
 from panollava.stages import STAGES
 from panollava.training.answer_objective import Objective
 from panollava.training.features import write_features
-from panollava.training.lightning_module import one_device
+from panollava.training.objective import one_device
 
 
 def test_labeled_is_the_share_of_panoramas_whose_rows_are_used(settings: Settings) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from helpers import ROOT, Project, change, copy_project
+from panollava.cli import main as cli
 from panollava.cli.launch import check_count
 from panollava.config import Settings
 from panollava.errors import UserError
@@ -120,3 +121,18 @@ def test_a_number_of_devices_has_to_divide_the_parts_of_all_stages(
             UserError, match=f"{count} processes.*valid: {', '.join(map(str, valid))}$"
         ):
             check_count(settings, count)
+
+
+def test_options_of_the_command_count_for_the_valid_numbers_of_devices(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage that params.yaml leaves out, and the command trains."""
+    params = Path("params.yaml")
+    text = re.sub(r"accumulate: \d+", "accumulate: 4", params.read_text())
+    params.write_text(
+        text.replace("accumulate: 4", "accumulate: 1", 1).replace("epochs: 1", "epochs: 0", 1)
+    )
+    monkeypatch.setattr("panollava.cli.launch._start", lambda *_: pytest.fail("started"))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "vision", "--epochs", "1", "--devices", "2"])
+    assert "2 processes cannot share the parts of a step" in capsys.readouterr().err

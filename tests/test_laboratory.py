@@ -1,7 +1,6 @@
 """The laboratory: many trainings at once equal `panollava train` and `evaluate`; its intervals
 contain the truth as often as they say."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import comparison
+import laboratory_table
 import laboratory_work
 import variants
 from crossed_intervals import influence, interval
@@ -180,20 +179,15 @@ def test_a_laboratory_trains_shared_stages_once_and_continues_where_it_stopped(
     assert trainings == [("finetune", 1)]
 
 
-def test_variants_are_compared_with_one_that_also_runs_and_unknown_ones_are_left_out(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variants_are_compared_with_one_that_also_runs_and_have_valid_settings() -> None:
     core = variants.select([])
     assert {*core} == variants.CORE and len(core) == 9
     assert len(laboratory_work.make_runs(core, range(8))) == 72
+    assert len(laboratory_work.make_runs(variants.select(["*"]), range(1))) == 3 * len(
+        variants.CHOICES
+    )
     assert variants.select(["quarter.views"]) == ["quarter.sphere-64", "quarter.views"]
     assert variants.select(["stage1-n*"])[:2] == ["quarter.sphere-64", "quarter.stage1-none"]
-    unknown = variants.Choice("views", {"model.no_such_key": 1})
-    monkeypatch.setitem(variants.CHOICES, "unknown", unknown)
-    with caplog.at_level(logging.INFO):
-        runs = laboratory_work.make_runs(variants.select(["profile.unknown"]), range(2))
-    assert {run.variant for run in runs} == {"profile.views"}
-    assert "profile.unknown is left out" in caplog.text
 
 
 def simulate(random: np.random.Generator, seeds: int, panoramas: int, spread: float) -> np.ndarray:
@@ -241,9 +235,9 @@ def test_a_difference_is_bold_only_with_eight_seeds(seeds: int, claimed: bool) -
         variant: {seed: {"largest": each[seed].tolist()} for seed in range(seeds)}
         for variant, each in zip(("profile.sphere-64", "profile.views"), counts, strict=True)
     }
-    cell = comparison.describe(results, "profile.views", "largest")
+    cell = laboratory_table.describe(results, "profile.views", "largest")
     assert ("**(+" in cell) == claimed and "(+" in cell
-    assert comparison.describe(results, "profile.views", "around") == "–"
+    assert laboratory_table.describe(results, "profile.views", "around") == "–"
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -252,8 +246,8 @@ def test_differences_are_paired_by_seed() -> None:
         "profile.sphere-64": {seed: {"count": base[seed].tolist()} for seed in range(8)},
         "profile.views": {seed: {"count": base[seed].tolist()} for seed in range(2, 8)},
     }
-    assert "(+0.000 ± 0.000)" in comparison.describe(results, "profile.views", "count")
-    assert "± 0.000" not in comparison.describe(results, "profile.sphere-64", "count")
+    assert "(+0.000 ± 0.000)" in laboratory_table.describe(results, "profile.views", "count")
+    assert "± 0.000" not in laboratory_table.describe(results, "profile.sphere-64", "count")
 
 
 def test_replicas_stop_early_by_themselves(each: list[Settings], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from helpers import change, curve, run_stage, weights
 from panollava import paths
 from panollava.config import Settings
 from panollava.errors import UserError
+from panollava.model import ranks
 from panollava.model.precision import autocast
 from panollava.planning.step_memory import run_step
 from panollava.stages import STAGES
@@ -114,3 +115,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(settings: Sett
         run_stage("vision", change(settings, stage__vision__lr=1e25, stage__vision__epochs=5))
     assert not paths.weights_file("vision").exists()
     assert not paths.metrics_file("vision").exists()
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_ranks_have_time_to_compile_shapes_that_are_new_to_one_of_them(
+    settings: Settings, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = change(settings, trainer__compile=compiles)
+    objective = load_objective(STAGES["vision"], settings)
+    objective.open_readers()
+    module = make_module(STAGES["vision"], settings, objective)
+    module.ranks = 2
+    patience: list[float] = []
+    two: Any = ranks._Ranks(0, 2, None)  # type: ignore[arg-type]
+    two.patience = ranks.PATIENCE  # after the first step
+    monkeypatch.setattr(ranks, "_ranks", two)
+    monkeypatch.setattr(ranks, "sum_in_pairs", lambda *_: patience.append(two.patience))
+    module._sum_over_ranks([], [])
+    assert patience == [ranks.START_PATIENCE if compiles else ranks.PATIENCE]

@@ -11,7 +11,7 @@ import torch
 from helpers import SHARED, change, run_stage
 from panollava.config import Settings
 from panollava.data.batches import StepDataset, TextBatch, divide, plan_epoch
-from panollava.data.shapes import MOST, Shape, choose_shapes, describe, fit
+from panollava.data.shapes import MAX_SHAPES, Shape, choose_shapes, describe, fit
 from panollava.stages import STAGES
 from panollava.training.features import write_features
 from panollava.training.objective import load_objective, prepare_parts
@@ -29,7 +29,7 @@ def random_sizes(count: int = 300) -> list[Shape]:
 
 def test_each_part_fits_into_one_of_a_few_shapes() -> None:
     sizes = random_sizes()
-    for most in (1, 2, 5, MOST):
+    for most in (1, 2, 5, MAX_SHAPES):
         shapes = choose_shapes(sizes, most)
         assert 0 < len(shapes) <= most
         assert all(fit(size, shapes).holds(size) for size in sizes)

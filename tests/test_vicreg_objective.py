@@ -15,7 +15,7 @@ from panollava.data.batches import StepBatch
 from panollava.data.prepare import prepare_project
 from panollava.errors import UserError
 from panollava.stages import STAGES
-from panollava.training.lightning_module import one_device
+from panollava.training.objective import one_device
 from panollava.training.vicreg_objective import Objective
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "features", "evaluate")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # that it sets for each process
 _CONNECT_SECONDS = 300.0
 _GRACE_SECONDS = 20.0  # for rank 0 to notice itself that another rank has ended
 
@@ -46,11 +47,11 @@ class Place(NamedTuple):
 
 
 def find_place() -> Place | None:
-    """This process's place among those that torchrun, SLURM or `first` started; None: alone.
+    """This process's place among several that torchrun, SLURM or `first` started.
 
     Raises UserError for SLURM options that Lightning does not support."""
     env = os.environ
-    if int(env.get("WORLD_SIZE") or 1) > 1 and "MASTER_PORT" in env:
+    if int(env.get("WORLD_SIZE") or 1) > 1 and env.keys() >= _TORCHRUN:
         rank, world, local_rank = (int(env[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
@@ -85,7 +86,7 @@ def check_count(settings: "Settings", count: int) -> None:
 
 @contextlib.contextmanager
 def first(place: Place | None, settings: "Settings", trains: bool) -> Iterator[None]:
-    """Be rank 0 in the block. Starts the other processes unless a launcher did."""
+    """Run the block as rank 0. Starts the other processes unless a launcher did."""
     count = place.world if place else settings.machine.devices
     if trains:
         check_count(settings, count)
@@ -115,7 +116,7 @@ def first(place: Place | None, settings: "Settings", trains: bool) -> Iterator[N
 
 
 def run_as_rank(place: Place, run: Callable[[], None]) -> None:
-    """Be another rank than 0 and exit. Its error is told to rank 0, which logs it."""
+    """Run as a rank other than 0, and exit. Rank 0 logs its error."""
     from panollava.model import ranks
 
     os.environ["TQDM_DISABLE"] = "1"

@@ -69,10 +69,9 @@ def _ranks(
         return contextlib.nullcontext()
     from panollava.config import load_settings
 
-    given = getattr(options, "machine.devices", None)
-    changes = {} if given is None else {"machine.devices": given}
-    settings = load_settings(paths.PARAMS, changes=changes)
-    return launch.first(place, settings, trains=options.command == "train")
+    trains = options.command == "train"
+    changes = train_command.changes_of(options) if trains else {}
+    return launch.first(place, load_settings(paths.PARAMS, changes=changes), trains)
 
 
 def _run_anywhere(options: argparse.Namespace) -> None:

@@ -20,8 +20,8 @@ def check_first_process() -> None:
     for name in names:
         if (rank := os.environ.get(name) or "0") != "0":
             raise UserError(
-                f"{name}={rank}: several processes of this command were started, but only train, "
-                "features and evaluate share work, started by srun or torchrun; start one process"
+                f"{name}={rank}: several processes of this command were started; start one process "
+                "(srun and torchrun may start several of train, features and evaluate)"
             )
 
 

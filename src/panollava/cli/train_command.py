@@ -107,10 +107,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = _HelpWithParameters
 
 
-def run(options: argparse.Namespace) -> None:
-    """Raises UserError for errors that the user can fix."""
-    from panollava.planning.lengths import check_lengths
-
+def changes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that the options override. Raises UserError for one that the stage lacks."""
     stages = STAGES if options.stage == ALL else {options.stage: STAGES[options.stage]}
     changes: dict[str, Any] = {}
     for key, (flags, *_) in OPTIONS.items():
@@ -122,6 +120,14 @@ def run(options: argparse.Namespace) -> None:
                     f"{flags}: stage '{options.stage}' has no {name}; leave the option out"
                 )
             changes |= dict.fromkeys(names, value)
+    return changes
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises UserError for errors that the user can fix."""
+    from panollava.planning.lengths import check_lengths
+
+    changes = changes_of(options)
     check_lengths(_settings(changes))
     if options.stage != ALL:
         _run_stage(STAGES[options.stage], changes, options)
@@ -213,7 +219,8 @@ def _train(
     _warn_of_untracked_towers(settings.model)
     with explain_out_of_memory(configured_stages(settings.stage)[stage.name], settings):
         train(stage, _settings(changes, stage.reads), start, must_resume, run_name)
-    ranks.on_first(lambda: None)  # the result is written
+    # The result is written, and nobody reads unfinished work any more.
+    ranks.gather(None, ranks.FIRST_PATIENCE)
 
 
 def _warn_of_untracked_towers(model: "Model") -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 # Of a stage. Each is captured and compiled by itself; twice as many save 1% of the tokens.
-MOST = 8
+MAX_SHAPES = 8
 _ALIGNMENT = 8  # tokens: attention kernels copy a mask whose rows are not aligned
 # Of a sequence token: what an answer token's logits cost (Qwen2.5-0.5B: 136 million weights in its
 # head, 358 million in its layers).
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 Choice = tuple[float, list[Shape]]  # padded tokens, and the shapes
 
 
-def choose_shapes(sizes: Iterable[Shape], most: int = MOST) -> list[Shape]:
+def choose_shapes(sizes: Iterable[Shape], most: int = MAX_SHAPES) -> list[Shape]:
     """At most `most` shapes that hold all sizes with the fewest padded tokens, largest first.
 
     Dynamic programming, twice: which neighboring numbers of panoramas share the largest of them,

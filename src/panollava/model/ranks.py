@@ -54,7 +54,7 @@ def count() -> int:
 
 @contextlib.contextmanager
 def join(store: dist.TCPStore, rank: int, count: int, local_rank: int) -> Iterator[None]:
-    """Be a rank in the block. If each has a GPU of its own, NCCL exchanges between them. Otherwise
+    """Run the block as a rank. If each has a GPU of its own, NCCL exchanges between them. Otherwise
     gloo does, also between processes on one GPU, which NCCL refuses."""
     global _ranks
     card = None
@@ -124,7 +124,7 @@ def _cause(ranks: _Ranks, patience: float) -> str:
 
 
 def expect_slow_start() -> None:
-    """Until the next sum, ranks may load and compile programs."""
+    """Wait longer for other ranks until the next sum: they may load or compile programs."""
     if _ranks is not None:
         _ranks.patience = START_PATIENCE
 
@@ -191,7 +191,7 @@ def sum_in_pairs(
 ) -> list[Tensor | None]:
     """Sum over ranks by recursive doubling: exchange and add with rank ± 1, then ± 2, ± 4, ..., so
     that all ranks have the same bits, those of a binary tree over the ranks. `like`: tensors of
-    the same shapes; None in all ranks remains None."""
+    the same shapes. What is None in all ranks remains None."""
     tensors = [None] * len(like) if tensors is None else tensors
     # Nothing is -0: x + -0 has the bits of x for every x.
     parts = [

@@ -75,7 +75,7 @@ def _advice(stage: Stage, settings: Settings, available: int, program: int) -> s
         if changes and need <= _USABLE * available:
             return (
                 f"Set {' and '.join(changes)}: this needs about {need / 1e9:.2f} GB and gives the "
-                "same result"
+                "same result, except for the last bits"
             )
     return (
         f"Even {key} {values[-1]} with trainer.gradient_checkpointing true needs about "

@@ -29,6 +29,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.precision import autocast
 from panollava.stages import Stage
+from panollava.training.objective import one_device
 
 Part = list[list[Row]]  # the rows of each of its panoramas
 
@@ -164,7 +165,7 @@ def run_step(objective: Any, parts: list[Any], divisor: int = 1) -> Any:
         return [*gradients, values]
 
     batch, seeds = StepBatch(parts, divisor, 1), [0] * len(parts)
-    terms = objective.terms(batch, seeds, lambda tensors: (torch.cat(tensors), 0))
+    terms = objective.terms(batch, seeds, one_device)
     return tree_sum((each and differentiate(*each) for each in terms), len(parts))
 
 

@@ -270,10 +270,7 @@ class _Watch(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             waits = masks
         else:
-            waits = not {
-                torch.Tag.data_dependent_output,
-                torch.Tag.dynamic_output_shape,
-            }.isdisjoint(func.tags)
+            waits = not _WAITS.isdisjoint(func.tags)
         if waits or name == "lift_fresh":  # torch.tensor(...)
             raise CannotRecord(f"the operation {func} waits for the GPU")
         result = func(*args, **(kwargs or {}))

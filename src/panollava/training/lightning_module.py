@@ -176,12 +176,12 @@ class LitStage(pl.LightningModule):
             parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip)
         if not torch.isfinite(values[0] + norm):
-            raise not_finite(self.step + 1, values[0].item(), norm.item(), _who(own))
+            raise not_finite(self.step + 1, values[0].item(), norm.item(), _faulty_ranks(own))
         optimizer.step()
         return values, norm
 
     def _replay(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """The same by programs that are recorded once."""
+        """The same step by recorded programs."""
         assert self.graphs is not None
         seeds = part_seeds(self.seed, self.step, self.own_parts)
         own = tree_sum(self.graphs.parts(batch, seeds), len(batch.parts))
@@ -191,6 +191,8 @@ class LitStage(pl.LightningModule):
     def _sum_over_ranks(self, own: Any, trained: list[torch.nn.Parameter]) -> Any:
         if self.ranks == 1:
             return own
+        if self.settings.compile or self.graphs:  # for shapes that are new to another rank
+            ranks.expect_slow_start()
         values = torch.empty(len(self.objective.curves), device=self.device)
         return ranks.sum_in_pairs(own, [*trained, values])
 
@@ -200,8 +202,6 @@ class LitStage(pl.LightningModule):
             raise not_finite(*fault)
 
     def _gather(self, tensors: list[Tensor]) -> tuple[Tensor, int]:
-        if self.ranks == 1:
-            return one_device(tensors)
         return ranks.gather_rows(tensors, self.device)
 
     def _differentiate(
@@ -295,8 +295,8 @@ def part_seeds(seed: int, step: int, parts: range) -> list[int]:
     return [seed * 1_000_003 + step + 2_654_435_769 * part for part in parts]
 
 
-def _who(own: list[Tensor] | None) -> str:
-    """Which ranks have values that are not finite, if there are several. All ranks ask together."""
+def _faulty_ranks(own: list[Tensor] | None) -> str:
+    """Names the ranks whose values are not finite, if there are several. All ranks call it."""
     if ranks.count() == 1:
         return ""
     each = ranks.gather(all(t is None or bool(t.isfinite().all()) for t in own or []))
@@ -309,11 +309,6 @@ def not_finite(step: int, loss: float, norm: float, who: str = "") -> UserError:
         f"step {step}{who}: loss is {loss} (gradient norm {norm}); this run is discarded. Lower "
         "the stage's learning rate, or set trainer.precision to 32-true"
     )
-
-
-def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:
-    """All rows, and the number of this device's first one."""
-    return torch.cat(tensors), 0
 
 
 def _by_decay(parameters: list, decay: float) -> list[tuple[list, float]]:

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ from panollava.training.tower_layers import checkpoint_layers
 # From rows of this device's parts to those of all parts, in their order, and the number of this
 # device's first row.
 Gather = Callable[[list[Tensor]], tuple[Tensor, int]]
+
+
+def one_device(tensors: list[Tensor]) -> tuple[Tensor, int]:
+    """The `Gather` of a device that computes all parts."""
+    return torch.cat(tensors), 0
 
 
 class StageObjective(Protocol):

@@ -10,7 +10,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from panollava.model import ranks
 
 
-class OneOfSeveral(SingleDeviceStrategy):
+class RankStrategy(SingleDeviceStrategy):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.global_rank = ranks.rank()

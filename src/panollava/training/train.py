@@ -35,7 +35,7 @@ from panollava.training.cuda_graphs import needs_few_shapes
 from panollava.training.curves import Curves, Speed, Track, open_tracker
 from panollava.training.lightning_module import LitStage
 from panollava.training.objective import StageObjective, load_objective, prepare_parts
-from panollava.training.strategy import OneOfSeveral
+from panollava.training.strategy import RankStrategy
 from panollava.training.tower_layers import compile_layers
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _strategy(accelerator: str) -> Any:
     device = choose_device(accelerator)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    return OneOfSeveral(device)
+    return RankStrategy(device)
 
 
 class _ProgressBar(TQDMProgressBar):
