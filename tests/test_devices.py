@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from helpers import ROOT, Project, change, copy_project
+from panollava.cli import launch
 from panollava.cli import main as cli
 from panollava.cli.launch import check_count
 from panollava.config import Settings
@@ -47,6 +49,37 @@ def test_any_number_of_processes_ends_in_the_same_bytes_also_after_a_kill(
     output = killed.run("dvc", "repro")
     assert re.search(r"resuming from step \d+ of", output), output
     assert killed.results() == alone.results()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_early_stopping_and_adapters_end_in_the_same_bytes_on_several_processes(
+    tmp_path: Path, towers: Path, small_data: Path
+) -> None:
+    """The first stage, which learns nothing, ends after one epoch, and two of three are left."""
+    results = []
+    for devices in (1, 2):
+        project = project_of(tmp_path / str(devices), towers, small_data, devices)
+        project.set("params.yaml", epochs=3)
+        for old, new in (
+            ("patience: null", "patience: 1"),
+            ("lr: 2.0e-5", "lr: 0.0"),
+            ("lora: false", "lora: true"),
+        ):
+            project.replace("params.yaml", old, new)
+        output = project.run(sys.executable, "src/run.py", "train", "all")
+        assert output.count("no lower validation loss in 1 epochs (patience); trained 1 of 3") == 1
+        assert len([*(project.folder / "logs").iterdir()]) == 1
+        files = [*project.folder.glob("runs/vlm_*/**/*"), *project.folder.glob("metrics/**/*")]
+        results.append(
+            {
+                str(file.relative_to(project.folder)): file.read_bytes()
+                for file in files
+                if file.is_file() and "speed" not in file.parts
+            }
+        )
+    assert b"lora." in results[0]["runs/vlm_finetune/model_final.safetensors"]
+    assert results[0] == results[1]
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +169,35 @@ def test_options_of_the_command_count_for_the_valid_numbers_of_devices(
     with pytest.raises(SystemExit):
         cli.main(["train", "vision", "--epochs", "1", "--devices", "2"])
     assert "2 processes cannot share the parts of a step" in capsys.readouterr().err
+
+
+def test_incomplete_variables_of_a_launcher_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kubernetes and left-over shells set them."""
+    complete = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+    for name, value in complete.items():
+        monkeypatch.setenv(name, value)
+    assert launch.find_place() == (1, 2, 1, "127.0.0.1", 29500, False)
+    for name in ("RANK", "LOCAL_RANK"):
+        with monkeypatch.context() as patch:
+            patch.delenv(name)
+            with pytest.raises(UserError, match=f"WORLD_SIZE=2 is set, but {name} is no number"):
+                launch.find_place()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE=two is set, but WORLD_SIZE is no number"):
+        launch.find_place()
+
+
+def test_a_port_in_use_or_without_a_listener_is_reported(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_CONNECT_SECONDS", 1.0)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = launch.Place(0, 2, 0, "127.0.0.1", taken.getsockname()[1])
+        message = f"127.0.0.1:{place.port}: cannot listen .*; set MASTER_PORT to a free port"
+        with pytest.raises(UserError, match=message), launch.first(place, settings, trains=False):
+            pass
+    with pytest.raises(UserError, match=f"{place.port}: cannot connect to rank 0"):
+        launch._connect(place._replace(rank=1))

@@ -171,3 +171,14 @@ def test_a_stage_with_patience_has_at_most_the_planned_steps(
     show(make_plan(settings, list(STAGES.values())), checkpointing=False, bandwidth=10)
     assert "finetune: at most these steps, because of its patience (2)" in caplog.text
     assert "resampler: at most" not in caplog.text
+
+
+def test_a_bandwidth_of_nothing_is_reported(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bandwidth in ("0", "-1", "nan"):
+        with pytest.raises(SystemExit) as ended:
+            plan("--bandwidth", bandwidth)
+        assert ended.value.code == 1
+        error = f"error: --bandwidth: expected GB/s above 0, found {bandwidth}\n"
+        assert capsys.readouterr().err.endswith(error)

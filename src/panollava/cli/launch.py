@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "features", "evaluate")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # that it sets for each process
 _CONNECT_SECONDS = 300.0
 _GRACE_SECONDS = 20.0  # for rank 0 to notice itself that another rank has ended
 
@@ -49,13 +48,19 @@ class Place(NamedTuple):
 def find_place() -> Place | None:
     """This process's place among several that torchrun, SLURM or `first` started.
 
-    Raises UserError for SLURM options that Lightning does not support."""
+    Raises UserError for SLURM options that Lightning does not support, and for incomplete variables
+    of torchrun."""
     env = os.environ
-    if int(env.get("WORLD_SIZE") or 1) > 1 and env.keys() >= _TORCHRUN:
-        rank, world, local_rank = (int(env[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if (env.get("WORLD_SIZE") or "1") != "1" and "MASTER_PORT" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        if wrong := [name for name in names if not env.get(name, "").isdecimal()]:
+            raise UserError(
+                f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {', '.join(wrong)} is no number; start "
+                "the command with torchrun, or unset WORLD_SIZE"
+            )
+        rank, world, local_rank, port = (int(env[name]) for name in names)
         agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        return Place(rank, world, local_rank, *address, agent)
+        return Place(rank, world, local_rank, env.get("MASTER_ADDR", "127.0.0.1"), port, agent)
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # srun's; sbatch alone does not set it
         from lightning_fabric.plugins.environments import SLURMEnvironment
 
@@ -159,20 +164,27 @@ def _use_loopback(host: str) -> None:
 
 
 def _serve(place: Place | None, count: int) -> "dist.TCPStore":
-    import torch.distributed as dist
-
     if place is not None and place.agent_store:
         return _connect(place)
-    host, port = (place.host, place.port) if place else ("127.0.0.1", 0)
-    limit = timedelta(seconds=_CONNECT_SECONDS)
-    return dist.TCPStore(host, port, count, True, limit, wait_for_workers=False)
+    return _open_store(place or Place(0, count, 0, "127.0.0.1", 0), serves=True)
 
 
 def _connect(place: Place) -> "dist.TCPStore":
+    return _open_store(place, serves=False)
+
+
+def _open_store(place: Place, serves: bool) -> "dist.TCPStore":
     import torch.distributed as dist
 
     limit = timedelta(seconds=_CONNECT_SECONDS)
-    return dist.TCPStore(place.host, place.port, place.world, False, limit)
+    address = place.host, place.port, place.world
+    try:
+        return dist.TCPStore(*address, serves, limit, wait_for_workers=False)
+    except dist.DistError as error:
+        doing = "listen" if serves else "connect to rank 0"
+        hint = "set MASTER_PORT to a free port" if serves else "see the messages of rank 0"
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{place.host}:{place.port}: cannot {doing} ({reason}); {hint}") from None
 
 
 def _start(place: Place) -> subprocess.Popen:

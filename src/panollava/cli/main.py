@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
         place = launch.find_place() if options.command in launch.COMMANDS else None
         if place is None:
             check_first_process()
+        hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
+        if place is not None and place.rank:
+            launch.run_as_rank(place, lambda: _run_with(hint, options))
     except UserError as error:
         sys.exit(f"error: {error}")
-    hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
-    if place is not None and place.rank:
-        launch.run_as_rank(place, lambda: _run_with(hint, options))
     try:
         with logs.start(name, options.logs), hint, single_instance(name):
             # `train all` resumes from finished stages too.
@@ -199,11 +199,14 @@ def _plan(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from panollava.config import load_settings
+
+    if not options.bandwidth > 0:
+        raise UserError(f"--bandwidth: expected GB/s above 0, found {options.bandwidth:g}")
+    settings = load_settings(options.params)  # before slow imports: a wrong value is told at once
     from panollava.files import write_json
     from panollava.planning.lengths import check_lengths
     from panollava.planning.plan import make_plan, show
 
-    settings = load_settings(options.params)
     check_lengths(settings)
     stages = [STAGES[options.stage]] if options.stage else list(STAGES.values())
     plan = make_plan(settings, stages)
