@@ -63,7 +63,7 @@ def test_a_file_that_gets_too_large_is_named(project: Project, command: str) -> 
 def test_unfinished_work_of_other_code_is_not_resumed(project: Project) -> None:
     command = ("python", "src/run.py", "train", "vision")
     training, evaluation = (
-        ("src/panollava/training/vicreg_objective.py", "len(batch)"),
+        ("src/panollava/training/vicreg_objective.py", "len(part)"),
         ("src/panollava/evaluation/evaluate.py", "len("),
     )
     project.run(*command)
