@@ -55,8 +55,8 @@ def find_place() -> Place | None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if wrong := [name for name in names if not env.get(name, "").isdecimal()]:
             raise UserError(
-                f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {', '.join(wrong)} is no number; start "
-                "the command with torchrun, or unset WORLD_SIZE"
+                f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {', '.join(wrong)} is no number; "
+                "start the command with torchrun, or unset WORLD_SIZE"
             )
         rank, world, local_rank, port = (int(env[name]) for name in names)
         agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
