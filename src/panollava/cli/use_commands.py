@@ -119,10 +119,11 @@ def add_export(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("out", type=Path, metavar="OUT", help="new folder to write")
     add_model_options(command, runs=False)
+    one = command.add_mutually_exclusive_group().add_argument
     help = "leave the language model's weights where they are, and load them from there"
-    add("--refer-to-towers", action="store_true", help=help)
+    one("--refer-to-towers", action="store_true", help=help)
     help = "write only the language model's adapter, as a folder that peft loads"
-    add("--adapter", action="store_true", help=help)
+    one("--adapter", action="store_true", help=help)
 
 
 def export(options: argparse.Namespace) -> None:

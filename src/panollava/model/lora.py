@@ -88,8 +88,8 @@ def _matching_layers(language_model: PreTrainedModel, pattern: str) -> list[str]
     matching = [name for name in names if re.fullmatch(pattern, name)]
     if not matching:
         raise UserError(
-            f"model.lora.targets: '{pattern}' matches none of the language model's linear layers, "
-            f"such as {', '.join(names[:7])}; it must match complete names"
+            f"model.lora.targets: '{pattern}' matches no complete name of a linear layer of the "
+            f"language model, such as {' or '.join(names[:2])}"
         )
     return matching
 
