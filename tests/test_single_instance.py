@@ -95,5 +95,6 @@ def test_a_training_joins_the_processes_of_srun_and_torchrun(
     for name, value in {**torchrun, "MASTER_ADDR": "10.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     assert find_place() == (1, 2, 0, "10.0.0.1", 29500, False)
-    monkeypatch.delenv("RANK")  # a batch script may set the others for its own purposes
+    for name in ("RANK", "LOCAL_RANK"):  # a batch script may set the others
+        monkeypatch.delenv(name)
     assert find_place() is None

@@ -51,7 +51,9 @@ def find_place() -> Place | None:
     Raises UserError for SLURM options that Lightning does not support, and for incomplete variables
     of torchrun."""
     env = os.environ
-    if (env.get("WORLD_SIZE") or "1") != "1" and "MASTER_PORT" in env:
+    # Batch scripts for srun may set WORLD_SIZE and MASTER_PORT, but no rank.
+    ranked = "RANK" in env or "LOCAL_RANK" in env
+    if ranked and (env.get("WORLD_SIZE") or "1") != "1" and "MASTER_PORT" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         if wrong := [name for name in names if not env.get(name, "").isdecimal()]:
             raise UserError(
