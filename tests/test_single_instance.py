@@ -87,6 +87,9 @@ def test_a_training_joins_the_processes_of_srun_and_torchrun(
         "NTASKS_PER_NODE": "2",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning sets them: remove them afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     place = find_place()
     assert place is not None and place[:4] == (3, 4, 1, "node07") and place.port > 1024
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # in a batch script, one process is started
