@@ -42,7 +42,7 @@ class Place(NamedTuple):
     local_rank: int
     host: str
     port: int
-    agent_store: bool = False  # torchrun's own process listens at the port
+    agent_store: bool = False  # torchrun's agent listens at the port
 
 
 def find_place() -> Place | None:
@@ -113,9 +113,11 @@ def first(place: Place | None, settings: "Settings", trains: bool) -> Iterator[N
     try:
         with ranks.join(store, 0, count, place.local_rank):
             yield
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             for child in children:
                 child.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("a process has not ended %.0f s after the work; killing it", _GRACE_SECONDS)
     finally:
         done.set()
         for child in children:
@@ -136,7 +138,7 @@ def run_as_rank(place: Place, run: Callable[[], None]) -> None:
     try:
         with logs.to_nowhere(), ranks.join(store, place.rank, place.world, place.local_rank):
             run()
-    except KeyboardInterrupt:  # rank 0 has told all to stop
+    except KeyboardInterrupt:  # rank 0 stops all
         os._exit(0)
     except ranks.LostRank as error:
         if error.args[0].startswith("rank 0") and place.rank == 1:  # nobody else says it
@@ -202,7 +204,7 @@ def _start(place: Place) -> subprocess.Popen:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # rank 0 reports failed connections
     }
     command = [sys.executable, *sys.orig_argv[1:]]
-    # A session of its own: Ctrl-C reaches rank 0 only.
+    # In a new session, so that Ctrl-C reaches rank 0 only.
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
     )

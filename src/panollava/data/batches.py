@@ -169,8 +169,8 @@ class StepDataset(Dataset[StepBatch], Generic[BatchT]):
     def __getitem__(self, index: int) -> StepBatch:
         step, reader = self.steps[index], self.reader
         divided = divide(step, self.accumulate)
-        own = [divided[number] for number in self.parts]
-        loaded = [self._load(part) if part else None for part in own]
+        parts = [divided[number] for number in self.parts]
+        loaded = [self._load(part) if part else None for part in parts]
         return StepBatch(loaded, reader.count(step), sum(len(rows) for _, rows in step))
 
     def _load(self, part: Step) -> BatchT:

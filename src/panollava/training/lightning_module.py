@@ -56,8 +56,8 @@ class LitStage(pl.LightningModule):
         self.own_parts = range(self.rank * share, (self.rank + 1) * share)
         train = objective.readers["train"]
         self.groups = checked_groups(objective)
-        plans = [train.plan(epoch) for epoch in range(stage_settings.epochs)]
-        sizes = [plan_size(plan) for plan in plans]
+        epochs = range(stage_settings.epochs)
+        sizes = [plan_size(train.plan(epoch)) for epoch in epochs]
         self.epoch_steps = [size.steps for size in sizes]
         self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
         self.total_steps = self.size.steps
@@ -73,7 +73,7 @@ class LitStage(pl.LightningModule):
         self.graphs: StepGraphs | None = None
         self.shapes: list[Shape] = []  # that training parts are padded to; none: their own
         if needs_few_shapes(self.settings):
-            steps = itertools.chain(*plans)
+            steps = itertools.chain.from_iterable(map(train.plan, epochs))
             parts = [p for step in steps for p in divide(step, self.accumulate) if p]
             part_sizes = [train.size(part) for part in parts]
             self.shapes = choose_shapes(part_sizes)
