@@ -202,7 +202,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     if not options.bandwidth > 0:
         raise UserError(f"--bandwidth: expected GB/s above 0, found {options.bandwidth:g}")
-    settings = load_settings(options.params)  # before slow imports: a wrong value is an error at once
+    settings = load_settings(options.params)  # before slow imports: wrong values fail fast
     from panollava.files import write_json
     from panollava.planning.lengths import check_lengths
     from panollava.planning.plan import make_plan, show
