@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panollava import paths
+from panollava.cli import sharding
+from panollava.cli.single_instance import one_at_a_time
 from panollava.errors import UserError
 
 if TYPE_CHECKING:  # pandas is slow to import, and `--help` does not need it
@@ -16,19 +18,23 @@ def add_download(command: argparse.ArgumentParser) -> None:
     help = "folder of train.csv, valid.csv, test.csv; or quic360, whose tables are downloaded too"
     add("data_dir", metavar="DATA_DIR|NAME", help=help)
     add("--connections", type=int, default=16, help="parallel downloads (default: 16)")
-    add("--rate", type=float, default=10.0, help="requests per second (default: 10)")
+    help = "requests per second, of each process with --shard (default: 10)"
+    add("--rate", type=float, default=10.0, help=help)
     add("--pause", type=float, default=1.0, help="seconds before a retry, doubling (default: 1)")
     help = "treat links as dead when no complete response arrives (default: an error)"
     add("--give-up", action="store_true", help=help)
+    sharding.add_to(command, ray=False)
 
 
 def download(options: argparse.Namespace) -> None:
     from panollava.data.datasets import DATASETS, fetch_tables
     from panollava.data.download import download
+    from panollava.data.shard_work import Share
 
     folder = Path(options.data_dir)
     if dataset := DATASETS.get(options.data_dir):
-        folder = fetch_tables(dataset, Path(), options.rate, options.pause)
+        with one_at_a_time("download tables"):  # processes with --shard
+            folder = fetch_tables(dataset, Path(), options.rate, options.pause)
     download(
         folder,
         Path(),
@@ -36,6 +42,8 @@ def download(options: argparse.Namespace) -> None:
         rate=options.rate,
         pause=options.pause,
         give_up=options.give_up,
+        share=options.shard and Share(*options.shard),
+        merge=options.merge,
     )
 
 

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from panollava import logs, paths
-from panollava.cli import convert_command, data_commands, launch, train_command, use_commands
+from panollava.cli import (
+    convert_command,
+    data_commands,
+    launch,
+    sharding,
+    train_command,
+    use_commands,
+)
 from panollava.cli.single_instance import check_first_process, single_instance
 from panollava.errors import UserError, system_errors_as_user_errors
 from panollava.provenance import resume
@@ -30,13 +37,14 @@ _FULL_PIPELINE = "full_pipeline"  # the log's name for `train all`
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    name = _log_name(options)
+    command = _log_name(options)
     if options.logs is None:
         _run_anywhere(options)
         return
+    name = command if options.shard is None else f"{command}_{options.shard}".replace("/", "_of_")
     try:
-        place = launch.find_place() if options.command in launch.COMMANDS else None
-        if place is None:
+        place = launch.find_place() if _has_ranks(options) else None
+        if place is None and options.shard is None:
             check_first_process()
         hint = system_errors_as_user_errors(_MEMORY_HINTS.get(options.command, _MORE_MEMORY))
         if place is not None and place.rank:
@@ -44,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     try:
-        with logs.start(name, options.logs), hint, single_instance(name):
-            # `train all` resumes from finished stages too.
-            if options.command in _STEPS and name != _FULL_PIPELINE:
-                resume.remove_finished(except_stage=getattr(options, "stage", None))
+        with logs.start(name, options.logs), hint, single_instance(command, options.shard):
+            # `train all` resumes from finished stages too, and shards leave it to the last command.
+            if options.command in _STEPS and command != _FULL_PIPELINE and options.shard is None:
+                resume.remove_finished(except_stage=getattr(options, "stage", options.command))
             with _ranks(place, options):
                 options.run(options)
     except UserError:  # logged by `logs.start`
@@ -65,13 +73,17 @@ def _ranks(
     place: launch.Place | None, options: argparse.Namespace
 ) -> contextlib.AbstractContextManager:
     """The processes that the command's work is divided among."""
-    if options.command not in launch.COMMANDS:
+    if not _has_ranks(options):
         return contextlib.nullcontext()
     from panollava.config import load_settings
 
     trains = options.command == "train"
     changes = train_command.changes_of(options) if trains else {}
     return launch.first(place, load_settings(paths.PARAMS, changes=changes), trains)
+
+
+def _has_ranks(options: argparse.Namespace) -> bool:
+    return options.command in launch.COMMANDS and not sharding.is_divided(options)
 
 
 def _run_anywhere(options: argparse.Namespace) -> None:
@@ -101,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Run, help: str, folder: Path | None = paths.LOGS
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run, logs=folder)
+        command.set_defaults(run=run, logs=folder, shard=None)
         return command
 
     help = "download a published data set, or the pictures that rows link to"
@@ -113,11 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     help = "convert LLaVA's JSON or JSONL into a CSV file of rows"
     data_commands.add_convert_rows(add("convert-rows", data_commands.convert_rows, help))
     prepare = _with_settings("panollava.data.prepare", "prepare_project")
-    add("prepare", prepare, "check the rows and convert each panorama into views")
+    help = "check the rows and convert each panorama into views"
+    sharding.add_to(add("prepare", prepare, help))
     train_command.add_to(add("train", train_command.run, "train one or all stages without DVC"))
     _add_plan(add("plan", _plan, "estimate parameters, memory and disk space of a training"))
     features = _with_settings("panollava.training.features", "write_features", uses_model=True)
-    add("features", features, "compute the frozen encoder's features (runs/features)")
+    help = "compute the frozen encoder's features (runs/features)"
+    sharding.add_to(add("features", features, help))
     evaluate = _with_settings("panollava.evaluation.evaluate", "evaluate", uses_model=True)
     add("evaluate", evaluate, "answer every query of a split and score the answers")
     help = "write parameters, curves, scores and answers on one page (runs/report)"
@@ -153,7 +167,9 @@ def _with_settings(module: str, function: str, uses_model: bool = False) -> Run:
 
             check_lengths(load_settings(paths.PARAMS))
         stage = importlib.import_module(module)
-        getattr(stage, function)(load_settings(paths.PARAMS, stage.READS))
+        settings = load_settings(paths.PARAMS, stage.READS)
+        with sharding.keywords(options, settings) as keywords:
+            getattr(stage, function)(settings, **keywords)
 
     return run
 

@@ -1,8 +1,10 @@
-"""One process at a time for each command in a folder, and one process of a parallel launch."""
+"""One process at a time for each command (or each of its shards) in a folder, and one process of a
+parallel launch."""
 
 import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 
 from panollava import paths
@@ -21,27 +23,52 @@ def check_first_process() -> None:
         if (rank := os.environ.get(name) or "0") != "0":
             raise UserError(
                 f"{name}={rank}: several processes of this command were started; start one process "
-                "(srun and torchrun may start several of train, features and evaluate)"
+                "(srun and torchrun may start several of train, features and evaluate), or give "
+                "each its --shard"
             )
 
 
 @contextlib.contextmanager
-def single_instance(command: str) -> Iterator[None]:
-    """Only one process at a time runs the block in this folder. When DVC is killed, the command
-    that it started keeps running, and would write the same files as the next one.
+def single_instance(command: str, shard: object = None) -> Iterator[None]:
+    """Only one process at a time runs the block in this folder, or one of each `shard`. When DVC is
+    killed, the command that it started keeps running, and would write the same files as the next
+    one. Processes may be on other machines that share the folder.
 
     Raises UserError if another process runs it."""
     paths.RESUME.mkdir(exist_ok=True)
-    with (paths.RESUME / f"{command}.lock").open("a+") as file:
+    process = f"pid {os.getpid()} on {socket.gethostname()}"
+    with contextlib.ExitStack() as stack:
+        if shard is None:
+            stack.enter_context(_lock(command, fcntl.LOCK_EX, process))
+        else:
+            shards = f"of --shard, lastly {shard}: {process}"
+            stack.enter_context(_lock(command, fcntl.LOCK_SH, shards))
+            name = f"{command} {shard}".replace("/", " of ")
+            stack.enter_context(_lock(name, fcntl.LOCK_EX, process))
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Wait until no other process runs the block in this folder."""
+    paths.RESUME.mkdir(exist_ok=True)
+    with (paths.RESUME / f"{name}.lock").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(name: str, kind: int, process: str) -> Iterator[None]:
+    with (paths.RESUME / f"{name}.lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
+            fcntl.flock(file, kind | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"another panollava process (pid {file.read()}) is already running this command "
-                "here; wait for it to finish, or kill it"
+                f"another panollava process ({file.read()}) is already running this command here; "
+                "wait for it to finish, or kill it"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(process)
         file.flush()
         yield

@@ -2,16 +2,22 @@
 lists the dead links.
 
 Pictures are written atomically, so an interrupted download resumes with the missing ones. The
-result depends only on what the links contain: not on the order of arrival, retries or pauses."""
+result depends only on what the links contain: not on the order of arrival, retries or pauses, nor
+on how processes share the links."""
 
+import hashlib
+import json
 import logging
 import re
+import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
+from panollava import paths
 from panollava.config import Count, checked
 from panollava.data import http_client, rows
 from panollava.data.images import PictureError, read_panorama
@@ -23,8 +29,9 @@ from panollava.data.picture_paths import (
     is_link,
     picture_file,
 )
+from panollava.data.shard_work import Share
 from panollava.errors import UserError
-from panollava.files import write_csv
+from panollava.files import write_csv, write_json
 
 log = logging.getLogger(__name__)
 
@@ -32,41 +39,105 @@ _OUR_NAME = re.compile(r".*-[0-9a-f]{16}(\.[A-Za-z0-9]{1,5})?(\.part)?")  # see 
 
 
 def download(
-    folder: Path, root: Path, connections: int, rate: float, pause: float, give_up: bool
+    folder: Path,
+    root: Path,
+    connections: int,
+    rate: float,
+    pause: float,
+    give_up: bool,
+    share: Share | None = None,
+    merge: bool = False,
 ) -> None:
     """Download the links of all splits of `folder` into `folder`/images, and write the url and
     reason of each dead link to `folder`/rejects.csv, in the order of the rows.
 
     `rate`: requests per second; `pause`: seconds before the second attempt, doubled before each
-    further one. `give_up`: treat links as dead when no complete response arrives.
+    further one. `give_up`: treat links as dead when no complete response arrives. `share`: download
+    only these links, and write no rejects.csv. `merge`: download none; those that shares found dead
+    are dead.
 
     Raises:
-        UserError: unusable rows or options, or downloads that failed (unless `give_up`). All
-            complete pictures are kept for the next run.
+        UserError: unusable rows or options, shares that are missing, or downloads that failed
+            (unless `give_up`). All complete pictures are kept for the next run.
     """
     checked(Count, connections, "--connections")
     client = http_client.HttpClient(rate, pause)
     links, wanted = _links(folder, root)
-    _clear(folder, wanted)
-    todo = [link for link, picture in links.items() if picture is None]
-    log.info("%d links, %d already downloaded", len(links), len(links) - len(todo))
-    dead, failed = _download_all(todo, folder, connections, client)
+    (folder / "rejects.csv").unlink(missing_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    shares = _Shares(root, links)
+    mine = list(links) if share is None else share.pick(list(links))
+    todo = [link for link in mine if links[link] is None]
+    if share is not None:
+        dead = {}
+        shares.forget(share)
+    else:
+        dead = shares.dead()
+        todo = [link for link in todo if link not in dead]
+    if merge and todo:
+        raise UserError(
+            f"--merge: {len(todo)} of {len(links)} links are not downloaded, such as {todo[0]}; "
+            f"{shares.missing()}"
+        )
+    if share is None:
+        _clear(folder, wanted)
+    log.info("%d links, %d of them already downloaded", len(mine), len(mine) - len(todo))
+    found, failed = _download_all(todo, folder, connections, client)
     if failed and not give_up:
         for link, reason in failed.items():
             log.info("failed: %s: %s", link, reason, extra={"file_only": True})
         first = next(iter(failed))
         raise UserError(
-            f"{len(failed)} of {len(links)} downloads failed after {http_client.ATTEMPTS} attempts "
+            f"{len(failed)} of {len(mine)} downloads failed after {http_client.ATTEMPTS} attempts "
             f"(for example {first}: {failed[first]}). Complete pictures are kept: re-run the same "
             "command later, or treat these links as dead with --give-up"
         )
-    dead |= dict.fromkeys(failed, "no complete response")
-    rejects = [(link, dead[link]) for link in links if link in dead]
+    dead |= found | dict.fromkeys(failed, "no complete response")
+    if share is not None:
+        shares.finish(share, dead)
+        log.info("share %d of %d: %d links, %d of them dead", *share, len(mine), len(dead))
+        return
+    rejects = [(link, dead[link]) for link in links if links[link] is None and link in dead]
     write_csv(folder / "rejects.csv", pd.DataFrame(rejects, columns=["url", "reason"]))
+    shares.remove()
     log.info(
         "%d pictures in %s, %d dead links in %s",
-        *(len(links) - len(dead), folder / "images", len(dead), folder / "rejects.csv"),
+        *(len(links) - len(rejects), folder / "images", len(rejects), folder / "rejects.csv"),
     )
+
+
+class _Shares:
+    """The dead links that processes with a share of the links have found: a file for each of these
+    processes that has finished."""
+
+    def __init__(self, root: Path, links: Iterable[str]) -> None:
+        digest = hashlib.sha256("\n".join(links).encode()).hexdigest()
+        self._folder = root / paths.RESUME / f"download-{digest[:16]}"
+
+    def finish(self, share: Share, dead: dict[str, str]) -> None:
+        write_json(self._file(share), dead)
+
+    def forget(self, share: Share) -> None:
+        self._file(share).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def dead(self) -> dict[str, str]:
+        files = (file.read_text(encoding="utf-8") for file in sorted(self._folder.glob("*.json")))
+        return {link: reason for file in files for link, reason in json.loads(file).items()}
+
+    def missing(self) -> str:
+        """What to do about links that no process has finished."""
+        finished = [tuple(map(int, f.stem.split("-of-"))) for f in self._folder.glob("*.json")]
+        for total in sorted({total for _, total in finished}):
+            numbers = {number for number, each in finished if each == total}
+            if left := [f"{n}/{total}" for n in range(1, total + 1) if n not in numbers]:
+                return f"not finished: --shard {', '.join(left[:20])}"
+        return "no process with --shard I/N has finished with these rows"
+
+    def _file(self, share: Share) -> Path:
+        return self._folder / f"{share.number}-of-{share.total}.json"
 
 
 def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]:
@@ -91,10 +162,8 @@ def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]
 
 
 def _clear(folder: Path, wanted: set[Path]) -> None:
-    """Remove the list of dead links, incomplete pictures, and downloaded pictures of links that are
-    no longer in any row. Pictures under other names are not ours and stay."""
-    (folder / "rejects.csv").unlink(missing_ok=True)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    """Remove incomplete pictures, and downloaded pictures of links that are no longer in any row.
+    Pictures under other names are not ours and stay."""
     for file in sorted((folder / "images").iterdir()):
         if _OUR_NAME.fullmatch(file.name) and file.resolve() not in wanted:
             file.unlink()

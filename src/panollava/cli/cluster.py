@@ -1,0 +1,336 @@
+"""`--ray ADDRESS`: a command's shards as tasks of a running Ray cluster, which repeats those of
+machines that are lost. Which shards there are, and making one, is the command's business.
+
+Ray is an optional requirement, imported only here."""
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import os
+import platform
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+import panollava
+from panollava.errors import UserError, system_errors_as_user_errors
+
+log = logging.getLogger(__name__)
+
+_MAX_RETRIES = 5  # of a task whose machine or process was lost
+_CONNECT_SECONDS = 10.0
+_ANSWER_SECONDS = 120.0  # for a machine to start Python and to answer
+_VISIBLE_SECONDS = 10.0  # until a new file is seen through a shared file system
+_PACKAGE = Path(panollava.__file__).parent
+# Those that decide which bytes the shards have.
+_LIBRARIES = ("torch", "transformers", "numpy", "opencv-python-headless", "pillow", "simplejpeg")
+_SAMPLE = 4096  # bytes of a file
+
+_MAX_SHARDS = 16  # of a task on a GPU, whose process Ray ends with the task
+
+Shard = TypeVar("Shard")
+Make = Callable[[Sequence[Shard]], object]
+Elsewhere = Callable[[Make, Sequence[Shard]], None]
+
+
+class Expected(NamedTuple):
+    """What a machine must have in common with the one that runs the command."""
+
+    project: Path
+    versions: dict[str, str]
+    files: dict[Path, bytes]  # how each starts
+    tokens: list[Path]  # of these files, those that were written for this purpose
+    memory_hint: str
+
+
+@contextlib.contextmanager
+def connect(
+    address: str,
+    cpus: int,
+    gpus: int,
+    written: Sequence[Path],
+    read: Sequence[Path],
+    memory_hint: str,
+) -> Iterator[Elsewhere]:
+    """Connect to the cluster and check its machines. Yields a function that makes shards there: it
+    calls the function that it gets, which the machines can import, in the project's folder.
+
+    `cpus`, `gpus`: of a task. `written`: folders, and `read`: files, that machines must share.
+
+    Raises:
+        UserError: no Ray, no cluster, or a machine with other files or versions. The function
+            raises that of a task. All tasks end with the block.
+    """
+    ray = _import_ray()
+    handler = signal.getsignal(signal.SIGTERM)  # Ray replaces it
+    with contextlib.ExitStack() as stack:
+        _init(ray, address, gpus)
+        stack.callback(signal.signal, signal.SIGTERM, handler)
+        stack.callback(ray.shutdown)  # ends all tasks that are running
+        signal.signal(signal.SIGTERM, handler)
+        if not (machines := _machines(ray, gpus)):
+            raise UserError(
+                f"--ray {address}: no machine of the cluster has a {'GPU' if gpus else 'CPU'} for "
+                "tasks; see `ray status`"
+            )
+        # A task must fit on the smallest machine.
+        cpus = min(cpus, *(int(machine["Resources"]["CPU"]) for machine in machines))
+        expected = stack.enter_context(_expect(written, read, memory_hint))
+        _check_machines(ray, machines, expected)
+        log.info("%d machines of the Ray cluster at %s", len(machines), address)
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": _MAX_RETRIES}
+        submit = ray.remote(_work).options(**options).remote
+
+
+        def run(make: Make, shards: Sequence[Shard]) -> None:
+            def slots() -> int:
+                return _slots(ray, cpus, gpus)
+
+            size = max(1, min(_MAX_SHARDS, len(shards) // (8 * slots() or 1))) if gpus else 1
+            parts = [shards[first : first + size] for first in range(0, len(shards), size)]
+            _run(ray, lambda part: submit(make, part, expected), parts, slots)
+
+        yield run
+
+
+def _import_ray() -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise UserError(f"--ray needs Ray ({error}); install it: pip install -e .[ray]") from None
+
+
+def _init(ray: Any, address: str, gpus: int) -> None:
+    path = os.environ.get("PYTHONPATH", "")
+    if "site-packages" not in _PACKAGE.parts:  # the code of this folder, installed or not
+        path = f"{_PACKAGE.parent}:{path}".rstrip(":")
+    variables = {"PYTHONPATH": path, "TQDM_DISABLE": "1"}
+    if not gpus:  # so that `trainer.accelerator: auto` means the same on all machines
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        if address != "auto":  # Ray tries for minutes, and then ends the process
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--ray {address}: cannot connect ({' '.join(str(error).split())[:200]}); run the "
+            "command on a machine of the cluster, where `ray status` shows it"
+        ) from None
+
+
+def _machines(ray: Any, gpus: int) -> list[dict[str, Any]]:
+    """Those that run tasks."""
+    machines = [machine for machine in ray.nodes() if machine["Alive"]]
+    needed = {"CPU": 1, "GPU": gpus}
+    return [
+        machine
+        for machine in machines
+        if all(machine["Resources"].get(name, 0) >= number for name, number in needed.items())
+    ]
+
+
+def _slots(ray: Any, cpus: int, gpus: int) -> int:
+    """How many tasks fit on the cluster, which may grow or shrink."""
+    total = 0
+    for machine in _machines(ray, gpus):
+        resources = machine["Resources"]
+        slots = resources["CPU"] // cpus
+        total += int(min(slots, resources["GPU"]) if gpus else slots)
+    return total
+
+
+@contextlib.contextmanager
+def _expect(
+    written: Sequence[Path], read: Sequence[Path], memory_hint: str
+) -> Iterator[Expected]:
+    tokens = {}
+    for folder in written:
+        token = folder.absolute() / f".shared-{secrets.token_hex(8)}"
+        tokens[token] = secrets.token_bytes(16)
+    files = {path: content for file in read if (content := _start_of(path := file.absolute()))}
+    try:
+        for token, content in tokens.items():
+            token.parent.mkdir(parents=True, exist_ok=True)
+            token.write_bytes(content)
+        yield Expected(Path.cwd(), _versions(), files | tokens, list(tokens), memory_hint)
+    finally:
+        for token in tokens:
+            token.unlink(missing_ok=True)
+
+
+def _start_of(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(_SAMPLE)
+    except OSError:
+        return None
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of Python, the libraries that decide what shards contain, and this package's code."""
+    versions = {"Python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "(none)"
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
+    return versions | {"panollava's code": digest.hexdigest()[:12]}
+
+
+def _check_machines(ray: Any, machines: list[dict[str, Any]], expected: Expected) -> None:
+    strategy = importlib.import_module("ray.util.scheduling_strategies")
+    visit = ray.remote(_visit)
+    for machine in machines:
+        place = strategy.NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
+        machine["answer"] = visit.options(num_cpus=0, scheduling_strategy=place).remote(
+            expected, machine["NodeID"]
+        )
+    ray.wait(
+        [machine["answer"] for machine in machines],
+        num_returns=len(machines),
+        timeout=_ANSWER_SECONDS,
+    )
+    for machine in machines:
+        name = machine["NodeManagerHostname"]
+        try:
+            fault = ray.get(machine["answer"], timeout=0)
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            log.warning("machine %s was lost", name)
+            continue
+        except ray.exceptions.GetTimeoutError:
+            fault = f"no answer within {_ANSWER_SECONDS:.0f} s; see `ray status` and its logs"
+        except ray.exceptions.RayError as error:
+            fault = (
+                f"cannot run this code ({_last_line(error)}); install the environment of this "
+                "machine there, and the code in the same folder"
+            )
+        answers = [_answer(token, machine["NodeID"]) for token in expected.tokens]
+        for token, answer in zip(expected.tokens, answers, strict=True):
+            fault = fault or (
+                None if _appears(answer, token.name.encode()) else _not_shared(token.parent)
+            )
+            answer.unlink(missing_ok=True)
+        if fault:
+            raise UserError(f"--ray: machine {name}: {fault}")
+
+
+def _visit(expected: Expected, node: str) -> str | None:
+    """On each machine: why it cannot run tasks."""
+    if fault := _fault(expected):
+        return fault
+    for token in expected.tokens:
+        try:
+            _answer(token, node).write_bytes(token.name.encode())
+        except OSError as error:
+            return f"{token.parent}: cannot be written ({error.strerror}); get permission there"
+    return None
+
+
+def _answer(token: Path, node: str) -> Path:
+    return token.with_name(f"{token.name}-{node}")
+
+
+def _fault(expected: Expected) -> str | None:
+    """What this machine lacks for tasks. Asked before each one, since machines may join later."""
+    for name, here in _versions().items():
+        if here != expected.versions[name]:
+            return (
+                f"{name}: {here}, but {expected.versions[name]} where the command runs; install "
+                "the same version"
+            )
+    for path, content in expected.files.items():
+        if not _appears(path, content):
+            return _not_shared(path.parent)
+    return None
+
+
+def _not_shared(folder: Path) -> str:
+    return (
+        f"{folder} holds other files than where the command runs; put it on storage that all "
+        "machines mount in the same place"
+    )
+
+
+def _appears(path: Path, content: bytes) -> bool:
+    """Whether a file starts so, now or soon."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while (found := _start_of(path)) != content:
+        if found is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _work(make: Make, shards: Sequence[Shard], expected: Expected) -> str | None:
+    """A task, on some machine. Returns the message of a UserError: Ray repeats no finished task."""
+    if fault := _fault(expected):
+        return f"--ray: machine {socket.gethostname()}: {fault}"
+    os.chdir(expected.project)
+    try:
+        with system_errors_as_user_errors(expected.memory_hint):
+            make(shards)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _run(
+    ray: Any,
+    submit: Callable[[Sequence[Shard]], Any],
+    parts: Sequence[Sequence[Shard]],
+    slots: Callable[[], int],
+) -> None:
+    todo, running = iter(parts), {}
+    with tqdm(total=sum(map(len, parts)), desc="shards", disable=None) as bar:
+        for _ in parts:
+            # Some wait, so that no machine does. Ray would keep all of a million in memory.
+            ready: list[Any] = []
+            while not ready:
+                more = max(0, 2 * slots() - len(running))
+                running |= {submit(part): len(part) for part in islice(todo, more)}
+                if not running:
+                    raise UserError(
+                        "--ray: no machine is left in the cluster; see `ray status`, and run the "
+                        "same command again"
+                    )
+                ready, _ = ray.wait(list(running), timeout=1.0)
+            if message := _result(ray, ready[0]):
+                raise UserError(message)
+            bar.update(running.pop(ready[0]))
+
+
+def _result(ray: Any, task: Any) -> str | None:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError:
+        raise  # an internal error
+    except ray.exceptions.RayError as error:
+        return (
+            f"--ray: a task failed {1 + _MAX_RETRIES} times ({_last_line(error)}); see Ray's logs, "
+            "and run the same command again"
+        )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]

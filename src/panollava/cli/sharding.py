@@ -1,0 +1,93 @@
+"""`--shard I/N`, `--merge` and `--ray ADDRESS`: the work of a command on several machines."""
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from panollava import paths
+
+if TYPE_CHECKING:
+    from panollava.config import Settings
+
+_SHARE = re.compile(r"([0-9]+)/([0-9]+)")
+
+
+def add_to(command: argparse.ArgumentParser, ray: bool = True) -> None:
+    """Without any of these options, a command does all work that is not yet done, and merges."""
+    add = command.add_mutually_exclusive_group().add_argument
+    help = "do only the I-th of N equal shares of the work, beside other processes; then --merge"
+    add("--shard", type=_parse_share, metavar="I/N", help=help)
+    help = "do nothing that --shard does: check that all shares are done, and write the outputs"
+    add("--merge", action="store_true", help=help)
+    if ray:
+        help = "run on a Ray cluster that this machine is part of: HOST:PORT, or auto to find it"
+        add("--ray", type=_parse_address, metavar="ADDRESS", help=help)
+
+
+class Numbers(NamedTuple):
+    """Of a share, and of all."""
+
+    number: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+
+def is_divided(options: argparse.Namespace) -> bool:
+    """Whether the work is divided by these options, and not among ranks."""
+    return any(getattr(options, name, None) for name in ("shard", "merge", "ray"))
+
+
+@contextlib.contextmanager
+def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict[str, Any]]:
+    """What the options mean for `prepare_project` and `write_features`."""
+    from panollava.data.shard_work import Share
+
+    if not is_divided(options):
+        yield {}
+        return
+    if not options.ray:
+        yield {"share": options.shard and Share(*options.shard), "merge": options.merge}
+        return
+    from panollava.cli import cluster
+    from panollava.model.device import choose_device
+
+    cpus, gpus = settings.machine.decode_threads, 0
+    if options.command == "features":
+        cpus = settings.trainer.threads
+        gpus = int(choose_device(settings.trainer.accelerator).type == "cuda")
+    store = settings.data.store_dir
+    written = [paths.RESUME, *([Path(store)] if store else [])]
+    read = [paths.PARAMS, *islice(_files(options.command, settings), 1)]
+    hint = "see machine.decode_threads and the memory of the cluster's machines"
+    with cluster.connect(options.ray, 1 if gpus else cpus, gpus, written, read, hint) as elsewhere:
+        yield {"elsewhere": elsewhere}
+
+
+def _files(command: str, settings: "Settings") -> Iterator[Path]:
+    """Those that tasks read."""
+    if command == "features":
+        yield from paths.PREPARED.glob("*/panoramas/manifest.json")
+    else:
+        yield from (Path(settings.data.dir) / "images").iterdir()
+
+
+def _parse_share(text: str) -> Numbers:
+    match = _SHARE.fullmatch(text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, found '{text}'")
+    return Numbers(int(match[1]), int(match[2]))
+
+
+def _parse_address(text: str) -> str:
+    # ray:// is for programs outside of the cluster, which share no folders with it.
+    if text != "auto" and not re.fullmatch(r"[^/\s]+:[0-9]+", text):
+        raise argparse.ArgumentTypeError(
+            f"expected HOST:PORT of a running cluster, or auto, found '{text}'"
+        )
+    return text
