@@ -45,9 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def connect(nodes: Any, **options: Any) -> Any:
     defaults = {"cpus": 4, "gpus": 0, "written": [Path("work")], "memory_hint": "-"}
-    return cluster.connect(
-        nodes.address, **{**defaults, "read": [Path("params.yaml")], **options}
-    )
+    return cluster.connect(nodes.address, **{**defaults, "read": [Path("params.yaml")], **options})
 
 
 def write(numbers: list[int]) -> None:
@@ -99,9 +97,7 @@ def test_a_task_that_kills_its_process_again_and_again_is_an_error(
     assert attempts() == [13, 13]
 
 
-def test_few_tasks_wait_and_all_end_with_the_command(
-    nodes: Any, folder: Path, monkeypatch
-) -> None:
+def test_few_tasks_wait_and_all_end_with_the_command(nodes: Any, folder: Path, monkeypatch) -> None:
     waiting, wait = [], ray.wait
 
     def counted(tasks: list, **options: Any) -> Any:

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from helpers import change, curve, outputs, run_stage, settings_for, weights
+from helpers import (
+    change,
+    curve,
+    outputs,
+    read_array,
+    run_stage,
+    save_shards,
+    settings_for,
+    weights,
+)
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
@@ -269,10 +278,9 @@ def test_unfinished_work_of_other_towers_is_not_used(
 
 def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -> None:
     run_stage("vision", settings)
-    views = paths.PREPARED / "train/views.npy"
-    changed = bytearray(views.read_bytes())
-    changed[-1] ^= 1
-    views.write_bytes(changed)
+    views = read_array(paths.PREPARED / "train/panoramas")
+    views[0, 0, 0, 0, 0] ^= 1
+    save_shards(paths.PREPARED / "train/panoramas", views)
     with caplog.at_level(logging.INFO):
         run_stage("vision", settings)
     assert "resuming" not in caplog.text

@@ -91,7 +91,6 @@ def connect(
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": _MAX_RETRIES}
         submit = ray.remote(_work).options(**options).remote
 
-
         def run(make: Make, shards: Sequence[Shard]) -> None:
             def slots() -> int:
                 return _slots(ray, cpus, gpus)
@@ -157,9 +156,7 @@ def _slots(ray: Any, cpus: int, gpus: int) -> int:
 
 
 @contextlib.contextmanager
-def _expect(
-    written: Sequence[Path], read: Sequence[Path], memory_hint: str
-) -> Iterator[Expected]:
+def _expect(written: Sequence[Path], read: Sequence[Path], memory_hint: str) -> Iterator[Expected]:
     tokens = {}
     for folder in written:
         token = folder.absolute() / f".shared-{secrets.token_hex(8)}"

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from panollava.data.packing import Packed, Row, pack, packed_size
 from panollava.data.shapes import Shape, fit
+from panollava.data.shards import DIGEST, Shards
 from panollava.errors import UserError
-from panollava.files import open_array, read_prepared_rows
+from panollava.files import read_prepared_rows
 
 if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision stage
     from panollava.data.dialogue import Dialogue
@@ -127,7 +128,8 @@ def tree_sum(parts: Iterator[list[Any] | None], count: int) -> Any:
 class Reader(Protocol[BatchT]):
     """Plans a split's epochs and loads the parts of a step."""
 
-    files: tuple[Path, ...]  # the files it reads
+    files: tuple[Path, ...]  # that tell what it reads, panoramas by their digest
+    array: Shards
 
     def plan(self, epoch: int | None) -> list[Step]: ...
 
@@ -189,9 +191,8 @@ def labeled_rows(rows: pd.DataFrame, share: float) -> pd.DataFrame:
 class ViewReader:
     """Reads views without rows; the batch size counts panoramas."""
 
-    def __init__(self, views: Path, batch_size: int, seed: int) -> None:
-        self.files = (views,)
-        self.array = open_array(views)
+    def __init__(self, views: Shards, batch_size: int, seed: int) -> None:
+        self.files, self.array = (views.folder / DIGEST,), views
         self.batch_size, self.seed = batch_size, seed
 
     def plan(self, epoch: int | None) -> list[Step]:
@@ -221,7 +222,7 @@ class TextReader:
 
     def __init__(
         self,
-        vision: Path,
+        vision: Shards,
         rows: Path,
         dialogue: "Dialogue",
         vision_tokens: int,
@@ -235,8 +236,7 @@ class TextReader:
         around; roll each panorama by a number of them in training, see `turns`. None: do not.
         Raises UserError for a row without an answer token, or to `truncate` without room for
         one."""
-        self.files = (vision, rows)
-        self.array = open_array(vision)
+        self.files, self.array = (vision.folder / DIGEST, rows), vision
         self.dialogue, self.vision_tokens = dialogue, vision_tokens
         self.batch_size, self.seed, self.strides = batch_size, seed, strides
         table = labeled_rows(read_prepared_rows(rows), labeled)
@@ -247,7 +247,7 @@ class TextReader:
         self.truncated = sum(row.answer[-1] != dialogue.stop for row in self.rows)
         if table["panorama"].max() >= len(self.array):
             raise UserError(
-                f"{vision}: contains {len(self.array)} panoramas, but {rows} refers to panorama "
+                f"{vision.folder}: contains {len(vision)} panoramas, but {rows} refers to panorama "
                 f"{table['panorama'].max()}; run: dvc repro"
             )
         self.by_panorama: dict[int, list[int]] = {}
@@ -301,8 +301,8 @@ def turns(seed: int, epoch: int, panoramas: list[int], strides: int) -> list[int
     return [int(generator.integers(strides)) for generator in generators]
 
 
-def gather(array: NDArray, index: list[int]) -> Tensor:
-    """Rows of a memory-mapped array, copied into memory; float16 becomes float32."""
+def gather(array: Shards | NDArray, index: list[int]) -> Tensor:
+    """Panoramas' views or features, copied into memory; float16 becomes float32."""
     rows = np.stack([array[i] for i in index])
     return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import operator
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # torch is slow to import, and `prepare` does not need it
 from panollava import config, paths
 from panollava.errors import UserError
 from panollava.files import write_json
-from panollava.provenance.fingerprint import file_sha256, fingerprint
+from panollava.provenance.fingerprint import fingerprint
 
 _NAME = "provenance.json"
 # That determine the features, besides views and encoder.
@@ -31,11 +32,11 @@ def invalidate(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def record_prepared(settings: config.Settings, out: Path) -> None:
-    """Write `out`/provenance.json, after `prepare` has written the other files."""
-    files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
+def record_prepared(settings: config.Settings, out: Path, digests: Mapping[str, str]) -> None:
+    """Write `out`/provenance.json, after `prepare` has written the shard sets with these
+    `digests`."""
     parameters = _parameters(settings.views, settings.data, settings.evaluate)
-    write_json(out / _NAME, {**parameters, "files": files})
+    write_json(out / _NAME, {**parameters, "digests": {**digests}})
 
 
 def check_prepared(
@@ -66,7 +67,7 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
         "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         **{key: operator.attrgetter(key)(settings) for key in _FEATURE_PARAMETERS},
-        "prepared views": _read(paths.PREPARED, "prepare")["files"],
+        "prepared views": _read(paths.PREPARED, "prepare")["digests"],
     }
 
 

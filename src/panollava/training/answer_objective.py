@@ -13,6 +13,7 @@ from panollava.config import Settings
 from panollava.data.batches import StepBatch, TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
+from panollava.data.shards import Shards, open_views
 from panollava.errors import UserError
 from panollava.geometry.views import forms_ring, layout
 from panollava.model.language_model import check_embedding, end_tokens
@@ -56,6 +57,7 @@ class Objective(nn.Module):
         self.vision_tokens = self.model.resampler.tokens
         pixels, features = (views, size, size, 3), (*shape, encoder.width)
         self.vision_shape = features if self.reads_features else pixels
+        self.views = settings.views
         self.strides = views if self.stage_settings.turn else None  # of a turn
 
     def open_readers(self) -> None:
@@ -68,10 +70,13 @@ class Objective(nn.Module):
             ("train", settings.labeled, True, limit),
             ("valid", 1.0, False, "shorten the longest row of valid.csv"),
         ):
-            views, rows = (paths.PREPARED / split / name for name in ("views.npy", "rows.csv"))
-            vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
+            folder = paths.PREPARED / split
+            if self.reads_features:
+                vision = Shards(paths.FEATURES / split)
+            else:
+                vision = open_views(folder / paths.PANORAMAS, self.views)
             self.readers[split] = reader = TextReader(
-                *(vision, rows, self.dialogue, self.vision_tokens),
+                *(vision, folder / "rows.csv", self.dialogue, self.vision_tokens),
                 *(batch_size, self.seed, labeled),
                 truncate,
                 self.strides,
