@@ -51,6 +51,15 @@ def project(
 
 
 @pytest.fixture
+def divided_project(project: Path) -> Path:
+    """`project` with 14 shards of one panorama, 3 of them rolled."""
+    params = project / "params.yaml"
+    text = params.read_text().replace("shard_size: 4", "shard_size: 1")
+    params.write_text(text)
+    return project
+
+
+@pytest.fixture
 def settings(
     towers: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Settings]:

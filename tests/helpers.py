@@ -192,6 +192,20 @@ def write_params(path: Path, towers: Path, data: Path) -> None:
     path.write_text(text)
 
 
+def train_nothing() -> None:
+    """The results of `vision` and `resampler` after 0 epochs, for the params.yaml here."""
+    stages = ("vision", "resampler")
+    settings = load_settings(paths.PARAMS)
+    for name in stages:
+        run_stage(name, change(settings, **{f"stage__{each}__epochs": 0 for each in stages}))
+
+
+def results() -> dict[str, bytes]:
+    """The files that `prepare` and `features` wrote here."""
+    files = [*paths.PREPARED.rglob("*"), *paths.FEATURES.rglob("*")]
+    return {str(file): file.read_bytes() for file in files if file.is_file()}
+
+
 def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
     """A shard set of an array's rows, or of JPEGs."""
     workshop = Workshop(folder.parent / f"{folder.name}-shards", stays=False, root=folder.parent)

@@ -14,7 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from helpers import results, train_nothing
+from panollava import paths
 from panollava.cli import cluster
+from panollava.cli import main as cli
 from panollava.errors import UserError
 from panollava.files import write_text
 
@@ -27,8 +30,9 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: it holds the paths of sockets
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    started = Cluster(initialize_head=True, head_node_args={**node, "temp_dir": folder})
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    head = {**node, "temp_dir": folder, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args=head)
     started.add_node(**node)
     yield started
     started.shutdown()
@@ -184,18 +188,57 @@ def test_no_cluster_and_no_ray_are_errors(folder: Path, monkeypatch) -> None:
         pass
 
 
-def test_tasks_of_a_machine_that_is_lost_run_again(nodes: Any, folder: Path) -> None:
-    victim = nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
-    raylet = psutil.Process(victim.all_processes["raylet"][0].process.pid)
+@pytest.fixture
+def victim(nodes: Any) -> Iterator[psutil.Process]:
+    """The process of one more node."""
+    node = nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
+    yield psutil.Process(node.all_processes["raylet"][0].process.pid)
+    nodes.remove_node(node, allow_graceful=False)
+
+
+def kill_machine(raylet: psutil.Process) -> None:
+    for process in (raylet, *raylet.children(recursive=True)):
+        process.kill()
+
+
+def test_a_machine_that_is_lost_changes_no_result(
+    nodes: Any, victim: psutil.Process, divided_project: Path
+) -> None:
+    cli.main(["prepare"])
+    train_nothing()
+    cli.main(["features"])
+    expected = results()
+    for command in ("prepare", "features"):
+        shutil.rmtree(paths.RESUME / f"{command}-shards", ignore_errors=True)
+
+    def lose() -> None:
+        while not list(paths.RESUME.glob("prepare-shards/*/*.json")):
+            time.sleep(0.01)
+        for process in victim.children():
+            process.suspend()  # with a task, or with the next one
+        time.sleep(1)
+        kill_machine(victim)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    cli.main(["prepare", "--ray", nodes.address])
+    thread.join()
+    cli.main(["features", "--ray", nodes.address])
+    assert results() == expected
+    assert not list(paths.RESUME.glob(".shared*"))
+
+
+def test_tasks_of_a_machine_that_is_lost_run_again(
+    nodes: Any, victim: psutil.Process, folder: Path
+) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with connect(nodes) as run:
         assert signal.getsignal(signal.SIGTERM) is handler
 
         def kill() -> None:
-            while not {pid for _, pid in log()} & {child.pid for child in raylet.children()}:
+            while not {pid for _, pid in log()} & {child.pid for child in victim.children()}:
                 time.sleep(0.05)
-            for process in (raylet, *raylet.children(recursive=True)):
-                process.kill()
+            kill_machine(victim)
 
         thread = threading.Thread(target=kill)
         thread.start()

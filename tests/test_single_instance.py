@@ -19,7 +19,7 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
         pass
     with single_instance("prepare"):
         with (
-            pytest.raises(UserError, match=rf"\(pid {os.getpid()}\) is already running"),
+            pytest.raises(UserError, match=rf"\(pid {os.getpid()} on \S+\) is already running"),
             single_instance("prepare"),
         ):
             pass
@@ -29,8 +29,29 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
     (tmp_path / ".resume/prepare.lock").write_text("123456")
     with (
         single_instance("prepare"),
-        pytest.raises(UserError, match=rf"\(pid {os.getpid()}\) is already running"),
+        pytest.raises(UserError, match=rf"\(pid {os.getpid()} on \S+\) is already running"),
         single_instance("prepare"),
+    ):
+        pass
+
+
+def test_shards_run_beside_each_other_but_not_beside_the_same_or_the_full_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with single_instance("prepare", "1/3"):
+        with single_instance("prepare", "2/3"), single_instance("features"):
+            pass
+        for shard, holder in (("1/3", ""), (None, "of --shard, lastly 2/3: ")):
+            with (
+                pytest.raises(UserError, match=rf"\({holder}pid {os.getpid()} on"),
+                single_instance("prepare", shard),
+            ):
+                pass
+    with (
+        single_instance("prepare"),
+        pytest.raises(UserError, match="is already running"),
+        single_instance("prepare", "1/3"),
     ):
         pass
 

@@ -298,7 +298,7 @@ def _run(
     parts: Sequence[Sequence[Shard]],
     slots: Callable[[], int],
 ) -> None:
-    todo, running = iter(parts), {}
+    todo, running = iter(parts), dict[Any, int]()
     with tqdm(total=sum(map(len, parts)), desc="shards", disable=None) as bar:
         for _ in parts:
             # Some wait, so that no machine does. Ray would keep all of a million in memory.

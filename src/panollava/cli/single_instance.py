@@ -41,10 +41,10 @@ def single_instance(command: str, shard: object = None) -> Iterator[None]:
         if shard is None:
             stack.enter_context(_lock(command, fcntl.LOCK_EX, process))
         else:
-            shards = f"of --shard, lastly {shard}: {process}"
-            stack.enter_context(_lock(command, fcntl.LOCK_SH, shards))
             name = f"{command} {shard}".replace("/", " of ")
             stack.enter_context(_lock(name, fcntl.LOCK_EX, process))
+            shards = f"of --shard, lastly {shard}: {process}"
+            stack.enter_context(_lock(command, fcntl.LOCK_SH, shards))
         yield
 
 
