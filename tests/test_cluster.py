@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from panollava.errors import UserError
 from panollava.files import write_text
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +169,6 @@ def test_a_cluster_without_a_gpu_is_an_error(nodes: Any, folder: Path) -> None:
     with (
         pytest.raises(UserError, match="no machine of the cluster has a GPU"),
         connect(nodes, gpus=1),
-    ):
-        pass
-
-
-def test_no_cluster_and_no_ray_are_errors(folder: Path, monkeypatch) -> None:
-    options: dict[str, Any] = {"cpus": 1, "gpus": 0, "written": [], "read": []}
-    with (
-        pytest.raises(UserError, match="--ray 127.0.0.1:9: cannot connect"),
-        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
-    ):
-        pass
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with (
-        pytest.raises(UserError, match=r"--ray needs Ray .*pip install -e \.\[ray\]"),
-        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
     ):
         pass
 

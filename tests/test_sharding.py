@@ -11,8 +11,10 @@ import pytest
 
 from helpers import ROOT, results, train_nothing
 from panollava import paths
+from panollava.cli import cluster
 from panollava.cli import main as cli
 from panollava.data import prepare
+from panollava.errors import UserError
 from panollava.training import features
 
 
@@ -92,6 +94,21 @@ def test_finished_shards_stay_when_the_command_runs_again(
     cli.main(["prepare"])
     assert (paths.RESUME / "prepare-shards").is_dir()
     assert not (paths.RESUME / "vision-1").exists()
+
+
+def test_no_cluster_and_no_ray_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"cpus": 1, "gpus": 0, "written": [], "read": []}
+    with (
+        pytest.raises(UserError, match="--ray 127.0.0.1:9: cannot connect"),
+        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(UserError, match=r"--ray needs Ray .*pip install -e \.\[ray\]"),
+        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
+    ):
+        pass
 
 
 def test_shares_of_any_number_give_the_files_of_one_process(
