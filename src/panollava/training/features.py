@@ -34,8 +34,8 @@ from panollava.stages import INFERENCE, STAGES
 log = logging.getLogger(__name__)
 
 READS = (
-    *("views", "model.encoder", "model.tokens", "model.sphere_rows", "model.sphere_columns"),
-    *("model.resampler.pool", "model.features", "data.store_dir", *INFERENCE),
+    *("data.store_dir", "views", "model.encoder", "model.tokens", "model.sphere_rows"),
+    *("model.sphere_columns", "model.resampler.pool", "model.features", *INFERENCE),
 )
 _PLACES = ("data.store_dir",)  # parameters that change no result
 _BATCH, _END = 8, ".npy"  # panoramas; of a shard's file name
