@@ -54,7 +54,7 @@ class Workshop(NamedTuple):
             files, notes = json.loads(text)
             record = Record({end: Shard(*shard) for end, shard in files.items()}, notes)
             sizes = [(self.folder / each.file).stat().st_size for each in record.files.values()]
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, or not a record
             return None
         complete = sizes == [each.bytes for each in record.files.values()]
         return record if complete else None
@@ -111,7 +111,9 @@ class Workshop(NamedTuple):
 def open_workshop(command: str, store_dir: str | None, root: Path = Path()) -> Workshop:
     if store_dir is not None:
         return Workshop(root / store_dir / command, True, root)
-    return Workshop(root / paths.RESUME / f"{command}-shards", False, root)
+    folder = root / paths.RESUME / f"{command}-shards"
+    (folder / paths.FINISHED).unlink(missing_ok=True)
+    return Workshop(folder, False, root)
 
 
 def missing_error(command: str, missing: Sequence[str], count: int) -> UserError:
