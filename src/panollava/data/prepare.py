@@ -138,10 +138,9 @@ def _publish(
     digests = {}
     for name, end in shards[0].recipe.files.items():
         folder = ROLLED if name == ROLLED else f"{shards[0].split}/{name}"
-        files = [record.files[end] for record in records]
         sampled_later = name == paths.PANORAMAS and end == ".tar"
         code = code_digest.digest("prepare") if sampled_later else ""
-        digests[folder] = workshop.publish(out / folder, files, code)
+        digests[folder] = workshop.publish(out / folder, records, end, code)
     return digests
 
 
