@@ -73,6 +73,7 @@ def test_features_are_stored_in_the_precision_of_model_features(
         assert batch.dtype == torch.float32
         assert np.array_equal(batch, arrays["float16"][name][[1, 0]])
     assert len(arrays["float32"]) == 4
+    shutil.rmtree(paths.RESUME)
     pool = resampler.pool_tokens
     monkeypatch.setattr(resampler, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
     message = r"train: features of panoramas 0-3 are not finite in float16; set model\.features"

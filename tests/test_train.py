@@ -234,7 +234,7 @@ def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
     settings: Settings,
 ) -> None:
     run_stage("vision", settings)
-    expected, (work,) = outputs("vision"), paths.RESUME.iterdir()
+    expected, (work,) = outputs("vision"), paths.RESUME.glob("vision-*")
     shutil.rmtree(work)
     run_stage("vision", change(settings, machine__loader_workers=2, machine__save_every=1000))
     assert outputs("vision") == expected
@@ -243,11 +243,11 @@ def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
 
 def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:
     run_stage("vision", settings)
-    (work,) = paths.RESUME.iterdir()
+    (work,) = paths.RESUME.glob("vision-*")
     with caplog.at_level(logging.INFO):
         run_stage("vision", change(settings, stage__vision__lr=1e-3))
     assert "resuming" not in caplog.text and f"deleting {work}" in caplog.text
-    assert len(list(paths.RESUME.iterdir())) == 1
+    assert len(list(paths.RESUME.glob("vision-*"))) == 1
 
 
 @pytest.mark.parametrize(

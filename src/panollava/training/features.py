@@ -34,8 +34,8 @@ from panollava.stages import INFERENCE, STAGES
 log = logging.getLogger(__name__)
 
 READS = (
-    *("views", "model.encoder", "model.tokens", "model.sphere_rows", "model.sphere_columns"),
-    *("model.resampler.pool", "model.features", "data.store_dir", *INFERENCE),
+    *("data.store_dir", "views", "model.encoder", "model.tokens", "model.sphere_rows"),
+    *("model.sphere_columns", "model.resampler.pool", "model.features", *INFERENCE),
 )
 _PLACES = ("data.store_dir",)  # parameters that change no result
 _BATCH, _END = 8, ".npy"  # panoramas; of a shard's file name
@@ -96,8 +96,7 @@ def write_features(
     elif not ranks.rank():
         for name, views in inputs.items():
             mine = [shard.made_from for shard in shards if shard.name == name]
-            files = [record.files[_END] for record in workshop.records(mine)]
-            workshop.publish(paths.FEATURES / name, files)
+            workshop.publish(paths.FEATURES / name, workshop.records(mine), _END)
             log.info("features of %d panoramas: %s", len(views), paths.FEATURES / name)
         made_from.record_features(settings, model.encoder)
         workshop.close()
