@@ -186,7 +186,7 @@ def remember(files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path 
             str(file.absolute()): [shard.bytes, times[file], shard.sha256]
             for file, shard in files.items()
         }
-        write_json(root / _VERIFIED, known | new)
+        write_json(root / _VERIFIED, known | new, shared=True)
 
 
 def _state(file: Path, shard: Shard) -> list[Any]:
