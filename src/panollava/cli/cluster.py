@@ -74,8 +74,8 @@ def connect(
     ray = _import_ray()
     handler = signal.getsignal(signal.SIGTERM)  # Ray replaces it
     with contextlib.ExitStack() as stack:
-        _init(ray, address, gpus)
         stack.callback(signal.signal, signal.SIGTERM, handler)
+        _init(ray, address, gpus)
         stack.callback(ray.shutdown)  # ends all tasks that are running
         signal.signal(signal.SIGTERM, handler)
         if not (machines := _machines(ray, gpus)):
@@ -127,7 +127,7 @@ def _init(ray: Any, address: str, gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"--ray {address}: cannot connect ({' '.join(str(error).split())[:200]}); run the "
             "command on a machine of the cluster, where `ray status` shows it"
