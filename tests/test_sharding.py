@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from panollava import paths
 from panollava.cli import cluster
 from panollava.cli import main as cli
 from panollava.data import prepare
+from panollava.data.shard_work import open_workshop
 from panollava.errors import UserError
+from panollava.provenance.resume import remove_finished
 from panollava.training import features
 
 
@@ -131,6 +134,28 @@ def test_shares_of_any_number_give_the_files_of_one_process(
             cli.main([command])  # as DVC does afterwards
             assert "shards are finished already" in caplog.text
         assert results() == expected, count
+
+
+def test_the_work_of_a_share_is_not_taken_for_finished(divided_project: Path) -> None:
+    """With an earlier result of the same command: a training that starts now deletes what is."""
+    cli.main(["prepare"])
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("fov: 90", "fov: 80"))
+    cli.main(["prepare", "--shard", "1/2"])
+    remove_finished(except_stage="vision")
+    assert list(paths.RESUME.glob("prepare-shards/*/*.json"))
+
+
+def test_a_record_that_is_seen_late_is_no_missing_one(divided_project: Path) -> None:
+    cli.main(["prepare"])
+    expected = results()
+    record = next(paths.RESUME.glob("prepare-shards/*/*.json"))
+    workshop = open_workshop("prepare", None)
+    away = record.rename("away.json")
+    Timer(0.5, lambda: away.rename(record)).start()
+    assert len(workshop.records([record.stem])) == 1
+    cli.main(["prepare", "--merge"])
+    assert results() == expected
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ and machines can share them."""
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +15,9 @@ from panollava.data.shards import Shard, remember, write_manifest
 from panollava.errors import UserError
 from panollava.files import open_array, write_json
 from panollava.provenance.fingerprint import file_sha256
+
+# NFS may show a machine for so long that a file is missing which another one has written.
+_SEEN_SECONDS = 60.0
 
 Item = TypeVar("Item")
 
@@ -62,12 +66,15 @@ class Workshop(NamedTuple):
 
     def records(self, made_from: Sequence[str]) -> list[Record]:
         """Raises UserError for a shard that was removed meanwhile."""
-        found = [(each, self.find(each)) for each in made_from]
-        for each, record in found:
-            if record is None:
-                file = self.path(each, ".json")
-                raise UserError(f"{file}: a finished shard was removed; run the command again")
-        return [record for _, record in found if record is not None]
+        records, deadline = [], time.monotonic() + _SEEN_SECONDS
+        for each in made_from:
+            while (record := self.find(each)) is None:
+                if time.monotonic() > deadline:
+                    file = self.path(each, ".json")
+                    raise UserError(f"{file}: a finished shard was removed; run the command again")
+                time.sleep(0.2)
+            records.append(record)
+        return records
 
     def finish(self, made_from: str, files: Mapping[str, int], notes: Sequence[Any] = ()) -> None:
         """Record a shard whose files are written. `files`: the panoramas in each, by the ends of
