@@ -6,7 +6,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def connect(nodes: Any, **options: Any) -> Any:
-    defaults = {"cpus": 4, "gpus": 0, "written": [Path("work")], "memory_hint": "-"}
-    return cluster.connect(nodes.address, **{**defaults, "read": [Path("params.yaml")], **options})
+def connect(nodes: Any, gpus: int = 0, files: Sequence[Path] = ()) -> Any:
+    needs = cluster.Needs(4, gpus, lambda shards: files)
+    return cluster.connect(nodes.address, needs, [Path("work")])
 
 
 def write(numbers: list[int]) -> None:
@@ -136,9 +137,9 @@ def test_a_machine_with_another_folder_is_named(nodes: Any, folder: Path, monkey
     )
     with (
         pytest.raises(UserError, match=rf"machine \S+: {folder} holds other files.*mount"),
-        connect(nodes),
+        connect(nodes) as run,
     ):
-        pass
+        run(write, [1])
 
 
 def test_a_machine_whose_files_are_not_seen_here_is_named(
@@ -150,9 +151,39 @@ def test_a_machine_whose_files_are_not_seen_here_is_named(
     )
     with (
         pytest.raises(UserError, match=rf"machine \S+: {folder}/work holds other files"),
-        connect(nodes),
+        connect(nodes) as run,
     ):
-        pass
+        run(write, [1])
+
+
+def test_a_file_that_a_machine_does_not_see_is_an_error(
+    nodes: Any, folder: Path, monkeypatch
+) -> None:
+    """Here: a picture that changes while tasks run."""
+    picture = folder / "pictures/1.jpg"
+    picture.parent.mkdir()
+    picture.write_bytes(b"one")
+    with connect(nodes, files=[picture]) as run:
+        run(write, [1])
+        check = cluster._check_machines
+
+        def change(*arguments: Any) -> None:
+            check(*arguments)
+            picture.write_bytes(b"two")
+
+        monkeypatch.setattr(cluster, "_check_machines", change)
+        with pytest.raises(UserError, match=rf"machine \S+: {picture.parent} holds other files"):
+            run(write, [2])
+    assert attempts() == [1]
+
+
+def test_a_task_on_a_gpu_makes_several_shards(nodes: Any, folder: Path) -> None:
+    node = nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)
+    with connect(nodes, gpus=1) as run:
+        run(write, range(100, 116))
+    by_process = Counter(pid for _, pid in log())
+    assert sorted(by_process.values()) == [2] * 8
+    nodes.remove_node(node)
 
 
 def test_a_machine_with_other_versions_is_named(nodes: Any, folder: Path, monkeypatch) -> None:
@@ -160,9 +191,9 @@ def test_a_machine_with_other_versions_is_named(nodes: Any, folder: Path, monkey
     monkeypatch.setattr(cluster, "_versions", lambda: versions)
     with (
         pytest.raises(UserError, match=r"machine \S+: torch: .*, but 1.0 where the command runs"),
-        connect(nodes),
+        connect(nodes) as run,
     ):
-        pass
+        run(write, [1])
 
 
 def test_a_cluster_without_a_gpu_is_an_error(nodes: Any, folder: Path) -> None:

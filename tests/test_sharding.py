@@ -100,16 +100,17 @@ def test_finished_shards_stay_when_the_command_runs_again(
 
 
 def test_no_cluster_and_no_ray_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"cpus": 1, "gpus": 0, "written": [], "read": []}
+    needs = cluster.Needs(1, 0, lambda shards: [])
+    address = "127.0.0.1:9"
     with (
-        pytest.raises(UserError, match="--ray 127.0.0.1:9: cannot connect"),
-        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
+        pytest.raises(UserError, match=f"--ray {address}: cannot connect"),
+        cluster.connect(address, needs, []),
     ):
         pass
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(UserError, match=r"--ray needs Ray .*pip install -e \.\[ray\]"),
-        cluster.connect("127.0.0.1:9", **options, memory_hint=""),
+        cluster.connect(address, needs, []),
     ):
         pass
 

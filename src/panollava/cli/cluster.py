@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 import panollava
+from panollava import paths
 from panollava.errors import UserError, system_errors_as_user_errors
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,20 @@ _PACKAGE = Path(panollava.__file__).parent
 _LIBRARIES = ("torch", "transformers", "numpy", "opencv-python-headless", "pillow", "simplejpeg")
 _SAMPLE = 4096  # bytes of a file
 
+_MEMORY_HINT = "lower machine.decode_threads, or use machines with more memory"
 _MAX_SHARDS = 16  # of a task on a GPU, whose process Ray ends with the task
 
 Shard = TypeVar("Shard")
 Make = Callable[[Sequence[Shard]], object]
 Elsewhere = Callable[[Make, Sequence[Shard]], None]
+
+
+class Needs(NamedTuple):
+    """What a task needs."""
+
+    cpus: int
+    gpus: int
+    files: Callable[[Sequence[Any]], Sequence[Path]]  # some of those that making shards reads
 
 
 class Expected(NamedTuple):
@@ -50,56 +60,41 @@ class Expected(NamedTuple):
     versions: dict[str, str]
     files: dict[Path, bytes]  # how each starts
     tokens: list[Path]  # of these files, those that were written for this purpose
-    memory_hint: str
 
 
 @contextlib.contextmanager
-def connect(
-    address: str,
-    cpus: int,
-    gpus: int,
-    written: Sequence[Path],
-    read: Sequence[Path],
-    memory_hint: str,
-) -> Iterator[Elsewhere]:
-    """Connect to the cluster and check its machines. Yields a function that makes shards there: it
-    calls the function that it gets, which the machines can import, in the project's folder.
+def connect(address: str, needs: Needs, written: Sequence[Path]) -> Iterator[Elsewhere]:
+    """Connect to the cluster. Yields a function that makes shards there: it checks the machines,
+    and calls on them the function that it gets, which they can import, in the project's folder.
 
-    `cpus`, `gpus`: of a task. `written`: folders, and `read`: files, that machines must share.
+    `written`: folders that the machines must share.
 
     Raises:
-        UserError: no Ray, no cluster, or a machine with other files or versions. The function
-            raises that of a task. All tasks end with the block.
+        UserError: no Ray, no cluster. The function raises that of a task, or for a machine with
+            other files or versions. All tasks end with the block.
     """
     ray = _import_ray()
     handler = signal.getsignal(signal.SIGTERM)  # Ray replaces it
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, handler)
-        _init(ray, address, gpus)
+        _init(ray, address, needs.gpus)
         stack.callback(ray.shutdown)  # ends all tasks that are running
         signal.signal(signal.SIGTERM, handler)
-        if not (machines := _machines(ray, gpus)):
+        if not (machines := _machines(ray, needs.gpus)):
             raise UserError(
-                f"--ray {address}: no machine of the cluster has a {'GPU' if gpus else 'CPU'} for "
-                "tasks; see `ray status`"
+                f"--ray {address}: no machine of the cluster has a "
+                f"{'GPU' if needs.gpus else 'CPU'} for tasks; see `ray status`"
             )
-        # A task must fit on the smallest machine.
-        cpus = min(cpus, *(int(machine["Resources"]["CPU"]) for machine in machines))
-        expected = stack.enter_context(_expect(written, read, memory_hint))
-        _check_machines(ray, machines, expected)
         log.info("%d machines of the Ray cluster at %s", len(machines), address)
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": _MAX_RETRIES}
-        submit = ray.remote(_work).options(**options).remote
 
-        def run(make: Make, shards: Sequence[Shard]) -> None:
-            def slots() -> int:
-                return _slots(ray, cpus, gpus)
+        def elsewhere(make: Make, shards: Sequence[Shard]) -> None:
+            with _expect(written, [paths.PARAMS, *needs.files(shards)]) as expected:
+                _check_machines(ray, machines, expected)
+                # A task must fit on the smallest machine.
+                cpus = min(needs.cpus, *(int(each["Resources"]["CPU"]) for each in machines))
+                _run(ray, make, shards, needs._replace(cpus=cpus), expected)
 
-            size = max(1, min(_MAX_SHARDS, len(shards) // (8 * slots() or 1))) if gpus else 1
-            parts = [shards[first : first + size] for first in range(0, len(shards), size)]
-            _run(ray, lambda part: submit(make, part, expected), parts, slots)
-
-        yield run
+        yield elsewhere
 
 
 def _import_ray() -> Any:
@@ -145,18 +140,18 @@ def _machines(ray: Any, gpus: int) -> list[dict[str, Any]]:
     ]
 
 
-def _slots(ray: Any, cpus: int, gpus: int) -> int:
+def _slots(ray: Any, needs: Needs) -> int:
     """How many tasks fit on the cluster, which may grow or shrink."""
     total = 0
-    for machine in _machines(ray, gpus):
+    for machine in _machines(ray, needs.gpus):
         resources = machine["Resources"]
-        slots = resources["CPU"] // cpus
-        total += int(min(slots, resources["GPU"]) if gpus else slots)
+        slots = resources["CPU"] // needs.cpus
+        total += int(min(slots, resources["GPU"]) if needs.gpus else slots)
     return total
 
 
 @contextlib.contextmanager
-def _expect(written: Sequence[Path], read: Sequence[Path], memory_hint: str) -> Iterator[Expected]:
+def _expect(written: Sequence[Path], read: Sequence[Path]) -> Iterator[Expected]:
     tokens = {}
     for folder in written:
         token = folder.absolute() / f".shared-{secrets.token_hex(8)}"
@@ -166,7 +161,7 @@ def _expect(written: Sequence[Path], read: Sequence[Path], memory_hint: str) -> 
         for token, content in tokens.items():
             token.parent.mkdir(parents=True, exist_ok=True)
             token.write_bytes(content)
-        yield Expected(Path.cwd(), _versions(), files | tokens, list(tokens), memory_hint)
+        yield Expected(Path.cwd(), _versions(), files | tokens, list(tokens))
     finally:
         for token in tokens:
             token.unlink(missing_ok=True)
@@ -285,27 +280,30 @@ def _work(make: Make, shards: Sequence[Shard], expected: Expected) -> str | None
         return f"--ray: machine {socket.gethostname()}: {fault}"
     os.chdir(expected.project)
     try:
-        with system_errors_as_user_errors(expected.memory_hint):
+        with system_errors_as_user_errors(_MEMORY_HINT):
             make(shards)
     except UserError as error:
         return str(error)
     return None
 
 
-def _run(
-    ray: Any,
-    submit: Callable[[Sequence[Shard]], Any],
-    parts: Sequence[Sequence[Shard]],
-    slots: Callable[[], int],
-) -> None:
-    todo, running = iter(parts), dict[Any, int]()
-    with tqdm(total=sum(map(len, parts)), desc="shards", disable=None) as bar:
-        for _ in parts:
+def _run(ray: Any, make: Make, shards: Sequence[Shard], needs: Needs, expected: Expected) -> None:
+    task = ray.remote(_work).options(
+        num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=_MAX_RETRIES
+    )
+    size = 1
+    if needs.gpus:
+        size = max(1, min(_MAX_SHARDS, len(shards) // (8 * _slots(ray, needs) or 1)))
+    firsts = iter(range(0, len(shards), size))
+    running: dict[Any, int] = {}  # the number of shards of each task
+    with tqdm(total=len(shards), desc="shards", disable=None) as bar:
+        for _ in range(0, len(shards), size):
             # Some wait, so that no machine does. Ray would keep all of a million in memory.
             ready: list[Any] = []
             while not ready:
-                more = max(0, 2 * slots() - len(running))
-                running |= {submit(part): len(part) for part in islice(todo, more)}
+                for first in islice(firsts, max(0, 2 * _slots(ray, needs) - len(running))):
+                    part = shards[first : first + size]
+                    running[task.remote(make, part, expected)] = len(part)
                 if not running:
                     raise UserError(
                         "--ray: no machine is left in the cluster; see `ray status`, and run the "

@@ -3,8 +3,7 @@
 import argparse
 import contextlib
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from panollava import paths
 
 if TYPE_CHECKING:
     from panollava.config import Settings
+    from panollava.data.picture_shards import PictureShard
 
 _SHARE = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -55,26 +55,28 @@ def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict
         yield {"share": options.shard and Share(*options.shard), "merge": options.merge}
         return
     from panollava.cli import cluster
-    from panollava.model.device import choose_device
 
-    cpus, gpus = settings.machine.decode_threads, 0
     if options.command == "features":
-        cpus = settings.trainer.threads
+        from panollava.model.device import choose_device
+
         gpus = int(choose_device(settings.trainer.accelerator).type == "cuda")
+        needs = cluster.Needs(1 if gpus else settings.trainer.threads, gpus, _prepared)
+    else:
+        needs = cluster.Needs(settings.machine.decode_threads, 0, _pictures)
     store = settings.data.store_dir
     written = [paths.RESUME, *([Path(store)] if store else [])]
-    read = [paths.PARAMS, *islice(_files(options.command, settings), 1)]
-    hint = "see machine.decode_threads and the memory of the cluster's machines"
-    with cluster.connect(options.ray, 1 if gpus else cpus, gpus, written, read, hint) as elsewhere:
+    with cluster.connect(options.ray, needs, written) as elsewhere:
         yield {"elsewhere": elsewhere}
 
 
-def _files(command: str, settings: "Settings") -> Iterator[Path]:
-    """Those that tasks read."""
-    if command == "features":
-        yield from paths.PREPARED.glob("*/panoramas/manifest.json")
-    else:
-        yield from (Path(settings.data.dir) / "images").iterdir()
+def _prepared(shards: Sequence[Any]) -> list[Path]:
+    return [*paths.PREPARED.glob(f"*/{paths.PANORAMAS}/*.json")]
+
+
+def _pictures(shards: "Sequence[PictureShard]") -> list[Path]:
+    """One of each folder."""
+    by_folder = {picture.parent: picture for shard in shards for picture in shard.pictures}
+    return [*by_folder.values()]
 
 
 def _parse_share(text: str) -> Numbers:

@@ -79,7 +79,6 @@ class Workshop(NamedTuple):
     def finish(self, made_from: str, files: Mapping[str, int], notes: Sequence[Any] = ()) -> None:
         """Record a shard whose files are written. `files`: the panoramas in each, by the ends of
         their names."""
-        (self.folder / paths.FINISHED).unlink(missing_ok=True)  # of earlier outputs
         shards, times = {}, {}
         for end, panoramas in files.items():
             file = self.path(made_from, end)
