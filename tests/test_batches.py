@@ -15,10 +15,27 @@ import pytest
 import torch
 
 from helpers import ROOT
-from panollava.data.batches import divide, plan_epoch, plan_size, tree_sum, turns
+from panollava.data.batches import (
+    Plan,
+    divide,
+    group_rows,
+    plan_epoch,
+    tree_sum,
+    turns,
+)
+
+RowsOf = dict[int, list[int]]  # the rows of each panorama
 
 
-def random_rows(seed: int) -> dict[int, list[int]]:
+def plan_of(rows: RowsOf, batch_size: int, seed: int, epoch: int | None, *shards: int) -> Plan:
+    """`shards`: the number of each shard's first panorama (default: one shard has all)."""
+    panoramas = np.repeat([*rows], [len(each) for each in rows.values()])
+    groups = group_rows(panoramas, np.concatenate([*rows.values()]))
+    starts = np.array([*(shards or [0]), max(rows) + 1])
+    return plan_epoch(groups, batch_size, seed, epoch, starts)
+
+
+def random_rows(seed: int) -> RowsOf:
     """1 to 9 rows for each of 200 panoramas."""
     generator, rows, at = random.Random(seed), {}, 0
     for panorama in range(200):
@@ -31,7 +48,7 @@ def random_rows(seed: int) -> dict[int, list[int]]:
 def test_every_row_is_in_exactly_one_step_of_an_epoch() -> None:
     rows = random_rows(0)
     for epoch in (None, 0, 1):
-        steps = plan_epoch(rows, 8, seed=0, epoch=epoch)
+        steps = plan_of(rows, 8, 0, epoch)
         pairs = [(panorama, row) for step in steps for panorama, part in step for row in part]
         assert sorted(pairs) == [(panorama, row) for panorama in rows for row in rows[panorama]]
         assert all(sum(len(part) for _, part in step) <= 8 for step in steps)
@@ -39,7 +56,7 @@ def test_every_row_is_in_exactly_one_step_of_an_epoch() -> None:
 
 def test_a_panorama_s_rows_stay_in_one_step_if_they_fit() -> None:
     rows = {panorama: numbers[:8] for panorama, numbers in random_rows(1).items()}
-    steps = plan_epoch(rows, 8, seed=0, epoch=0)
+    steps = plan_of(rows, 8, 0, 0)
     assert sorted(panorama for step in steps for panorama, _ in step) == list(rows)
 
 
@@ -59,7 +76,7 @@ def test_a_step_takes_the_first_panoramas_that_fit_among_the_next_64(batch_size:
         for panorama in order
         for at in range(0, len(rows[panorama]), batch_size)
     ]
-    for step in plan_epoch(rows, batch_size, seed=0, epoch=1):
+    for step in plan_of(rows, batch_size, 0, 1):
         expected: list[tuple[int, list[int]]] = []
         while fits := [
             (panorama, indices)
@@ -75,7 +92,7 @@ def test_a_step_takes_the_first_panoramas_that_fit_among_the_next_64(batch_size:
 
 def test_steps_are_nearly_full() -> None:
     rows = random_rows(2)
-    steps = plan_epoch(rows, 16, seed=0, epoch=0)
+    steps = plan_of(rows, 16, 0, 0)
     assert len(steps) <= 1.05 * sum(map(len, rows.values())) / 16
 
 
@@ -85,27 +102,27 @@ def test_with_3_rows_per_panorama_steps_hold_whole_panoramas(
 ) -> None:
     """`batch_size` is an upper bound: 16 gives 15 rows, 8 gives 6."""
     rows = {panorama: list(range(3 * panorama, 3 * panorama + 3)) for panorama in range(40)}
-    steps = plan_epoch(rows, batch_size, seed=0, epoch=0)
+    steps = plan_of(rows, batch_size, 0, 0)
     assert all(len(step) == panoramas for step in steps)
-    size = plan_size(steps)
+    size = steps.size
     assert size == (40 // panoramas, 120, 40)
     assert (size.rows_per_step, size.panoramas_per_step) == (3 * panoramas, panoramas)
 
 
 def test_an_epoch_s_plan_is_a_function_of_seed_and_epoch() -> None:
     rows = random_rows(3)
-    assert plan_epoch(rows, 8, 0, 1) == plan_epoch(rows, 8, 0, 1)
-    assert plan_epoch(rows, 8, 0, 1) != plan_epoch(rows, 8, 0, 2)
-    assert plan_epoch(rows, 8, 0, 1) != plan_epoch(rows, 8, 1, 1)
+    plans = [[*plan_of(rows, 8, *which)] for which in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2] and plans[0] != plans[3]
 
 
 def test_a_panorama_with_more_rows_than_a_step_is_divided() -> None:
-    steps = plan_epoch({0: list(range(20))}, 8, seed=0, epoch=0)
+    steps = plan_of({0: list(range(20))}, 8, 0, 0)
     assert [len(part) for step in steps for _, part in step] == [8, 8, 4]
 
 
 def test_the_parts_of_a_step_contain_all_its_rows() -> None:
-    step = plan_epoch(random_rows(4), 16, seed=0, epoch=0)[0]
+    step = plan_of(random_rows(4), 16, 0, 0)[0]
     for parts in (1, 2, 3, 50):
         shares = divide(step, parts)
         assert len(shares) == parts and all(shares[: len(step)]) and not any(shares[len(step) :])

@@ -4,13 +4,14 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from helpers import SHARED, change, run_stage
 from panollava.config import Settings
-from panollava.data.batches import StepDataset, TextBatch, divide, plan_epoch
+from panollava.data.batches import StepDataset, TextBatch, divide, group_rows, plan_epoch
 from panollava.data.shapes import MAX_SHAPES, Shape, choose_shapes, describe, fit
 from panollava.stages import STAGES
 from panollava.training.features import write_features
@@ -69,8 +70,8 @@ def test_views_without_rows_are_never_filled_up(
     panoramas: int, batch_size: int, parts: int
 ) -> None:
     """A blank panorama would change the statistics of the step."""
-    rows = {panorama: [panorama] for panorama in range(panoramas)}
-    steps = plan_epoch(rows, batch_size, 0, 0)
+    groups = group_rows(np.arange(panoramas))
+    steps = plan_epoch(groups, batch_size, 0, 0, np.array([0, panoramas]))
     sizes = [Shape(len(part)) for step in steps for part in divide(step, parts) if part]
     assert set(choose_shapes(sizes)) == set(sizes)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 LOGS = Path("logs")
 LOGS_OF_DEMO = Path("../../logs")  # the demo's own pipeline runs in data/demo
+CACHE = Path(".cache")  # tokens of rows; it can be deleted
 RESUME = Path(".resume")  # unfinished work of training stages
 PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
 PICTURES = "pictures"  # <split>/pictures/<panorama>.jpg of the evaluated split, for the report

@@ -24,6 +24,7 @@ from panollava.errors import UserError
 from panollava.files import atomic_write, write_array, write_csv
 from panollava.geometry.views import Sampler, layout, resampled
 from panollava.provenance import made_from
+from panollava.provenance.fingerprint import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
     rolls = _rolls(settings)
     _clear(out)
     # Check all rows before opening pictures, which may take an hour.
-    splits = {}
+    splits, tables = {}, {}
     for split in SPLITS:
+        csv = folder / f"{split}.csv"
+        tables[split] = file_sha256(csv) if csv.is_file() else ""
         splits[split] = read_rows(folder / f"{split}.csv", root)
         _check_rejects(folder / f"{split}.csv", *splits[split], out / split, allowed)
     _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
@@ -71,7 +74,7 @@ def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
-    made_from.record_prepared(settings, out)
+    made_from.record_prepared(settings, out, tables)
     for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
         log.warning("%s", warning)
 

@@ -31,11 +31,27 @@ def invalidate(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def record_prepared(settings: config.Settings, out: Path) -> None:
-    """Write `out`/provenance.json, after `prepare` has written the other files."""
+def record_prepared(settings: config.Settings, out: Path, rows: dict[str, str]) -> None:
+    """Write `out`/provenance.json, after `prepare` has written the other files. `rows`: by split,
+    the SHA-256 of the CSV file that they come from."""
     files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
     parameters = _parameters(settings.views, settings.data, settings.evaluate)
-    write_json(out / _NAME, {**parameters, "files": files})
+    tables = {split: [csv, *_hash_written(out / split)] for split, csv in rows.items()}
+    write_json(out / _NAME, {**parameters, "files": files, "rows": tables})
+
+
+def is_prepared_from(csv: Path, folder: Path) -> bool:
+    """Whether `prepare` wrote the rows in `folder`, that of a split, from this CSV file, and none
+    of these files has changed since. False if that is not recorded."""
+    try:
+        recorded = json.loads((folder.parent / _NAME).read_text())["rows"][folder.name]
+        return recorded == [file_sha256(csv), *_hash_written(folder)]
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def _hash_written(folder: Path) -> list[str]:
+    return [file_sha256(folder / name) for name in ("rows.csv", "rejects.csv")]
 
 
 def check_prepared(
