@@ -7,7 +7,10 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,7 +18,9 @@ import pytest
 import torch
 
 from helpers import ROOT
+from panollava.data import batches
 from panollava.data.batches import (
+    SHUFFLED_SHARDS,
     Plan,
     divide,
     group_rows,
@@ -114,6 +119,80 @@ def test_an_epoch_s_plan_is_a_function_of_seed_and_epoch() -> None:
     plans = [[*plan_of(rows, 8, *which)] for which in ((0, 1), (0, 1), (0, 2), (1, 1))]
     assert plans[0] == plans[1]
     assert plans[0] != plans[2] and plans[0] != plans[3]
+
+
+def panoramas_of(plan: Plan) -> list[int]:
+    """In the order of the steps."""
+    return [panorama for step in plan for panorama, _ in step]
+
+
+def test_up_to_64_shards_are_shuffled_as_one() -> None:
+    """Also if some panoramas have no rows, and shards no panoramas."""
+    rows = {panorama: [panorama] for panorama in range(0, 3000, 3)}
+    for count in (1, 2, 63, 64):
+        shards = [*range(0, 3000, -(-3000 // count))]
+        assert 64 >= len(shards) > count - 3
+        order = np.random.default_rng((5, 2)).permutation(1000)
+        assert panoramas_of(plan_of(rows, 1, 5, 2, *shards)) == [*(3 * order)]
+
+
+def test_more_shards_are_shuffled_64_at_a_time() -> None:
+    """All panoramas of some 64 shards come before those of the next ones, in a random order."""
+    panoramas = np.random.default_rng(0).permutation(10_000)[:6000]
+    rows = {int(panorama): [number] for number, panorama in enumerate(panoramas)}
+    shards = [*range(0, 10_000, 50)]
+    orders = []
+    for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        orders.append(panoramas_of(plan_of(rows, 1, seed, epoch, *shards)))
+        assert sorted(orders[-1]) == sorted(rows)
+        shard_of = np.array(orders[-1]) // 50
+        windows, at = [], 0
+        while at < len(shard_of):
+            window: set[int] = set()
+            while at < len(shard_of) and len(window | {shard_of[at]}) <= SHUFFLED_SHARDS:
+                window.add(int(shard_of[at]))
+                at += 1
+            windows.append(window)
+        assert [*map(len, windows)] == [64, 64, 64, 8]
+        assert set.union(*windows) == set(range(200))
+        first = shard_of[: 64 * 25].tolist()
+        assert sum(one != other for one, other in pairwise(first)) > 1500  # shuffled within
+        assert max(windows[0]) - min(windows[0]) > 100  # of shards in random order
+    assert orders[0] == orders[1] and orders[0] not in orders[2:]
+
+
+def test_validation_keeps_the_order_of_panoramas() -> None:
+    rows = {panorama: [panorama] for panorama in range(1000)}
+    assert panoramas_of(plan_of(rows, 7, 0, None, *range(0, 1000, 10))) == [*rows]
+
+
+def test_a_plan_is_made_once_and_its_steps_are_built_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int | None] = []
+
+    def count(groups: Any, batch_size: int, seed: int, epoch: int | None, shards: Any) -> Plan:
+        made.append(epoch)
+        return plan_epoch(groups, batch_size, seed, epoch, shards)
+
+    monkeypatch.setattr(batches, "plan_epoch", count)
+    plans = batches.Plans(group_rows(np.repeat(np.arange(9), 3)), 6, 0, np.array([0, 9]))
+    for epoch in (1, 0, 0, 0, None, None, 1):
+        plan = plans(epoch)
+        assert plan.size == (5, 27, 9) and len(plan[1:3]) == 2 and plan[-1] == [*plan][4]
+    assert made == [1, 0, None, 1]
+    with pytest.raises(IndexError):
+        plan[5]
+
+
+def test_planning_takes_a_few_microseconds_per_panorama_and_no_lists() -> None:
+    """However many panoramas there are."""
+    counts = np.random.default_rng(0).integers(1, 6, 200_000)
+    groups = group_rows(np.repeat(np.arange(len(counts)), counts))
+    start = time.process_time()
+    plan = plan_epoch(groups, 36, 0, 0, np.array([0, len(counts)]))
+    assert time.process_time() - start < 5e-6 * len(counts)
+    assert plan.pieces.nbytes + plan.ends.nbytes < 30 * len(counts)
 
 
 def test_a_panorama_with_more_rows_than_a_step_is_divided() -> None:
