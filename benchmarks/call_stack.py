@@ -37,7 +37,7 @@ from training_loop import Stop, fit, make_module
 
 PACKAGE = Path(panollava.__file__).parent
 NOT_COUNTED = ("config.py", "files.py", "errors.py", "logs.py")
-STEP_LIMIT, ROW_LIMIT, PANORAMA_LIMIT = 7, 6, 8
+STEP_LIMIT, ROW_LIMIT, PANORAMA_LIMIT = 8, 7, 8
 
 
 class Trace(NamedTuple):

@@ -93,7 +93,7 @@ def resampler(folder: Path, devices: int) -> float:
 
 
 def results(folder: Path) -> str:
-    files = [*(folder / "runs/features").glob("*.npy"), *folder.glob("runs/*/*.safetensors")]
+    files = [*(folder / "runs/features").rglob("*.npy"), *folder.glob("runs/*/*.safetensors")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 

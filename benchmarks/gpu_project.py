@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 import real_size
+from helpers import save_shards, save_towers
 from measure import ROOT
 from panollava import config, paths
 from panollava.config import Settings
-from panollava.files import write_array, write_csv
+from panollava.files import write_csv
 
 PROFILE = ROOT / "presets/quic360.yaml"
 ROWS = 3  # per panorama, as QuIC-360 has on average
@@ -24,8 +25,6 @@ LOCAL = {"model.encoder.path": "encoder", "model.language_model.path": "language
 def make_project(tiny: bool, panoramas: int) -> None:
     """Write it into the current folder."""
     if tiny:
-        from helpers import save_towers
-
         save_towers(Path())
     else:
         model: Any = real_size.build()
@@ -38,12 +37,10 @@ def make_project(tiny: bool, panoramas: int) -> None:
     size, grid, width = (32, 2, 32) if tiny else (real_size.SIZE, 7, 768)
     random, views = np.random.default_rng(0), len(real_size.LAYOUT.projections)
     for split, count in (("train", panoramas), ("valid", 1)):
-        with write_array(paths.PREPARED / split / "views.npy") as append:
-            for _ in range(count):
-                append(random.integers(0, 256, (1, views, size, size, 3), dtype=np.uint8))
-        with write_array(paths.FEATURES / f"{split}.npy") as append:
-            for _ in range(count):
-                append(random.normal(size=(1, views, grid, grid, width)).astype(np.float16))
+        pixels = random.integers(0, 256, (count, views, size, size, 3), dtype=np.uint8)
+        save_shards(paths.PREPARED / split / paths.PANORAMAS, pixels)
+        features = random.normal(size=(count, views, grid, grid, width)).astype(np.float16)
+        save_shards(paths.FEATURES / split, features)
         rows = [
             (panorama, ROWS * panorama + row, f"{panorama}.jpg", "red", _text(random))
             for panorama in range(count)

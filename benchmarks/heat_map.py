@@ -34,11 +34,11 @@ from measure import ROOT
 from panollava import paths
 from panollava.config import load_settings
 from panollava.data.packing import Packed, Row, pack
+from panollava.data.shards import Shards
 from panollava.demo.questions import QUERIES
 from panollava.demo.scenes import DIRECTIONS, EYE, Object, Scene, make_scene
 from panollava.demo.settings import load_demo_settings
 from panollava.evaluation.confidence import interval_of_mean
-from panollava.files import open_array
 from panollava.geometry.discs import map_discs, seen
 from panollava.geometry.projections import panorama_rays
 from panollava.geometry.sphere import cell_centers, rays_from_angles
@@ -133,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = PanoLLaVA.from_pretrained("runs/vlm_finetune", accelerator="cpu")
     random = _with_random_resampler(model)
-    views = open_array(paths.PREPARED / options.split / "views.npy")
+    views = Shards(paths.PREPARED / options.split / paths.PANORAMAS)
     gradients = Gradients(model)
     measured: dict[tuple[str, str], dict[tuple[int, str], Measured]] = defaultdict(dict)
     likewise: dict[str, dict[tuple[int, str], float]] = defaultdict(dict)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from helpers import read_array
 from panollava import paths
 from panollava.config import load_settings
 from panollava.evaluation.confidence import interval_of_mean
@@ -134,7 +135,7 @@ def _train(seed: int, lora: bool, options: argparse.Namespace) -> None:
 def _evaluate() -> Scores:
     """1 for each answer that is one of its references, else 0."""
     model = PanoLLaVA.from_pretrained(paths.weights_file("finetune"), accelerator="cpu")
-    features = torch.from_numpy(np.load(paths.FEATURES / "valid.npy")).float()
+    features = torch.from_numpy(read_array(paths.FEATURES / "valid")).float()
     references: dict[int, dict[str, set[str]]] = {}
     for row in read_prepared_rows(paths.PREPARED / "valid/rows.csv").itertuples():
         by_query = references.setdefault(int(row.panorama), {})

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map_only
 
+from helpers import save_shards
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import Step
+from panollava.data.batches import Step, gather
 from panollava.data.packing import IGNORED
+from panollava.data.shards import open_views
 from panollava.errors import UserError
-from panollava.files import open_array, write_array
 from panollava.model.generate import answer
 from panollava.model.precision import autocast
 from panollava.model.weights import load_start, parts_in
@@ -139,10 +140,10 @@ class Replicas:
             features = {split: self.features(split) for split in ("train", "valid")}
         for replica, objective in enumerate(self.objectives):
             for split, values in features.items():
-                # A reader keeps the file it opened, also when the next one takes its place.
-                with write_array(paths.FEATURES / f"{split}.npy") as append:
-                    append(values[replica].astype(self.settings.model.features))
+                save_shards(paths.FEATURES / split, values[replica], len(values[replica]))
             objective.open_readers()
+            for split, values in features.items():  # those of the next replica take their place
+                objective.readers[split].array = values[replica]
         self.modules = [
             LitStage(objective, settings, self.stage)
             for objective, settings in zip(self.objectives, self._each_settings, strict=True)
@@ -213,12 +214,12 @@ class Replicas:
     def features(self, split: str) -> np.ndarray:
         """Features of a split's panoramas, or of the "rolled" ones, as `panollava features` rounds
         them: (replicas, panoramas, *shape, features)."""
-        name = paths.ROLLED if split == "rolled" else paths.PREPARED / split / "views.npy"
-        views = open_array(name)
+        folder = paths.ROLLED if split == "rolled" else paths.PREPARED / split / paths.PANORAMAS
+        views = open_views(folder, self.settings.views)
         chunks = [
             self.compute(
                 lambda objective, views: objective.model.features(views),
-                torch.from_numpy(np.array(views[at : at + ENCODED])).to(self.device),
+                gather(views, [*range(at, min(at + ENCODED, len(views)))]).to(self.device),
                 shared=True,
             )
             .float()

@@ -25,11 +25,12 @@ from measure import PANOLLAVA, ROOT, Line, options_parser, report
 from panollava import paths
 from panollava.config import load_settings
 from panollava.data.rows import SPLITS
-from panollava.files import write_array
+from panollava.data.shards import Shard, write_manifest
 from panollava.provenance.fingerprint import file_sha256
-from panollava.provenance.made_from import record_prepared
+from panollava.provenance.made_from import hash_source, record_prepared
 
 SIZE = 16  # pixels of a view
+SHARD = 1000  # panoramas
 ROWS = (1, 5)  # per panorama: 3 on average
 OTHERS = 8  # panoramas of valid and test
 SECONDS, GB = 30.0, 4.0  # goals with the most panoramas
@@ -79,24 +80,24 @@ def make_project(folder: Path, panoramas: int) -> None:
 
 def prepare(folder: Path, panoramas: int) -> None:
     """What `prepare` leaves, with so many panoramas in train."""
-    out, sources = (
-        folder / paths.PREPARED,
-        {split: folder / f"data/{split}.csv" for split in SPLITS},
-    )
-    for split, source in sources.items():
-        count = panoramas if split == "train" else OTHERS
-        write_views(out / split, count)
+    out, digests, sources = folder / paths.PREPARED, {}, {}
+    for split in SPLITS:
+        count, source = panoramas if split == "train" else OTHERS, folder / f"data/{split}.csv"
+        digests[f"{split}/{paths.PANORAMAS}"] = write_views(out / split / paths.PANORAMAS, count)
         write_rows(out / split, source, count)
-    hashes = {split: file_sha256(source) for split, source in sources.items()}
-    record_prepared(load_settings(folder / paths.PARAMS), out, hashes)
+        sources[split] = hash_source(source)
+    record_prepared(load_settings(folder / paths.PARAMS), out, digests, sources)
 
 
-def write_views(out: Path, count: int) -> None:
-    generator = np.random.default_rng(0)
-    with write_array(out / "views.npy") as append:
-        for first in range(0, count, 10_000):
-            shape = (min(10_000, count - first), 1, SIZE, SIZE, 3)
-            append(generator.integers(0, 256, shape, dtype=np.uint8))
+def write_views(out: Path, count: int) -> str:
+    generator, shape, shards = np.random.default_rng(0), (1, SIZE, SIZE, 3), []
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for number, first in enumerate(range(0, count, SHARD)):
+        file, panoramas = out / f"{number:06d}.npy", min(SHARD, count - first)
+        np.save(file, generator.integers(0, 256, (panoramas, *shape), dtype=np.uint8))
+        shards.append(Shard(file.name, panoramas, file.stat().st_size, file_sha256(file)))
+    return write_manifest(out, shards, None, shape, "uint8")
 
 
 def write_rows(out: Path, source: Path, count: int) -> None:

@@ -68,6 +68,7 @@ def settings(
         stage__finetune__max_text_length=99,
         trainer__log_every=1,
         machine__save_every=1,
+        data__shard_size=4,
     )
     prepare_project(settings)
     yield settings

@@ -31,6 +31,9 @@ from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
+from panollava.data.shard_work import Workshop
+from panollava.data.shards import Shards
+from panollava.files import write_array, write_tar
 from panollava.model.network import Network
 from panollava.stages import STAGES
 
@@ -179,6 +182,7 @@ def write_params(path: Path, towers: Path, data: Path) -> None:
         ("dir: data/demo", f"dir: {data}"),
         ("data/demo/towers", str(towers)),
         ("size: 64", "size: 32"),
+        ("shard_size: 128", "shard_size: 4"),
         ("save_every: 50", "save_every: 1"),
     ):
         assert old in text
@@ -186,6 +190,32 @@ def write_params(path: Path, towers: Path, data: Path) -> None:
     for key, value in (("max_text_length", 99), ("epochs", 1), ("batch_size", 4)):
         text = re.sub(rf"{key}: \d+", f"{key}: {value}", text)
     path.write_text(text)
+
+
+def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
+    """A shard set of an array's rows, or of JPEGs."""
+    workshop = Workshop(folder.parent / f"{folder.name}-shards", stays=False, root=folder.parent)
+    names = [f"{number:016x}" for number, _ in enumerate(panoramas[::size])]
+    end = ".tar" if isinstance(panoramas, list) else ".npy"
+    for number, name in enumerate(names):
+        part = panoramas[number * size : (number + 1) * size]
+        if end == ".npy":
+            with write_array(workshop.path(name, end)) as append:
+                append(part)
+        else:
+            with write_tar(workshop.path(name, end)) as append_file:
+                for jpeg in part:
+                    append_file("panorama.jpg", jpeg)
+        workshop.finish(name, {end: len(part)})
+    workshop.publish(folder, [record.files[end] for record in workshop.records(names)])
+    shutil.rmtree(workshop.folder, ignore_errors=True)
+    return Shards(folder)
+
+
+def read_array(folder: Path) -> np.ndarray:
+    """All panoramas of a shard set."""
+    shards = Shards(folder)
+    return np.stack([shards[panorama] for panorama in range(len(shards))])
 
 
 ROWS = [
@@ -463,6 +493,7 @@ def copy_project(target: Path, towers: Path, data: Path | None) -> Project:
         ("path: data/demo/towers/encoder", "path: small/towers/encoder"),
         ("path: data/demo/towers/language_model", "path: small/towers/language_model"),
         ("size: 64", "size: 32"),
+        ("shard_size: 128", "shard_size: 4"),
     ):
         project.replace("params.yaml", old, new)
     project.set("params.yaml", max_text_length=99, epochs=2, batch_size=4, save_every=1)

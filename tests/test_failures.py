@@ -44,9 +44,9 @@ def fails(project: Project, *command: str, limit: str = "") -> str:
 
 
 FILES = {  # command: (outputs that DVC removes first, largest file in kB, the file that is named)
-    "prepare": ("runs/prepared", 50, r"runs/prepared/train/views\.npy"),
+    "prepare": ("runs/prepared", 50, r"\.resume/prepare-shards/\w+/\w+\.npy"),
     "train vision": ("runs/vlm_vision", 100, r"\.resume/vision-\w+/start\.ckpt"),
-    "features": ("runs/features", 10, r"runs/features/train\.npy"),
+    "features": ("runs/features", 10, r"\.resume/features-shards/\w+/\w+\.npy"),
 }
 
 

@@ -3,13 +3,14 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, change, run_stage
+from helpers import ROOT, change, read_array, run_stage, save_shards
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather
@@ -21,6 +22,10 @@ from panollava.model.network import build_model
 from panollava.model.weights import load_weights
 from panollava.stages import STAGES
 from panollava.training.features import write_features
+
+
+def read(folder: Path) -> torch.Tensor:
+    return torch.from_numpy(read_array(folder))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,9 @@ def test_features_equal_what_the_encoder_computes(
     stage = STAGES["resampler"]
     load_weights(paths.weights_file("resampler"), model, stage.saves, stage)
     for split in ("train", "valid", "test"):
-        views = torch.from_numpy(np.load(paths.PREPARED / split / "views.npy"))
+        views = read(paths.PREPARED / split / paths.PANORAMAS)
         expected = model.eval().features(views)
-        written = torch.from_numpy(np.load(paths.FEATURES / f"{split}.npy"))
+        written = read(paths.FEATURES / split)
         assert written.shape == (len(views), *shape, model.encoder.width)
         assert torch.allclose(written, expected, atol=1e-5)
 
@@ -59,7 +64,8 @@ def test_features_are_stored_in_the_precision_of_model_features(
     arrays = {}
     for precision in ("float32", "float16"):
         write_features(change(settings, model__features=precision))
-        arrays[precision] = {file.stem: np.load(file) for file in paths.FEATURES.glob("*.npy")}
+        folders = [folder for folder in paths.FEATURES.iterdir() if folder.is_dir()]
+        arrays[precision] = {folder.name: read_array(folder) for folder in folders}
         assert {str(array.dtype) for array in arrays[precision].values()} == {precision}
     for name, full in arrays["float32"].items():
         assert np.array_equal(arrays["float16"][name], full.astype(np.float16)), name
@@ -67,9 +73,10 @@ def test_features_are_stored_in_the_precision_of_model_features(
         assert batch.dtype == torch.float32
         assert np.array_equal(batch, arrays["float16"][name][[1, 0]])
     assert len(arrays["float32"]) == 4
+    shutil.rmtree(paths.RESUME)
     pool = resampler.pool_tokens
     monkeypatch.setattr(resampler, "pool_tokens", lambda *inputs: pool(*inputs) * 1e5)
-    message = r"panoramas 0-5 are not finite in float16; set model\.features to float32"
+    message = r"train: features of panoramas 0-3 are not finite in float16; set model\.features"
     with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match=message):
         write_features(change(settings, model__features="float16"))
     with pytest.raises(UserError, match="runs/features/provenance.json: no such file"):
@@ -91,12 +98,9 @@ def test_features_of_other_panoramas_or_rolls_are_an_error(settings: Settings) -
         evaluate(other)
     prepare_project(settings)
     run_stage("finetune", other)  # a training does not read the rolled panoramas
-    train = paths.FEATURES / "train.npy"
-    np.save(train, np.load(train)[:1])
+    save_shards(paths.FEATURES / "train", read(paths.FEATURES / "train")[:1].numpy())
     shutil.rmtree(paths.RESUME)
-    with pytest.raises(
-        UserError, match=r"train.npy: contains 1 panoramas, but .*rows.csv refers to"
-    ):
+    with pytest.raises(UserError, match=r"train: contains 1 panoramas, but .*rows.csv refers to"):
         run_stage("finetune", settings)
 
 

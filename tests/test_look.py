@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, Error, Page, Request, Route, expect
 
-from helpers import ROOT, change, running
+from helpers import ROOT, change, read_array, running
 from panollava import PanoLLaVA, paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
@@ -34,7 +34,6 @@ from panollava.data.prepare import prepare_project
 from panollava.demo.questions import QUERIES, answer, has_answer
 from panollava.demo.render import render
 from panollava.demo.scenes import DIRECTIONS, Scene, make_scene
-from panollava.files import open_array
 from panollava.model.header import TOWERS, make_header
 from panollava.model.heat_map import HeatMaps
 from panollava.model.language_model import end_tokens
@@ -241,8 +240,8 @@ def test_the_page_turns_answers_and_shows_the_map_where_the_object_is(
         ".observe($('answer'), {childList: true, characterData: true, subtree: true})"
     )
     ask(page, LEFT)
-    views = open_array(folder / "runs/prepared/test/views.npy")[:1]
-    features = model.features_of_views(np.array(views))
+    views = read_array(folder / "runs/prepared/test/panoramas")[:1]
+    features = model.features_of_views(views)
     ((expected,),) = model.answer_features(features, [[LEFT]], LIMITS.max_new_tokens)
     found = TEST_SCENES[0].at("left")
     assert found and f"{found.color} {found.shape}" in expected.text

@@ -16,12 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import panollava
-from helpers import ROOT, save_language_model, save_towers
+from helpers import ROOT, read_array, save_language_model, save_towers
 from panollava import PanoLLaVA, paths
 from panollava.cli import main as cli
 from panollava.data.images import PictureError
 from panollava.errors import UserError
-from panollava.files import open_array
 from panollava.model.weights import read_header
 
 
@@ -90,8 +89,8 @@ def test_the_features_are_those_of_the_command(evaluated: pd.DataFrame) -> None:
     model = PanoLLaVA.from_pretrained(folder / "runs/vlm_finetune/model_final.safetensors")
     pictures = [folder / "data" / url for url in dict.fromkeys(evaluated["url"])]
     views = np.stack([model.views(picture) for picture in pictures])
-    assert np.array_equal(views, open_array(folder / "runs/prepared/test/views.npy"))
-    expected = np.array(open_array(folder / "runs/features/test.npy"))
+    assert np.array_equal(views, read_array(folder / "runs/prepared/test/panoramas"))
+    expected = read_array(folder / "runs/features/test")
     features = model.features(pictures).numpy()
     assert expected.dtype == np.float16 and np.abs(features - expected).max() < 2e-3
     assert np.array_equal(features, features.astype(np.float16))

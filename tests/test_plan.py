@@ -56,7 +56,7 @@ def test_a_training_needs_what_the_plan_states(
             assert f"{count:,}" in log, part
     for folder, size in ((paths.PREPARED, before["views"]), (paths.FEATURES, before["features"])):
         files = [*folder.rglob("*.npy")]
-        assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 4
+        assert sum(path.stat().st_size - 128 for path in files) == size and len(files) == 5
 
 
 @pytest.mark.parametrize(("batch_size", "panoramas"), [(16, 5), (8, 2)])

@@ -17,22 +17,22 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import ROOT, SHARED
+from helpers import ROOT, SHARED, read_array
 from panollava import config
-from panollava.data import prepare as module
+from panollava.data import picture_shards as module
 from panollava.data.images import read_panorama, reduced_jpeg, roll
 from panollava.data.prepare import prepare_project
+from panollava.data.shards import Shards
 from panollava.errors import UserError
-from panollava.files import open_array
 from panollava.geometry.views import Sampler, layout
-from panollava.paths import PREPARED
+from panollava.paths import PREPARED, RESUME, ROLLED
 
 VIEWS = config.Views(strategy="e2p", size=16, fov=90.0, overlap=0.5, pitch=0.0, global_view=False)
 Rows = list[tuple[str, str, str]]
 
 
 def data(max_rejected: float = 0.0, folder: str = "data") -> config.Data:
-    return config.Data(dir=folder, max_rejected=max_rejected)
+    return config.Data(folder, max_rejected, store="views", shard_size=2, store_dir=None)
 
 
 def prepare(
@@ -95,7 +95,7 @@ def reasons(root: Path, split: str = "train") -> list[list[Any]]:
 
 def test_rows_refer_to_the_views_of_their_panoramas(root: Path) -> None:
     prepare(data(), VIEWS, root)
-    views = np.load(root / PREPARED / "train" / "views.npy", mmap_mode="r")
+    views = read_array(root / PREPARED / "train/panoramas")
     rows = read_csv(root / PREPARED / "train" / "rows.csv")
     assert (views.dtype, views.shape) == (np.uint8, (3, 8, 16, 16, 3))
     assert list(rows) == ["panorama", "row", "url", "query", "annotation"]
@@ -110,7 +110,7 @@ def test_rows_refer_to_the_views_of_their_panoramas(root: Path) -> None:
         *("row", "url", "query", "annotation", "reason")
     ]
     assert sorted(path.name for path in (root / PREPARED / "train").iterdir()) == [
-        *("rejects.csv", "rows.csv", "views.npy")
+        *("panoramas", "rejects.csv", "rows.csv")
     ]
 
 
@@ -126,14 +126,14 @@ def test_rolls_that_only_reorder_the_views_are_not_written(
         for name in ("test.jpg", "c.jpg", "a.jpg")
     ]
     expected = [sampler.sample(roll(each, degrees)) for each in pictures for degrees in (20, 200)]
-    assert np.array_equal(np.load(root / PREPARED / "rolled.npy"), expected)
+    assert np.array_equal(read_array(root / ROLLED), expected)
     (note,) = (text for text in caplog.messages if "evaluate.rolls" in text)
     assert "multiples of the view stride (45 degrees)" in note and ": 45, -90;" in note
     caplog.clear()
     cubemap = replace(VIEWS, strategy="cubemap")
     with caplog.at_level(logging.INFO):
         prepare(data(), cubemap, root, rolls=(90,))
-    assert np.load(root / PREPARED / "rolled.npy").shape == (3, 6, 16, 16, 3)
+    assert read_array(root / ROLLED).shape == (3, 6, 16, 16, 3)
     assert "evaluate.rolls" not in caplog.text
 
 
@@ -143,7 +143,7 @@ def test_any_angle_rolls_the_panorama_by_whole_pixels(root: Path) -> None:
     picture = read_panorama(root / "data/images/test.jpg", sampler.panorama_width)
     columns = round(20.4 / 360 * picture.shape[1])
     assert np.array_equal(
-        np.load(root / PREPARED / "rolled.npy"), [sampler.sample(np.roll(picture, columns, axis=1))]
+        read_array(root / ROLLED), [sampler.sample(np.roll(picture, columns, axis=1))]
     )
 
 
@@ -152,7 +152,7 @@ def test_without_angles_that_show_new_pixels_nothing_is_rolled(
     root: Path, rolls: tuple[float, ...]
 ) -> None:
     prepare(data(), VIEWS, root, rolls=rolls)
-    assert len(open_array(root / PREPARED / "rolled.npy")) == 0
+    assert len(Shards(root / ROLLED)) == 0
 
 
 def test_texts_are_written_unchanged(root: Path) -> None:
@@ -215,7 +215,7 @@ def test_exactly_the_bad_rows_are_rejected_with_their_reasons(root: Path) -> Non
     rows = read_csv(root / PREPARED / "train" / "rows.csv")
     assert rows["row"].tolist() == [0, 1, 2, 3, 4, 7, 13]
     assert rows["panorama"].tolist() == [0, 1, 0, 2, 1, 3, 2]
-    views = np.load(root / PREPARED / "train" / "views.npy")
+    views = read_array(root / PREPARED / "train/panoramas")
     assert len(views) == 4
     assert (views[3, ..., 0] == views[3, ..., 1]).all()  # the gray one
     assert views[3].std() > 0
@@ -270,8 +270,7 @@ def test_a_failed_run_leaves_no_files_of_an_earlier_run(root: Path) -> None:
     with pytest.raises(UserError):
         prepare(data(), VIEWS, root)
     left = {str(path.relative_to(root / PREPARED)) for path in (root / PREPARED).rglob("*.*")}
-    # The views of a split are written before its bad pictures are counted.
-    assert left == {"train/views.npy", *(f"{s}/rejects.csv" for s in ("train", "valid", "test"))}
+    assert left == {f"{split}/rejects.csv" for split in ("train", "valid", "test")}
 
 
 def test_an_interrupted_run_leaves_no_partial_array(
@@ -285,7 +284,8 @@ def test_an_interrupted_run_leaves_no_partial_array(
     monkeypatch.setattr(module, "read_panorama", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data(), VIEWS, root)
-    assert not list((root / PREPARED).glob("*/views.npy*"))
+    assert not list((root / PREPARED).rglob("*.npy*"))
+    assert not list(root.rglob("*.part"))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -304,7 +304,7 @@ def test_a_picture_is_decoded_once_for_all_its_rows(
     add_rows(root, [("data/images/../images/b.png", "q", "a")])
     prepare(data(), VIEWS, root, threads=threads)
     assert sorted(opened) == ["a.jpg", "b.png", "c.jpg", "test.jpg", "valid.jpg"]
-    assert len(np.load(root / PREPARED / "train" / "views.npy")) == 3
+    assert len(read_array(root / PREPARED / "train/panoramas")) == 3
 
 
 def test_the_number_of_threads_does_not_change_a_byte(root: Path) -> None:
@@ -315,10 +315,11 @@ def test_the_number_of_threads_does_not_change_a_byte(root: Path) -> None:
     results = []
     for threads in (1, 2, 5):
         out = root / PREPARED
+        shutil.rmtree(root / RESUME, ignore_errors=True)
         prepare(data(0.5), VIEWS, root, threads=threads)
         files = sorted(p for p in out.glob("*/**/*") if p.is_file())
         results.append({p.relative_to(out): p.read_bytes() for p in files})
-    assert len(results[0]) == 10
+    assert len(results[0]) == 36
     assert results[0] == results[1] == results[2]
 
 
@@ -345,7 +346,8 @@ def test_memory_does_not_grow_with_the_number_of_panoramas(
         prepare(data(), views, root)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (root / PREPARED / "train" / "views.npy").stat().st_size > 40e6
+    files = (root / PREPARED / "train/panoramas").glob("*.npy")
+    assert sum(file.stat().st_size for file in files) > 40e6
     assert peaks[1] < peaks[0] + 3e6
 
 
@@ -353,7 +355,7 @@ def test_every_strategy_is_prepared(root: Path) -> None:
     for strategy, count in (("e2p", 9), ("cubemap", 6), ("sliding_window", 8), ("resize", 1)):
         views = config.Views(strategy, 16, 90.0, 0.5, 0.0, strategy == "e2p")  # type: ignore[arg-type]
         prepare(data(), views, root)
-        assert np.load(root / PREPARED / "train" / "views.npy").shape == (3, count, 16, 16, 3)
+        assert read_array(root / PREPARED / "train/panoramas").shape == (3, count, 16, 16, 3)
 
 
 def test_a_picture_in_two_splits_is_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -420,7 +422,7 @@ def test_views_of_real_panoramas_match_views_of_the_full_picture(tmp_path: Path)
     prepare(data(folder=str(folder)), views, tmp_path)
     for split, rows, panoramas in (("train", 87, 5), ("valid", 18, 1), ("test", 33, 2)):
         table = read_csv(tmp_path / PREPARED / split / "rows.csv")
-        array = np.load(tmp_path / PREPARED / split / "views.npy", mmap_mode="r")
+        array = read_array(tmp_path / PREPARED / split / "panoramas")
         assert (len(table), array.shape) == (rows, (panoramas, 8, 224, 224, 3))
         assert reasons_of(tmp_path / PREPARED / split) == []
         sampler = Sampler(layout(views), 224)
@@ -446,8 +448,8 @@ def test_published_rows_without_their_pictures_are_all_rejected(tmp_path: Path) 
     assert rejects[["url", "query", "annotation"]].equals(source[["url", "query", "annotation"]])
 
 
-def pictures(root: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in (root / PREPARED).glob("*/pictures/*")}
+def pictures(root: Path) -> Shards:
+    return Shards(root / PREPARED / "test/pictures")
 
 
 def test_the_evaluated_split_is_written_as_small_whole_pictures(root: Path) -> None:
@@ -459,40 +461,28 @@ def test_the_evaluated_split_is_written_as_small_whole_pictures(root: Path) -> N
     (root / "data/images/1.jpg").write_text("gone")
     add_rows(root, [(f"images/{seed}.jpg", "q", "a") for seed in range(3)], "test")
     prepare(data(0.5), VIEWS, root)
-    assert sorted(pictures(root)) == ["000000.jpg", "000001.jpg", "000002.jpg"]
+    assert len(pictures(root)) == 3
     assert not (root / PREPARED / "train/pictures").exists()
     rows = read_csv(root / PREPARED / "test/rows.csv")
     assert rows["panorama"].tolist() == [0, 1, 2]
     width = Sampler(layout(VIEWS), 16).panorama_width
     for panorama, url in zip(rows["panorama"], rows["url"], strict=True):
         expected = read_panorama(root / "data" / url, width).astype(float)
-        file = root / PREPARED / f"test/pictures/{panorama:06d}.jpg"
-        actual = np.asarray(Image.open(file), float)  # the lower half too, which no view shows
+        jpeg = io.BytesIO(pictures(root)[panorama])
+        actual = np.asarray(Image.open(jpeg), float)  # the lower half too, which no view shows
         assert np.abs(actual - expected).mean() < 6, url
 
 
 def test_the_pictures_have_the_same_bytes_and_none_of_an_earlier_run_stays(root: Path) -> None:
     prepare(data(), VIEWS, root)
     first = pictures(root)
-    stray = root / PREPARED / "test/pictures/000007.jpg"
+    stray = root / PREPARED / "test/pictures/000007.tar"
     stray.write_bytes(b"")
+    shutil.rmtree(root / RESUME)
     prepare(data(), VIEWS, root, threads=1)
-    assert pictures(root) == first and len(first) == 1
-    assert b"Exif" not in first["000000.jpg"]
-
-
-def test_an_interrupted_run_leaves_no_half_picture(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def half(self: Path, content: bytes) -> int:
-        write_bytes(self, content[:100])
-        raise KeyboardInterrupt
-
-    write_bytes = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(data(), VIEWS, root)
-    assert not pictures(root)
+    assert not stray.exists()
+    assert pictures(root).digest == first.digest and len(first) == 1
+    assert b"Exif" not in first[0]
 
 
 @pytest.mark.parametrize("height", [700, 1500])

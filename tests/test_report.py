@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import Project
+from helpers import Project, read_array, save_shards
 from panollava import paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
@@ -215,8 +215,7 @@ def test_many_large_panoramas_with_long_texts_make_a_small_page(root: Path) -> N
     jpeg = reduced_jpeg(noise)
     assert len(jpeg) > 1 << 17
     count, folder = 60, paths.PREPARED / "test" / paths.PICTURES
-    for number in range(count):
-        (folder / paths.picture_name(number)).write_bytes(jpeg)
+    save_shards(folder, [jpeg] * count)
     row = pd.read_csv(paths.PREDICTIONS, dtype=str, keep_default_na=False).iloc[0]
     long = "파노라마 " * 250
     rows = [
@@ -245,8 +244,8 @@ def garble(file: str) -> None:
     Path(file).write_text("step\tloss\n1\t0.\x001\n")
 
 
-def shorten_views(file: str) -> None:
-    np.save(file, np.load(file)[:1])
+def shorten(folder: str) -> None:
+    save_shards(Path(folder), read_array(Path(folder))[:1])
 
 
 FAULTS = {
@@ -260,10 +259,10 @@ FAULTS = {
     "half of the details": (cut, "runs/evaluate/details.json", "not valid JSON"),
     "no picture": (
         remove,
-        "runs/prepared/test/pictures/000001.jpg",
-        "no such file; run: dvc repro prepare",
+        "runs/prepared/test/pictures/000000.tar",
+        "no such file, but it is in runs/prepared/test/pictures/manifest.json; restore the file",
     ),
-    "half a picture": (cut, "runs/prepared/test/pictures/000000.jpg", "not a complete JPEG"),
+    "half a picture": (cut, "runs/prepared/test/pictures/000000.tar", "10220 bytes instead"),
     "no curves": (remove, "metrics/vision/plots", "no such folder; run: dvc repro vision"),
     "no numbers": (garble, "metrics/finetune/plots/metrics/val/loss.tsv", "not a curve"),
     "no metrics": (
@@ -272,7 +271,7 @@ FAULTS = {
         "no such file; run: dvc repro finetune",
     ),
     "no model": (remove, "runs/vlm_finetune/model_final.safetensors", "no such"),
-    "few views": (shorten_views, "runs/prepared/test/views.npy", "1 panoramas, but"),
+    "few views": (shorten, "runs/prepared/test/panoramas", "1 panoramas, but"),
 }
 
 

@@ -13,6 +13,7 @@ from helpers import ROOT, change, weights
 from panollava import config, paths
 from panollava.cli import main as cli
 from panollava.config import load_settings
+from panollava.data.shards import Shards
 from panollava.errors import UserError
 from panollava.geometry.projections import panorama_rays
 from panollava.geometry.sphere import Array, angles_from_rays, rays_from_angles
@@ -191,8 +192,8 @@ def test_the_stages_train_and_answer_with_merged_tokens(project: Path) -> None:
     """As the demo does."""
     cli.main(["train", "all"])
     cli.main(["evaluate"])
-    assert np.load(paths.FEATURES / "test.npy").shape == (3, 64, 32)
-    assert np.load(paths.PREPARED / "test/views.npy").shape == (3, 8, 32, 32, 3)
+    assert Shards(paths.FEATURES / "test").shape == (3, 64, 32)
+    assert Shards(paths.PREPARED / "test/panoramas").shape == (3, 8, 32, 32, 3)
     saved = read_header(paths.weights_file("finetune"))["settings"]["model"]
     assert (saved["tokens"], saved["sphere_rows"], saved["sphere_columns"]) == ("sphere", 4, 16)
     assert not [name for name in weights("finetune") if "pooling" in name]

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from helpers import change, curve, outputs, run_stage, settings_for, weights
+from helpers import (
+    change,
+    curve,
+    outputs,
+    read_array,
+    run_stage,
+    save_shards,
+    settings_for,
+    weights,
+)
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.dialogue import Dialogue
@@ -225,7 +234,7 @@ def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
     settings: Settings,
 ) -> None:
     run_stage("vision", settings)
-    expected, (work,) = outputs("vision"), paths.RESUME.iterdir()
+    expected, (work,) = outputs("vision"), paths.RESUME.glob("vision-*")
     shutil.rmtree(work)
     run_stage("vision", change(settings, machine__loader_workers=2, machine__save_every=1000))
     assert outputs("vision") == expected
@@ -234,11 +243,11 @@ def test_what_belongs_to_the_machine_changes_no_byte_and_no_fingerprint(
 
 def test_unfinished_work_of_other_settings_is_removed(settings: Settings, caplog) -> None:
     run_stage("vision", settings)
-    (work,) = paths.RESUME.iterdir()
+    (work,) = paths.RESUME.glob("vision-*")
     with caplog.at_level(logging.INFO):
         run_stage("vision", change(settings, stage__vision__lr=1e-3))
     assert "resuming" not in caplog.text and f"deleting {work}" in caplog.text
-    assert len(list(paths.RESUME.iterdir())) == 1
+    assert len(list(paths.RESUME.glob("vision-*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,10 +278,9 @@ def test_unfinished_work_of_other_towers_is_not_used(
 
 def test_unfinished_work_of_other_data_is_not_used(settings: Settings, caplog) -> None:
     run_stage("vision", settings)
-    views = paths.PREPARED / "train/views.npy"
-    changed = bytearray(views.read_bytes())
-    changed[-1] ^= 1
-    views.write_bytes(changed)
+    views = read_array(paths.PREPARED / "train/panoramas")
+    views[0, 0, 0, 0, 0] ^= 1
+    save_shards(paths.PREPARED / "train/panoramas", views)
     with caplog.at_level(logging.INFO):
         run_stage("vision", settings)
     assert "resuming" not in caplog.text

@@ -194,14 +194,14 @@ def test_a_stage_starts_from_weights_or_from_a_checkpoint(project: Path) -> None
 
 def test_features_are_computed_again_for_another_start(project: Path) -> None:
     train("all")
-    features = {path: path.read_bytes() for path in paths.FEATURES.iterdir()}
+    features = {path: path.read_bytes() for path in paths.FEATURES.rglob("*.npy")}
     copy = project / "other.ckpt"
     train("vision", "--lr", "0.01")
     train("resampler", "--lr", "0.02")
     copy.write_bytes(checkpoint("resampler").read_bytes())
-    assert {path: path.read_bytes() for path in paths.FEATURES.iterdir()} == features
+    assert {path: path.read_bytes() for path in paths.FEATURES.rglob("*.npy")} == features
     train("finetune", "--from", str(copy))
-    now = {path: path.read_bytes() for path in paths.FEATURES.iterdir()}
+    now = {path: path.read_bytes() for path in paths.FEATURES.rglob("*.npy")}
     assert all(now[path] != before for path, before in features.items())
     encoder = [name for name in weights("resampler") if name.startswith("encoder.")]
     assert all(torch.equal(weights("resampler")[n], weights("finetune")[n]) for n in encoder)

@@ -67,9 +67,9 @@ def test_infonce_learns_to_retrieve_counterparts(settings: Settings) -> None:
 
 @pytest.mark.parametrize("size", [0, 60, 5000])
 def test_incomplete_views_are_named(settings: Settings, size: int) -> None:
-    views = paths.PREPARED / "train/views.npy"
+    views = paths.PREPARED / "train/panoramas/000000.npy"
     views.write_bytes(views.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"prepared/train/views.npy: not a complete \.npy file"):
+    with pytest.raises(UserError, match=rf"panoramas/000000.npy: {size} bytes instead of"):
         run_stage("vision", settings)
 
 

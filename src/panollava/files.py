@@ -1,10 +1,13 @@
-"""Files written atomically (text, JSON, CSV, .npy arrays), reading prepared rows and arrays, and
+"""Files written atomically (text, JSON, CSV, .npy, tar), reading prepared rows and arrays, and
 recognizing git-lfs pointers."""
 
 import contextlib
 import csv
+import io
 import json
 import os
+import tarfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +25,15 @@ _POINTER_STARTS = tuple(
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` to write to. It is renamed to `path` when the block succeeds;
-    otherwise `path` stays as it was.
+    otherwise `path` stays as it was. `shared`: other processes may write `path` at the same time.
 
     Raises:
         UserError: the disk is full, or `path` cannot be written.
     """
-    temporary = path.with_name(path.name + ".part")
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f"{path.name}{unique}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -41,15 +45,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, shared: bool = False) -> None:
     """UTF-8 text, atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, shared: bool = False) -> None:
     """Indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", shared)
 
 
 def write_csv(path: Path, table: "pd.DataFrame") -> None:
@@ -60,7 +64,7 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 
 @contextlib.contextmanager
-def write_array(path: Path) -> Iterator[Callable[["NDArray"], None]]:
+def write_array(path: Path, shared: bool = False) -> Iterator[Callable[["NDArray"], None]]:
     """A function that appends rows, (rows, ...), to the .npy file at `path`, written atomically.
     The first rows decide shape and type; without any the shape is (0,).
 
@@ -69,7 +73,7 @@ def write_array(path: Path) -> Iterator[Callable[["NDArray"], None]]:
     import numpy as np
 
     count, shape, dtype = 0, (), np.dtype(np.uint8)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path, shared) as temporary, temporary.open("wb") as file:
 
         def write_header() -> None:  # NumPy pads it to one length for every count
             descr = np.lib.format.dtype_to_descr(dtype)
@@ -90,6 +94,20 @@ def write_array(path: Path) -> Iterator[Callable[["NDArray"], None]]:
         yield append
         file.seek(0)
         write_header()
+
+
+@contextlib.contextmanager
+def write_tar(path: Path, shared: bool = False) -> Iterator[Callable[[str, bytes], None]]:
+    """A function that appends a file, its name and content, to the uncompressed tar file at `path`,
+    written atomically. Equal files give equal bytes."""
+    with atomic_write(path, shared) as temporary, tarfile.open(temporary, "w:") as tar:
+
+        def append(name: str, content: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        yield append
 
 
 def open_array(path: Path) -> "NDArray":

@@ -6,12 +6,14 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 LOGS = Path("logs")
 LOGS_OF_DEMO = Path("../../logs")  # the demo's own pipeline runs in data/demo
-CACHE = Path(".cache")  # tokens of rows; it can be deleted
-RESUME = Path(".resume")  # unfinished work of training stages
-PREPARED = Path("runs/prepared")  # <split>/views.npy, <split>/rows.csv
-PICTURES = "pictures"  # <split>/pictures/<panorama>.jpg of the evaluated split, for the report
-ROLLED = PREPARED / "rolled.npy"  # the evaluated split, rolled by evaluate.rolls; see `prepare`
-FEATURES = Path("runs/features")  # <split>.npy, rolled.npy
+RESUME = Path(".resume")  # unfinished work of stages, a folder each
+FINISHED = "finished"  # a file in such a folder: its results are written
+CACHE = Path(".cache")  # what can be computed again
+PREPARED = Path("runs/prepared")  # <split>/rows.csv and the folders below
+PANORAMAS = "panoramas"  # <split>/panoramas: shards of what the models read
+PICTURES = "pictures"  # <split>/pictures: shards of JPEGs of the evaluated split, for the report
+ROLLED = PREPARED / "rolled"  # shards of the evaluated split, rolled by evaluate.rolls
+FEATURES = Path("runs/features")  # <split>, rolled: shards
 DIGESTS = Path("runs/digest")  # <stage>.txt
 PREDICTIONS = Path("runs/evaluate/predictions.csv")
 EVALUATION_DETAILS = Path("runs/evaluate/details.json")
@@ -21,11 +23,6 @@ REPORT = Path("runs/report/index.html")
 SAMPLE = Path("runs/report/panoramas.svg")  # panoramas with answers, for `dvc plots`
 
 WEIGHTS = "model_final.safetensors"  # of a training stage
-
-
-def picture_name(panorama: int) -> str:
-    """Of a panorama in a folder of PICTURES."""
-    return f"{panorama:06d}.jpg"
 
 
 def report_of(revision: str) -> Path:

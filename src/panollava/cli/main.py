@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         with logs.start(name, options.logs), hint, single_instance(name):
             # `train all` resumes from finished stages too.
             if options.command in _STEPS and name != _FULL_PIPELINE:
-                resume.remove_finished(except_stage=getattr(options, "stage", None))
+                resume.remove_finished(except_stage=getattr(options, "stage", options.command))
             with _ranks(place, options):
                 options.run(options)
     except UserError:  # logged by `logs.start`

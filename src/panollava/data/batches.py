@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from panollava.data.packing import Packed, Row, Rows, pack
 from panollava.data.shapes import Shape, fit
+from panollava.data.shards import DIGEST, Shards
 from panollava.errors import UserError
-from panollava.files import open_array
 
 if TYPE_CHECKING:  # so that a change of the prompt does not rerun the vision stage
     from panollava.data.dialogue import Dialogue
@@ -223,7 +223,8 @@ def tree_sum(parts: Iterator[list[Any] | None], count: int) -> Any:
 class Reader(Protocol[BatchT]):
     """Plans a split's epochs and loads the parts of a step."""
 
-    files: tuple[Path, ...]  # the files it reads
+    files: tuple[Path, ...]  # that tell what it reads, panoramas by their digest
+    array: Shards
 
     def plan(self, epoch: int | None) -> Plan: ...
 
@@ -283,18 +284,12 @@ def labeled_rows(panoramas: NDArray[np.integer], share: float) -> NDArray[np.int
     return np.flatnonzero(np.isin(panoramas, kept))
 
 
-def _shards(array: NDArray) -> NDArray[np.int64]:
-    return np.array([0, len(array)])
-
-
 class ViewReader:
     """Reads views without rows; the batch size counts panoramas."""
 
-    def __init__(self, views: Path, batch_size: int, seed: int) -> None:
-        self.files = (views,)
-        self.array = open_array(views)
-        groups = group_rows(np.arange(len(self.array)))
-        self.plan = Plans(groups, batch_size, seed, _shards(self.array))
+    def __init__(self, views: Shards, batch_size: int, seed: int) -> None:
+        self.files, self.array = (views.folder / DIGEST,), views
+        self.plan = Plans(group_rows(np.arange(len(views))), batch_size, seed, views.starts)
 
     def count(self, step: Step) -> int:
         """Panoramas."""
@@ -319,7 +314,7 @@ class TextReader:
 
     def __init__(
         self,
-        vision: Path,
+        vision: Shards,
         file: Path,
         rows: Rows,
         used: NDArray[np.int64],
@@ -332,19 +327,18 @@ class TextReader:
         """`rows`: tokens of `file`, of which those with the numbers `used` are read. `strides`:
         between views all around; roll each panorama by a number of them in training, see `turns`.
         None: do not."""
-        self.files = (vision, file)
-        self.array = open_array(vision)
+        self.files, self.array = (vision.folder / DIGEST, file), vision
         self.rows, self.dialogue, self.vision_tokens = rows, dialogue, vision_tokens
         self.seed, self.strides = seed, strides
         self.truncated = int((rows.ends[used] != dialogue.stop).sum())
         panoramas = rows.panoramas[used]
-        if panoramas.max() >= len(self.array):
+        if panoramas.max() >= len(vision):
             raise UserError(
-                f"{vision}: contains {len(self.array)} panoramas, but {file} refers to panorama "
+                f"{vision.folder}: contains {len(vision)} panoramas, but {file} refers to panorama "
                 f"{panoramas.max()}; run: dvc repro"
             )
         groups = group_rows(panoramas, used)
-        self.plan = Plans(groups, batch_size, seed, _shards(self.array))
+        self.plan = Plans(groups, batch_size, seed, vision.starts)
 
     def count(self, step: Step) -> int:
         """Answer tokens."""
@@ -391,8 +385,8 @@ def turns(seed: int, epoch: int, panoramas: list[int], strides: int) -> list[int
     return [int(generator.integers(strides)) for generator in generators]
 
 
-def gather(array: NDArray, index: list[int]) -> Tensor:
-    """Rows of a memory-mapped array, copied into memory; float16 becomes float32."""
+def gather(array: Shards | NDArray, index: list[int]) -> Tensor:
+    """Panoramas' views or features, copied into memory; float16 becomes float32."""
     rows = np.stack([array[i] for i in index])
     return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 

@@ -29,6 +29,7 @@ from panollava.data.picture_files import PictureError as PictureError  # for tho
 _JPEG_WIDTH = 2048  # of `reduced_jpeg`, at most
 _JPEG_BYTES = 1 << 19
 _JPEG_QUALITIES = (85, 60, 35, 10)
+_STORED_WIDTH, _STORED_QUALITY = 2048, 90  # of `stored_jpeg`
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -125,6 +126,19 @@ def reduced_jpeg(panorama: NDArray[np.uint8]) -> bytes:
         if len(jpeg) <= _JPEG_BYTES:
             break
     return jpeg
+
+
+def stored_jpeg(path: Path, width: int) -> bytes:
+    """A panorama as a JPEG to decode again: about 2048 pixels wide, and not below `width`.
+
+    Raises:
+        PictureError: see `read_panorama`.
+    """
+    width = max(width, _STORED_WIDTH)
+    panorama = read_panorama(path, width)
+    if width < panorama.shape[1]:
+        panorama = np.asarray(Image.fromarray(panorama).resize((width, width // 2), reducing_gap=2))
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(panorama), _STORED_QUALITY, "RGB", "420")
 
 
 def map_pictures(

@@ -2,81 +2,146 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from panollava import config, paths
-from panollava.data.images import (
-    PictureError,
-    map_pictures,
-    read_panorama,
-    reduced_jpeg,
-    roll,
+from panollava.data.picture_shards import (
+    ROLLED,
+    PictureShard,
+    Recipe,
+    describe_shard,
+    make_shards,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
+from panollava.data.shard_work import Record, Share, Workshop, missing_error, open_workshop
 from panollava.errors import UserError
-from panollava.files import atomic_write, write_array, write_csv
-from panollava.geometry.views import Sampler, layout, resampled
-from panollava.provenance import made_from
-from panollava.provenance.fingerprint import file_sha256
+from panollava.files import write_csv
+from panollava.geometry.views import layout, resampled
+from panollava.provenance import code_digest, made_from
 
 log = logging.getLogger(__name__)
 
 READS = ("data", "views", "evaluate.split", "evaluate.rolls")
-Views = NDArray[np.uint8]  # (views, size, size, 3)
+_FOLDERS = (paths.PANORAMAS, paths.PICTURES)
+Table = tuple[pd.DataFrame, pd.DataFrame]  # good rows and rejected ones
+# Calls a function with some of the shards at a time, on other machines.
+Elsewhere = Callable[[Callable[[Sequence[PictureShard]], None], Sequence[PictureShard]], None]
 
 
-def prepare_project(settings: config.Settings, root: Path = Path()) -> None:
-    """Write runs/prepared/<split>/{views.npy,rows.csv,rejects.csv} for each split,
-    runs/prepared/rolled.npy, and pictures/ of `evaluate.split`. `root`: the project's folder.
+def prepare_project(
+    settings: config.Settings,
+    root: Path = Path(),
+    share: Share | None = None,
+    merge: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> None:
+    """Write runs/prepared/<split>/{panoramas,rows.csv,rejects.csv} for each split, and
+    runs/prepared/<split>/pictures and runs/prepared/rolled of `evaluate.split`. `root`: the
+    project's folder.
 
-    views.npy is uint8 (panoramas, views, size, size, 3), with panoramas in the order of their first
-    rows. rolled.npy has, for each panorama of `evaluate.split`, its views after a roll by each of
-    `evaluate.rolls` (degrees to the right) that does not only reorder them. pictures/<panorama>.jpg
-    are its panoramas, for people to look at.
+    The shard sets hold panoramas in the order of their first rows. panoramas: uint8 (views, size,
+    size, 3) or a JPEG, see `data.store`. rolled: the views after a roll by each of `evaluate.rolls`
+    (degrees to the right) that does not only reorder them, one after the other. pictures: JPEGs for
+    people to look at.
+
+    `share`: make only these of the missing shards, and write no outputs. `merge`: make none.
+    `elsewhere`: who makes them.
 
     Raises:
-        UserError: unusable rows or settings, or more bad rows than `data.max_rejected` allows.
-            rejects.csv is written in that case too.
+        UserError: unusable rows or settings, missing shards, or more bad rows than
+            `data.max_rejected` allows. rejects.csv is written in that case too.
     """
     folder, out = root / settings.data.dir, root / paths.PREPARED
-    allowed, threads = settings.data.max_rejected, settings.machine.decode_threads
-    sampler = Sampler(layout(settings.views), settings.views.size)
-    rolls = _rolls(settings)
-    _clear(out)
+    if share is None:
+        _clear(out)
     # Check all rows before opening pictures, which may take an hour.
-    splits, tables = {}, {}
-    for split in SPLITS:
-        csv = folder / f"{split}.csv"
-        tables[split] = file_sha256(csv) if csv.is_file() else ""
-        splits[split] = read_rows(folder / f"{split}.csv", root)
-        _check_rejects(folder / f"{split}.csv", *splits[split], out / split, allowed)
-    _warn_of_untracked({p for rows, _ in splits.values() for p in rows["picture"]}, folder)
-    cv2.setNumThreads(1)  # the decoding threads keep all cores busy
-    for split, (rows, rejects) in splits.items():
-        pictures, is_evaluated = rows["picture"].unique(), split == settings.evaluate.split
-        rolled = rolls if is_evaluated else None
-        faults = _write_views(out / split, pictures, sampler, threads, rolled)
-        rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
-        rows = rows[~rows["picture"].isin(faults["picture"])]
-        _check_rejects(folder / f"{split}.csv", rows, rejects, out / split, allowed)
-        rows = rows.assign(panorama=pd.factorize(rows["picture"])[0])
-        write_csv(out / split / "rows.csv", rows[["panorama", "row", *COLUMNS]])
-        splits[split] = rows, rejects
+    sources = {split: folder / f"{split}.csv" for split in SPLITS}
+    hashes = {s: made_from.hash_source(file) for s, file in sources.items()}  # before reading them
+    tables = {split: read_rows(file, root) for split, file in sources.items()}
+    for split, table in tables.items():
+        _check_rejects(settings, root, split, table, writes=share is None)
+    shards = _plan_shards(settings, tables, share)
+    workshop = open_workshop("prepare", settings.data.store_dir, root)
+    missing = [shard for shard in shards if workshop.find(shard.made_from) is None]
+    if merge and missing:
+        raise missing_error("prepare", [f"{s.split} {s.number}" for s in missing], len(shards))
+    if len(missing) < len(shards):
+        log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
+    make = partial(make_shards, workshop, settings.machine.decode_threads)
+    if elsewhere and missing:
+        elsewhere(make, missing)
+    else:
+        make(missing)
+    if share is not None:
+        log.info("share %d of %d: its %d shards are finished", *share, len(shards))
+        return
+    _warn_of_untracked({p for rows, _ in tables.values() for p in rows["picture"]}, folder)
+    digests: dict[str, str] = {}
+    for split, table in tables.items():
+        mine = [shard for shard in shards if shard.split == split]
+        records = workshop.records([shard.made_from for shard in mine])
+        tables[split] = rows, rejects = _set_aside(table, mine, records)
+        _check_rejects(settings, root, split, tables[split])
+        digests |= _publish(workshop, out, mine, records)
+        numbered = rows.assign(panorama=pd.factorize(rows["picture"])[0])
+        write_csv(out / split / "rows.csv", numbered[["panorama", "row", *COLUMNS]])
         log.info(
             "%s: %d rows over %d panoramas, %d rejected%s",
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
-    made_from.record_prepared(settings, out, tables)
-    for warning in shared_pictures({split: rows for split, (rows, _) in splits.items()}):
+    made_from.record_prepared(settings, out, digests, hashes)
+    workshop.close()
+    for warning in shared_pictures({split: rows for split, (rows, _) in tables.items()}):
         log.warning("%s", warning)
+
+
+def _plan_shards(
+    settings: config.Settings, tables: Mapping[str, Table], share: Share | None
+) -> Sequence[PictureShard]:
+    """All shards in order, or those of a share."""
+    size, code = settings.data.shard_size, code_digest.digest("prepare")
+    evaluated, rolls = settings.evaluate.split, tuple(_rolls(settings))
+    parts = []
+    for split, (rows, _) in tables.items():
+        recipe = Recipe(settings.views, settings.data.store, rolls if split == evaluated else None)
+        pictures = rows["picture"].unique()
+        for number, first in enumerate(range(0, len(pictures), size)):
+            parts.append((split, number, pictures[first : first + size], recipe))
+    return [describe_shard(*part, code) for part in (share.pick(parts) if share else parts)]
+
+
+def _set_aside(table: Table, shards: Sequence[PictureShard], records: Sequence[Record]) -> Table:
+    """Reject the rows of the pictures that could not be used."""
+    rows, rejects = table
+    faults = pd.DataFrame(
+        [
+            (shard.pictures[place], kind, reason)
+            for shard, record in zip(shards, records, strict=True)
+            for place, kind, reason in record.notes
+        ],
+        columns=["picture", "kind", "reason"],
+    )
+    rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
+    return rows[~rows["picture"].isin(faults["picture"])], rejects
+
+
+def _publish(
+    workshop: Workshop, out: Path, shards: Sequence[PictureShard], records: Sequence[Record]
+) -> dict[str, str]:
+    """Write the shard sets of a split. Returns their digests by folder."""
+    digests = {}
+    for name, end in shards[0].recipe.files.items():
+        folder = ROLLED if name == ROLLED else f"{shards[0].split}/{name}"
+        files = [record.files[end] for record in records]
+        sampled_later = name == paths.PANORAMAS and end == ".tar"
+        code = code_digest.digest("prepare") if sampled_later else ""
+        digests[folder] = workshop.publish(out / folder, files, code)
+    return digests
 
 
 def _rolls(settings: config.Settings) -> list[float]:
@@ -95,12 +160,11 @@ def _rolls(settings: config.Settings) -> list[float]:
 def _clear(out: Path) -> None:
     """Remove all outputs, so that a failed run leaves none of an earlier one."""
     made_from.invalidate(out)
-    (out / "rolled.npy").unlink(missing_ok=True)
     for split in SPLITS:
-        for name in ("views.npy", "rows.csv", "rejects.csv"):
+        for name in ("rows.csv", "rejects.csv"):
             (out / split / name).unlink(missing_ok=True)
-        if (pictures := out / split / paths.PICTURES).is_dir():
-            shutil.rmtree(pictures)
+    for folder in (out / ROLLED, *(out / s / f for s in SPLITS for f in _FOLDERS)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _warn_of_untracked(pictures: set[Path], folder: Path) -> None:
@@ -114,45 +178,17 @@ def _warn_of_untracked(pictures: set[Path], folder: Path) -> None:
         )
 
 
-def _write_views(
-    out: Path, pictures: Sequence[Path], sampler: Sampler, threads: int, rolls: list[float] | None
-) -> pd.DataFrame:
-    """Write views.npy with the good pictures in order; unless `rolls` is None, also rolled.npy and
-    the pictures reduced. Returns picture, kind and reason of the others."""
-
-    def sample(path: Path) -> tuple[list[Views], bytes] | PictureError:
-        try:
-            panorama = read_panorama(path, sampler.panorama_width)
-        except PictureError as error:
-            return error
-        views = [sampler.sample(roll(panorama, degrees)) for degrees in (0, *(rolls or ()))]
-        return views, b"" if rolls is None else reduced_jpeg(panorama)
-
-    count = 0
-    rolled = nullcontext() if rolls is None else write_array(out.parent / "rolled.npy")
-    faults = []
-    with write_array(out / "views.npy") as append, rolled as append_rolled:
-        for path, result in map_pictures(sample, pictures, threads, f"views, {out.name}"):
-            if isinstance(result, PictureError):
-                faults.append((path, result.kind, result.reason))
-                continue
-            views, jpeg = result
-            append(views[0][None])
-            if append_rolled and rolls:
-                append_rolled(np.stack(views[1:]))
-            if jpeg:
-                with atomic_write(out / paths.PICTURES / paths.picture_name(count)) as temporary:
-                    temporary.write_bytes(jpeg)
-            count += 1
-    return pd.DataFrame(faults, columns=["picture", "kind", "reason"])
-
-
 def _check_rejects(
-    source: Path, rows: pd.DataFrame, rejects: pd.DataFrame, out: Path, allowed: float
+    settings: config.Settings, root: Path, split: str, table: Table, writes: bool = True
 ) -> None:
     """Write rejects.csv. Raises UserError if there are too many, or no rows are left."""
-    file = out / "rejects.csv"
-    write_csv(file, rejects[["row", *COLUMNS, "reason"]])
+    rows, rejects = table
+    source, allowed = root / settings.data.dir / f"{split}.csv", settings.data.max_rejected
+    listed = "them (panollava check lists all)"
+    if writes:
+        file = root / paths.PREPARED / split / "rejects.csv"
+        write_csv(file, rejects[["row", *COLUMNS, "reason"]])
+        listed = f"those listed in {file}"
     total = len(rows) + len(rejects)
     if len(rejects) <= allowed * total and len(rows):
         return
@@ -163,7 +199,7 @@ def _check_rejects(
     limit = f"more than data.max_rejected {allowed:g} allows" if len(rows) else "so none is left"
     raise UserError(
         f"{source}: {len(rejects)} of {total} rows are bad, {limit}: {_count_kinds(rejects)}. "
-        f"The first: {examples}. Fix those listed in {file}"
+        f"The first: {examples}. Fix {listed}"
         + (", or raise data.max_rejected" if len(rows) else "")
     )
 

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,8 @@ def _make(folder: Path, file: Path, dialogue: Dialogue, truncate: bool) -> Rows:
     """Write the entry in a temporary folder, which is renamed when it is complete."""
     shutil.rmtree(folder, ignore_errors=True)
     _delete_old(folder.parent)
-    temporary = Path(tempfile.mkdtemp(".part", _PREFIX, folder.parent))
+    temporary = folder.with_name(f"{_PREFIX}{os.getpid()}.part")
+    temporary.mkdir()
     try:
         table = read_prepared_rows(file)
         with (

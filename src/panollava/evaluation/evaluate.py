@@ -18,12 +18,13 @@ from tqdm import tqdm
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather, roll_views
+from panollava.data.shards import Shards, verify
 from panollava.evaluation import metrics
 from panollava.evaluation.captions import Scores, score
 from panollava.evaluation.facts import Key, find_reader
 from panollava.evaluation.grounding import swapped_answers
 from panollava.evaluation.metrics import NO_PICTURE, PREDICTION, Answers, References, rolled_name
-from panollava.files import open_array, read_prepared_rows, write_csv, write_json
+from panollava.files import read_prepared_rows, write_csv, write_json
 from panollava.geometry.views import layout, resampled, view_shift
 from panollava.model import ranks
 from panollava.model.device import configure_cpu
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     no picture without `features`."""
 
     name: str
-    features: NDArray | None
+    features: Shards | None
     indices: NDArray
     shift: int = 0
 
@@ -84,10 +85,11 @@ def evaluate(settings: Settings) -> None:
 def _find_inputs(settings: Settings) -> list[Inputs]:
     """Each panorama itself, and each roll. A roll that only reorders the views reads the features
     of the panorama itself."""
-    features = open_array(paths.FEATURES / f"{settings.evaluate.split}.npy")
+    features = Shards(paths.FEATURES / settings.evaluate.split)
+    rolled = Shards(paths.FEATURES / paths.ROLLED.name)
+    ranks.on_first(lambda: verify([features, rolled]))
     indices = np.arange(len(features))
     inputs = [Inputs(PREDICTION, features, indices)]
-    rolled = open_array(paths.FEATURES / "rolled.npy")
     sampled = resampled(settings.views, settings.evaluate.rolls)
     for degrees in settings.evaluate.rolls:
         shift, name = view_shift(settings.views, degrees), rolled_name(degrees)

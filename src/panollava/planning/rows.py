@@ -15,6 +15,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Rows
 from panollava.data.picture_paths import NOT_DOWNLOADED
 from panollava.data.rows import COLUMNS, read_rows
+from panollava.data.shards import Shards
 from panollava.data.token_cache import check_rows, open_rows, place_of, tokenize
 from panollava.files import read_prepared_rows
 from panollava.provenance.made_from import is_prepared_from
@@ -47,6 +48,13 @@ class SplitRows:
         used = labeled_rows(rows.panoramas, labeled)
         check_rows(rows, used, self.read, f"{place}{self.file}", dialogue, truncate)
         return rows, used
+
+    def shards(self, size: int) -> NDArray[np.int64]:
+        """The number of each shard's first panorama, and the end. `size`: `data.shard_size`."""
+        if self._table is None:
+            return Shards(self.file.parent / paths.PANORAMAS).starts
+        count = self._table["panorama"].nunique()
+        return np.append(np.arange(0, count, size), count)
 
     def place(self, row: int) -> str:
         """Where the user finds it."""

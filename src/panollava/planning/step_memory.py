@@ -67,7 +67,8 @@ def find_workload(
     stage_settings = getattr(settings.stage, stage.name)
     dialogue = getattr(objective, "dialogue", None)  # None: the stage reads no text
     rows, groups = _group_rows(dialogue, stage_settings, train)
-    shards = np.array([0, len(groups.panoramas)])
+    count = len(groups.panoramas)
+    shards = train.shards(settings.data.shard_size) if train else np.array([0, count])
     sizes = [PlanSize(0, 0, 0)]
 
     def steps() -> Iterator[list[Part]]:

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import importlib.util
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ Entries = Mapping[str, tuple[str, ...]]  # modules by pipeline stage
 
 PACKAGE = Path(__file__).parents[1]
 ENTRY_MODULES: Entries = {
-    "prepare": ("panollava.data.prepare",),
+    "prepare": ("panollava.data.prepare", "panollava.data.sampled_views"),
     **{name: ("panollava.training.train", stage.objective) for name, stage in STAGES.items()},
     "features": ("panollava.training.features",),
     "evaluate": ("panollava.evaluation.evaluate", "panollava.demo.facts"),
@@ -36,6 +37,11 @@ def write_digests(out: Path, package: Path = PACKAGE, entries: Entries = ENTRY_M
         write_text(out / f"{stage}.txt", text)
 
 
+def digest(stage: str) -> str:
+    """The text of one stage, see `digests`."""
+    return digests(PACKAGE, {stage: ENTRY_MODULES[stage]})[stage]
+
+
 def digests(package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> dict[str, str]:
     """For each stage, a text: the SHA-256 of its code, then one line per module with the module's
     hash, so that a diff names the modules that changed. `package`: the folder of the package.
@@ -43,15 +49,11 @@ def digests(package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> dict[s
     Raises:
         UserError: a module is not valid Python, or an entry module does not exist.
     """
-    modules = {}
-    for file in package.rglob("*.py"):
-        *parents, name = file.relative_to(package.parent).with_suffix("").parts
-        dotted = ".".join(parents if name == "__init__" else [*parents, name])
-        modules[dotted] = _read_module(file, ".".join(parents))
+    modules = _Modules(package)
     texts = {}
     for stage, names in entries.items():
         reached = sorted(_imported_by(names, modules))
-        lines = "".join(f"{modules[name].hash[:16]} {name}\n" for name in reached)
+        lines = "".join(f"{modules.read(name).hash[:16]} {name}\n" for name in reached)
         texts[stage] = f"{_sha256(lines)} {stage}\n{lines}"
     return texts
 
@@ -59,6 +61,18 @@ def digests(package: Path = PACKAGE, entries: Entries = ENTRY_MODULES) -> dict[s
 class _Module(NamedTuple):
     hash: str
     imports: set[str]  # dotted names, also of functions and of other packages
+
+
+class _Modules:
+    """The modules of a package by their dotted names, each read when it is first asked for."""
+
+    def __init__(self, package: Path) -> None:
+        self.places: dict[str, tuple[Path, str]] = {}  # file and package
+        for file in package.rglob("*.py"):
+            *parents, name = file.relative_to(package.parent).with_suffix("").parts
+            dotted = ".".join(parents if name == "__init__" else [*parents, name])
+            self.places[dotted] = file, ".".join(parents)
+        self.read = cache(lambda name: _read_module(*self.places[name]))
 
 
 def _read_module(file: Path, package: str) -> _Module:
@@ -81,19 +95,19 @@ def _read_module(file: Path, package: str) -> _Module:
     return _Module(_sha256(ast.dump(tree)), imports)
 
 
-def _imported_by(entries: tuple[str, ...], modules: Mapping[str, _Module]) -> set[str]:
+def _imported_by(entries: tuple[str, ...], modules: _Modules) -> set[str]:
     """The entry modules and all that they import, directly or indirectly, inside the package."""
     for name in entries:
-        if name not in modules:
+        if name not in modules.places:
             raise UserError(f"no module {name}; correct ENTRY_MODULES in {Path(__file__).name}")
     reached: set[str] = set()
     pending = set(entries)
     while pending:
         name = pending.pop()
-        if name in modules and name not in reached:
+        if name in modules.places and name not in reached:
             reached.add(name)
             # Importing a module runs the __init__ of its packages first.
-            pending |= {*modules[name].imports, name.rpartition(".")[0]}
+            pending |= {*modules.read(name).imports, name.rpartition(".")[0]}
     return reached
 
 

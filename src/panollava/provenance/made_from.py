@@ -7,6 +7,7 @@ import dataclasses
 import json
 import operator
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,19 @@ def invalidate(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def record_prepared(settings: config.Settings, out: Path, rows: dict[str, str]) -> None:
-    """Write `out`/provenance.json, after `prepare` has written the other files. `rows`: by split,
-    the SHA-256 of the CSV file that they come from."""
-    files = {str(file.relative_to(out)): file_sha256(file) for file in sorted(out.rglob("*.npy"))}
+def record_prepared(
+    settings: config.Settings, out: Path, digests: Mapping[str, str], sources: Mapping[str, str]
+) -> None:
+    """Write `out`/provenance.json, after `prepare` has written the shard sets with these
+    `digests`, and the rows. `sources`: of each split, the `hash_source` of its CSV file."""
     parameters = _parameters(settings.views, settings.data, settings.evaluate)
-    tables = {split: [csv, *_hash_written(out / split)] for split, csv in rows.items()}
-    write_json(out / _NAME, {**parameters, "files": files, "rows": tables})
+    rows = {split: [source, *_hash_rows(out / split)] for split, source in sources.items()}
+    write_json(out / _NAME, {**parameters, "digests": {**digests}, "rows": rows})
+
+
+def hash_source(csv: Path) -> str:
+    """The SHA-256 of a CSV file; empty if there is none."""
+    return file_sha256(csv) if csv.is_file() else ""
 
 
 def is_prepared_from(csv: Path, folder: Path) -> bool:
@@ -45,12 +52,12 @@ def is_prepared_from(csv: Path, folder: Path) -> bool:
     of these files has changed since. False if that is not recorded."""
     try:
         recorded = json.loads((folder.parent / _NAME).read_text())["rows"][folder.name]
-        return recorded == [file_sha256(csv), *_hash_written(folder)]
+        return recorded == [hash_source(csv), *_hash_rows(folder)]
     except (OSError, ValueError, LookupError):
         return False
 
 
-def _hash_written(folder: Path) -> list[str]:
+def _hash_rows(folder: Path) -> list[str]:
     return [file_sha256(folder / name) for name in ("rows.csv", "rejects.csv")]
 
 
@@ -82,7 +89,7 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
         "model.encoder.layer": encoder.layer,
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         **{key: operator.attrgetter(key)(settings) for key in _FEATURE_PARAMETERS},
-        "prepared views": _read(paths.PREPARED, "prepare")["files"],
+        "prepared views": _read(paths.PREPARED, "prepare")["digests"],
     }
 
 

@@ -14,8 +14,6 @@ from panollava.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_FINISHED = "finished"
-
 
 def work_folder(stage: str, fingerprint: str) -> Path:
     """The folder for a run's unfinished work. Deletes the work of the stage's other runs."""
@@ -46,13 +44,13 @@ def check_unfinished(stage: str, fingerprint: str) -> None:
 
 
 def mark_finished(folder: Path) -> None:
-    (folder / _FINISHED).touch()
+    (folder / paths.FINISHED).touch()
 
 
 def remove_finished(except_stage: str | None) -> None:
     """Delete finished work when a command starts. By then DVC has recorded its outputs, unless
     DVC was killed and now runs the same stage (`except_stage`) again."""
-    for mark in sorted(paths.RESUME.glob(f"*/{_FINISHED}")):
+    for mark in sorted(paths.RESUME.glob(f"*/{paths.FINISHED}")):
         if not mark.parent.name.startswith(f"{except_stage}-"):
             shutil.rmtree(mark.parent)
 

@@ -156,10 +156,7 @@ class _Page:
         if name in self._uploads:
             return Response(self._uploads[name][1], 200, _HEADERS, "image/jpeg")
         assert self.gallery
-        file = self.gallery.picture(name)
-        if not file.is_file():
-            raise RequestError(f"{file}: no such file; run: dvc repro prepare", status=404)
-        return FileResponse(file, 200, _HEADERS, "image/jpeg")
+        return Response(self.gallery.picture(name), 200, _HEADERS, "image/jpeg")
 
     async def answer(self, request: Request) -> Response:
         """The words of the answer to {"panorama": name, "question": text}, in chunks of OpenAI's

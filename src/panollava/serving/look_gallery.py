@@ -9,8 +9,9 @@ import numpy as np
 
 from panollava import config, paths
 from panollava.data.rows import SPLITS
+from panollava.data.shards import Shards, open_views
 from panollava.errors import UserError
-from panollava.files import open_array, read_prepared_rows
+from panollava.files import read_prepared_rows
 from panollava.provenance.made_from import check_prepared
 from panollava.serving.answer_queue import Panorama
 
@@ -22,9 +23,9 @@ _EXAMPLES = 6
 class Gallery:
     """`entries[name]` describes a panorama: its title and its queries with their references."""
 
-    def __init__(self, folder: Path) -> None:
-        self.split, self._pictures = folder.name, folder.resolve() / paths.PICTURES
-        self._views = open_array(folder / "views.npy")
+    def __init__(self, folder: Path, views: config.Views) -> None:
+        self.split, self._pictures = folder.name, Shards(folder.resolve() / paths.PICTURES)
+        self._views = open_views(folder.resolve() / paths.PANORAMAS, views)
         self._read = lru_cache(16)(self._read_views)
         rows = read_prepared_rows(folder / "rows.csv")
         self.entries = {
@@ -48,8 +49,9 @@ class Gallery:
         ]
         return len(found), found[start : start + count]
 
-    def picture(self, name: str) -> Path:
-        return self._pictures / paths.picture_name(int(name))
+    def picture(self, name: str) -> bytes:
+        """A JPEG."""
+        return self._pictures[int(name)]
 
     def panorama(self, name: str) -> Panorama:
         """With the views of `prepare`, so that answers are those of `evaluate`."""
@@ -68,7 +70,7 @@ def open_gallery(views: config.Views) -> Gallery | None:
         return None
     try:
         check_prepared(views)
-        return Gallery(folder)
+        return Gallery(folder, views)
     except UserError as error:
         log.warning("no gallery: %s", error)
         return None

@@ -45,10 +45,17 @@ def data(prepared: dict[str, Any]) -> str:
                 UNKNOWN if kept is None else kept["panorama"].nunique(),
                 _kinds(rejects),
                 f"`{file_sha256(source)}`" if source.is_file() else UNKNOWN,
-                f"`{prepared.get('files', {}).get(f'{split}/views.npy', UNKNOWN)}`",
+                f"`{prepared.get('digests', {}).get(f'{split}/{paths.PANORAMAS}', UNKNOWN)}`",
             )
         )
-    head = ["split", "rows", "panoramas", "rejected rows", "SHA-256 of the rows", "of the views"]
+    head = [
+        "split",
+        "rows",
+        "panoramas",
+        "rejected rows",
+        "SHA-256 of the rows",
+        "of the panoramas",
+    ]
     return f"`{folder}`\n\n{table(head, rows)}"
 
 

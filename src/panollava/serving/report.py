@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
+from panollava.data.shards import Shards, open_views
 from panollava.errors import UserError
-from panollava.files import open_array, write_text
+from panollava.files import write_text
 from panollava.serving import project_record as project
 from panollava.serving.charts import HEIGHT, WIDTH, stage_charts
 from panollava.serving.gallery import Gallery, Panorama, choose, read_project_predictions, shorten
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 READS = ("seed", "data", "views", "model", "stage", "trainer", "evaluate")
 _ASSETS = Path(__file__).parent / "assets"
 _REFERENCES = 3  # of a query
-_JPEG = (b"\xff\xd8", b"\xff\xd9")  # how a file begins and ends
 _SAMPLE_ROWS = 4  # of a panorama in the picture for `dvc plots`
 
 # By panorama, for each of its rows; see viewer.js. None: an empty answer has no map.
@@ -55,7 +55,7 @@ def write_report(
         UserError: a result is missing or damaged, or does not match the settings.
     """
     gallery = choose(read_project_predictions())
-    pictures = {each.number: _picture(settings, each.number) for each in gallery.panoramas}
+    pictures = _pictures(settings, gallery)
     details = _json(paths.EVALUATION_DETAILS, "evaluate")
     charts = {stage: stage_charts(stage) for stage in STAGES}
     metrics = {stage: _json(paths.metrics_file(stage), stage) for stage in STAGES}
@@ -110,18 +110,22 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _picture(settings: Settings, panorama: int) -> str:
-    """The reduced panorama as base64."""
-    folder = paths.PREPARED / settings.evaluate.split / paths.PICTURES
-    file = folder / paths.picture_name(panorama)
-    remedy = "run: dvc repro prepare (without DVC: panollava prepare)"
-    try:
-        jpeg = file.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; {remedy}") from None
-    if not (jpeg.startswith(_JPEG[0]) and jpeg.endswith(_JPEG[1])):
-        raise UserError(f"{file}: not a complete JPEG; remove it, and {remedy}")
-    return base64.b64encode(jpeg).decode()
+def _pictures(settings: Settings, gallery: Gallery) -> dict[int, str]:
+    """The reduced panoramas as base64."""
+    shards = Shards(paths.PREPARED / settings.evaluate.split / paths.PICTURES)
+    _check_numbers(shards, gallery)
+    numbers = [each.number for each in gallery.panoramas]
+    return {number: base64.b64encode(shards[number]).decode() for number in numbers}
+
+
+def _check_numbers(shards: Shards, gallery: Gallery) -> None:
+    """Raises UserError if the predictions name a panorama that there is not."""
+    largest = max(panorama.number for panorama in gallery.panoramas)
+    if largest >= len(shards):
+        raise UserError(
+            f"{shards.folder}: {len(shards)} panoramas, but {paths.PREDICTIONS} names number "
+            f"{largest}; run: dvc repro evaluate (without DVC: panollava evaluate)"
+        )
 
 
 def _json(file: Path, stage: str) -> dict[str, Any]:
@@ -141,15 +145,11 @@ def _maps(settings: Settings, gallery: Gallery) -> Maps:
 
     configure_cpu(settings.trainer.threads)
     model = load_finetuned(settings)
-    file = paths.PREPARED / settings.evaluate.split / "views.npy"
-    views = open_array(file)
+    folder = paths.PREPARED / settings.evaluate.split / paths.PANORAMAS
+    views = open_views(folder, settings.views)
+    _check_numbers(views, gallery)
     maps: Maps = {}
     for panorama in tqdm(gallery.panoramas, desc="maps", delay=2, disable=None):
-        if panorama.number >= len(views):
-            raise UserError(
-                f"{file}: {len(views)} panoramas, but {paths.PREDICTIONS} names number "
-                f"{panorama.number}; run: dvc repro evaluate (without DVC: panollava evaluate)"
-            )
         computed = HeatMaps(model, np.array(views[panorama.number]))
         pairs = [(row.query, row.answer) for row in panorama.rows]
         computed.compute([pair for pair in pairs if pair[1]])

@@ -14,6 +14,7 @@ from panollava.config import Settings
 from panollava.data.batches import StepBatch, TextBatch, TextReader, labeled_rows
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
+from panollava.data.shards import Shards, open_views
 from panollava.data.token_cache import check_rows, open_rows
 from panollava.errors import UserError
 from panollava.files import read_prepared_rows
@@ -59,6 +60,7 @@ class Objective(nn.Module):
         self.vision_tokens = self.model.resampler.tokens
         pixels, features = (views, size, size, 3), (*shape, encoder.width)
         self.vision_shape = features if self.reads_features else pixels
+        self.views = settings.views
         self.strides = views if self.stage_settings.turn else None  # of a turn
 
     def open_readers(self) -> None:
@@ -71,8 +73,12 @@ class Objective(nn.Module):
             ("train", settings.labeled, True, limit),
             ("valid", 1.0, False, "shorten the longest row of valid.csv"),
         ):
-            views, file = (paths.PREPARED / split / name for name in ("views.npy", "rows.csv"))
-            vision = paths.FEATURES / f"{split}.npy" if self.reads_features else views
+            folder = paths.PREPARED / split
+            if self.reads_features:
+                vision = Shards(paths.FEATURES / split)
+            else:
+                vision = open_views(folder / paths.PANORAMAS, self.views)
+            file = folder / "rows.csv"
             rows = open_rows(file, self.dialogue, truncate)
             used = labeled_rows(rows.panoramas, labeled)
             read = partial(read_prepared_rows, file)

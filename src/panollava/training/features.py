@@ -1,84 +1,187 @@
 """The frozen encoder's pooled features of every panorama, computed once and kept on disk."""
 
 import logging
+import operator
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather
+from panollava.data.shard_work import Share, Workshop, missing_error, open_workshop
+from panollava.data.shards import Shards, open_views, verify
 from panollava.errors import UserError
-from panollava.files import open_array, write_array
+from panollava.files import write_array
 from panollava.model import ranks
 from panollava.model.device import choose_device, configure_cpu
-from panollava.model.encoder import Encoder, EncoderOnly, load_encoder
+from panollava.model.encoder import EncoderOnly, load_encoder
 from panollava.model.precision import autocast
 from panollava.model.resampler import Pooling
 from panollava.model.weights import load_start
-from panollava.provenance import made_from
+from panollava.provenance import code_digest, made_from
+from panollava.provenance.fingerprint import fingerprint
 from panollava.stages import INFERENCE, STAGES
 
 log = logging.getLogger(__name__)
 
 READS = (
-    *("views", "model.encoder", "model.tokens", "model.sphere_rows", "model.sphere_columns"),
-    *("model.resampler.pool", "model.features", *INFERENCE),
+    *("data.store_dir", "views", "model.encoder", "model.tokens", "model.sphere_rows"),
+    *("model.sphere_columns", "model.resampler.pool", "model.features", *INFERENCE),
 )
-_BATCH = 8  # panoramas
+_PLACES = ("data.store_dir",)  # parameters that change no result
+_BATCH, _END = 8, ".npy"  # panoramas; of a shard's file name
 _TRAINED_BY = STAGES["resampler"]  # the last stage that trains the encoder
+Inputs = Mapping[str, Shards]  # views, by shard set
 
 
-def write_features(settings: Settings, start: Path | None = None) -> None:
-    """Write runs/features/<split>.npy for all splits, and rolled.npy for the rolled panoramas:
-    (panoramas, *shape, features), see `Pooling`.
-
-    `start`: weights that hold the encoder (default: the result of the resampler stage)."""
-    device = choose_device(settings.trainer.accelerator)
-    made_from.check_prepared(settings.views)
-    ranks.on_first(lambda: made_from.invalidate(paths.FEATURES))
-    configure_cpu(settings.trainer.threads)
-    model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
-    load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
-    model.eval().requires_grad_(False).to(device)
-    pooling = Pooling(settings.model, settings.views, model.encoder.patch).to(device)
-    inputs = {split: paths.PREPARED / split / "views.npy" for split in ("train", "valid", "test")}
-    for name, file in {**inputs, "rolled": paths.ROLLED}.items():
-        views = open_array(file)
-        out = paths.FEATURES / f"{name}.npy"
-        _write(model.encoder, pooling, views, out, settings)
-        log.info("features of %d panoramas: %s", len(views), out)
-    ranks.on_first(lambda: made_from.record_features(settings, model.encoder))
+class FeatureShard(NamedTuple):
+    name: str  # of the shard set
+    panoramas: range
+    made_from: str  # a hash
 
 
-@torch.inference_mode()
-def _write(
-    encoder: Encoder, pooling: Pooling, views: NDArray, out: Path, settings: Settings
+# Calls a function with some of the shards at a time, on other machines.
+Elsewhere = Callable[[Callable[[Sequence[FeatureShard]], None], Sequence[FeatureShard]], None]
+
+
+def write_features(
+    settings: Settings,
+    start: Path | None = None,
+    share: Share | None = None,
+    merge: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> None:
-    """Batches of fixed content, which ranks take in turn."""
-    dtype, device = settings.model.features, encoder.mean.device
+    """Write the shard sets runs/features/<split> of all splits, and runs/features/rolled of the
+    rolled panoramas: (*shape, features) of each panorama, see `Pooling`. Each shard holds the
+    panoramas of one of `prepare`.
 
-    def compute(first: int) -> NDArray:
-        index = list(range(first, min(first + _BATCH, len(views))))
-        with autocast(device, settings.trainer.precision):
-            features = pooling(encoder(gather(views, index).to(device)))
+    `start`: weights that hold the encoder (default: the result of the resampler stage). `share`:
+    make only these of the missing shards, and write no outputs. `merge`: make none. `elsewhere`:
+    who makes them.
+
+    Raises:
+        UserError: missing or other inputs, missing shards, or features that are not finite.
+    """
+    made_from.check_prepared(settings.views)
+    if share is None:
+        ranks.on_first(lambda: made_from.invalidate(paths.FEATURES))
+    inputs = _open_inputs(settings)
+    ranks.on_first(lambda: verify([*inputs.values()]))
+    model = _Model(settings, start)
+    shards = _plan_shards(model, inputs)
+    if share is not None:
+        shards = share.pick(shards)
+    workshop = open_workshop("features", settings.data.store_dir)
+    missing = ranks.on_first(lambda: [s for s in shards if workshop.find(s.made_from) is None])
+    if merge and missing:
+        names = [f"{s.name} {s.panoramas.start}-{s.panoramas.stop - 1}" for s in missing]
+        raise missing_error("features", names, len(shards))
+    if len(missing) < len(shards):
+        log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
+    if elsewhere and missing:
+        elsewhere(partial(make_shards, settings, start), missing)
+    else:
+        model.write(workshop, missing, inputs)
+    if share is not None:
+        log.info("share %d of %d: its %d shards are finished", *share, len(shards))
+    elif not ranks.rank():
+        for name, views in inputs.items():
+            mine = [shard.made_from for shard in shards if shard.name == name]
+            files = [record.files[_END] for record in workshop.records(mine)]
+            workshop.publish(paths.FEATURES / name, files)
+            log.info("features of %d panoramas: %s", len(views), paths.FEATURES / name)
+        made_from.record_features(settings, model.encoder)
+        workshop.close()
+
+
+def make_shards(settings: Settings, start: Path | None, shards: Sequence[FeatureShard]) -> None:
+    """Write the files of shards, in a process that may get others later."""
+    model, inputs = _load(pickle.dumps((settings, start)))
+    model.write(open_workshop("features", settings.data.store_dir), shards, inputs)
+
+
+@lru_cache(1)
+def _load(pickled: bytes) -> tuple["_Model", Inputs]:
+    settings, start = pickle.loads(pickled)
+    return _Model(settings, start), _open_inputs(settings)
+
+
+def _open_inputs(settings: Settings) -> Inputs:
+    folders = {
+        split: paths.PREPARED / split / paths.PANORAMAS for split in ("train", "valid", "test")
+    }
+    folders[paths.ROLLED.name] = paths.ROLLED
+    return {name: open_views(folder, settings.views) for name, folder in folders.items()}
+
+
+def _plan_shards(model: "_Model", inputs: Inputs) -> Sequence[FeatureShard]:
+    shards = []
+    for name, views in inputs.items():
+        for number, shard in enumerate(views.shards):
+            panoramas = range(views.starts[number], views.starts[number + 1])
+            key = fingerprint([model.described, shard.sha256], [], {})
+            shards.append(FeatureShard(name, panoramas, key))
+    return shards
+
+
+class _Model:
+    """The encoder with the pooling of its tokens."""
+
+    def __init__(self, settings: Settings, start: Path | None) -> None:
+        configure_cpu(settings.trainer.threads)
+        self.settings, self.device = settings, choose_device(settings.trainer.accelerator)
+        model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
+        load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
+        model.eval().requires_grad_(False).to(self.device)
+        self.encoder = model.encoder
+        pooling = Pooling(settings.model, settings.views, self.encoder.patch)
+        self.pooling = pooling.to(self.device)
+        values = {key: operator.attrgetter(key)(settings) for key in READS if key not in _PLACES}
+        described = {
+            "parameters": to_jsonable_python(values),
+            "code": code_digest.digest("features"),
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
+        self.described = fingerprint(described, [], self.encoder.state_dict())
+
+    @torch.inference_mode()
+    def write(self, workshop: Workshop, shards: Sequence[FeatureShard], inputs: Inputs) -> None:
+        """Batches of fixed content, which ranks take in turn."""
+        firsts = {s.made_from: [*s.panoramas][::_BATCH] for s in shards}
+        total = sum(map(len, firsts.values()))
+        bar = tqdm(desc="features", total=total, disable=ranks.rank() > 0 or None)
+        for shard in shards:
+            compute = partial(self._compute, shard, inputs[shard.name])
+            batches = ranks.map_in_turn(compute, firsts[shard.made_from])
+            if ranks.rank():
+                for _ in batches:
+                    pass
+                continue
+            with write_array(workshop.path(shard.made_from, _END), shared=True) as append:
+                for values in batches:
+                    append(values)
+                    bar.update()
+            workshop.finish(shard.made_from, {_END: len(shard.panoramas)})
+
+    def _compute(self, shard: FeatureShard, views: Shards, first: int) -> NDArray:
+        dtype = self.settings.model.features
+        index = [*range(first, min(first + _BATCH, shard.panoramas.stop))]
+        with autocast(self.device, self.settings.trainer.precision):
+            features = self.pooling(self.encoder(gather(views, index).to(self.device)))
         values = features.float().cpu().numpy().astype(dtype)
         if not np.isfinite(values).all():
             raise UserError(
-                f"{out}: features of panoramas {index[0]}-{index[-1]} are not finite in "
+                f"{shard.name}: features of panoramas {index[0]}-{index[-1]} are not finite in "
                 f"{dtype}; set model.features to float32"
             )
         return values
-
-    firsts = range(0, len(views), _BATCH)
-    batches = ranks.map_in_turn(compute, firsts)
-    if ranks.rank():
-        for _ in batches:
-            pass
-        return
-    with write_array(out) as append:
-        for values in tqdm(batches, desc=f"features, {out.stem}", total=len(firsts)):
-            append(values)

@@ -15,6 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from panollava import paths
 from panollava.config import Settings, Trainer
+from panollava.data import shards
 from panollava.errors import UserError
 from panollava.files import write_json
 from panollava.model import ranks
@@ -69,6 +70,8 @@ def train(
     towers = [name for name in TOWERS if hasattr(objective.model, name)]
     header = make_header(stage, settings, towers)
     objective.open_readers()
+    opened = [reader.array for reader in objective.readers.values()]
+    ranks.on_first(lambda: shards.verify(opened))
     _load_start(stage, settings, objective.model, start)
     module = make_module(stage, settings, objective)
     work = ranks.on_first(lambda: _open_work(stage, settings, module, must_resume))
@@ -143,7 +146,7 @@ def _open_work(stage: Stage, settings: Settings, module: LitStage, must_resume: 
     described = {
         "stage": repr(stage),
         "parameters": _parameters(stage, settings),
-        "code": code_digest.digests()[stage.name],
+        "code": code_digest.digest(stage.name),
         "towers": module.objective.describe(),
         "torch": torch.__version__,
     }

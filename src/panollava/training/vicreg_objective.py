@@ -10,6 +10,7 @@ from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import StepBatch, ViewReader
 from panollava.data.packing import Row
+from panollava.data.shards import open_views
 from panollava.geometry import views
 from panollava.geometry.overlap import correspondences, matched_tokens
 from panollava.model.encoder import EncoderOnly, load_encoder
@@ -31,7 +32,7 @@ class Objective(nn.Module):
         """`weights` False: build the encoder from its configuration, without weights."""
         super().__init__()
         self.stage_settings, self.seed = settings.stage.vision, settings.seed
-        size = settings.views.size
+        self.views, size = settings.views, settings.views.size
         encoder = load_encoder(settings.model.encoder, size, weights)
         layout = views.layout(settings.views)
         self.view_shape = (len(layout.projections), size, size, 3)
@@ -48,12 +49,10 @@ class Objective(nn.Module):
 
     def open_readers(self) -> None:
         """Raises UserError for a missing or damaged file."""
-        self.readers = {
-            split: ViewReader(
-                paths.PREPARED / split / "views.npy", self.stage_settings.batch_size, self.seed
-            )
-            for split in ("train", "valid")
-        }
+        folders = {split: paths.PREPARED / split / paths.PANORAMAS for split in ("train", "valid")}
+        opened = {split: open_views(folder, self.views) for split, folder in folders.items()}
+        size = self.stage_settings.batch_size
+        self.readers = {split: ViewReader(each, size, self.seed) for split, each in opened.items()}
 
     def describe(self) -> dict[str, Any]:
         """What a step depends on besides parameters, files and weights."""

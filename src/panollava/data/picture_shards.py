@@ -1,0 +1,128 @@
+"""Decodes the pictures of a shard and writes what later stages read of them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from panollava import config, paths
+from panollava.data.images import (
+    PictureError,
+    map_pictures,
+    read_panorama,
+    reduced_jpeg,
+    roll,
+    stored_jpeg,
+)
+from panollava.data.shard_work import Workshop
+from panollava.files import write_array, write_tar
+from panollava.geometry.views import Sampler, layout
+from panollava.provenance.fingerprint import fingerprint
+
+ROLLED = paths.ROLLED.name
+
+
+class Recipe(NamedTuple):
+    """What is written of each panorama."""
+
+    views: config.Views
+    store: str  # data.store
+    rolls: tuple[float, ...] | None  # of the evaluated split, degrees; None: of another split
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The ends of the names of a shard's files, by shard set."""
+        files = {paths.PANORAMAS: ".npy" if self.store == "views" else ".tar"}
+        if self.rolls is not None:
+            files |= {ROLLED: ".rolled.npy", paths.PICTURES: ".pictures.tar"}
+        return files
+
+
+class PictureShard(NamedTuple):
+    split: str
+    number: int
+    pictures: tuple[Path, ...]
+    recipe: Recipe
+    made_from: str  # a hash
+
+
+def describe_shard(
+    split: str, number: int, pictures: Sequence[Path], recipe: Recipe, code: str
+) -> PictureShard:
+    """`code`: a digest of the code that makes shards. Pictures count as the same if their names,
+    sizes and times of change are."""
+    files = [(file.name, status.st_size, status.st_mtime_ns) for file, status in _states(pictures)]
+    described = [code, dataclasses.asdict(recipe.views), recipe.store, recipe.rolls, files]
+    return PictureShard(split, number, tuple(pictures), recipe, fingerprint(described, [], {}))
+
+
+def _states(pictures: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
+    return ((picture, picture.stat()) for picture in pictures)
+
+
+def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:
+    """Write the files of shards. A picture that cannot be used is noted in the shard's record, by
+    its place in the shard, with kind and reason."""
+    if not shards:
+        return
+    cv2.setNumThreads(1)  # the decoding threads keep all cores busy
+    jobs = [(picture, shard.recipe) for shard in shards for picture in shard.pictures]
+    results = map_pictures(_convert, jobs, threads, "panoramas")
+    for shard in shards:
+        _write(workshop, shard, (result for _, result in islice(results, len(shard.pictures))))
+
+
+def _convert(job: tuple[Path, Recipe]) -> dict[str, Any] | PictureError:
+    """What each shard set gets of a picture: rows of an array, or a JPEG."""
+    path, recipe = job
+    sampler = _sampler(recipe.views)
+    try:
+        if recipe.store == "views":
+            panorama = read_panorama(path, sampler.panorama_width)
+            stored: Any = sampler.sample(panorama)[None]
+        else:
+            stored = stored_jpeg(path, sampler.panorama_width)
+            panorama = read_panorama(stored, sampler.panorama_width)
+    except PictureError as error:
+        return error
+    if recipe.rolls is None:
+        return {paths.PANORAMAS: stored}
+    rolled = [sampler.sample(roll(panorama, degrees)) for degrees in recipe.rolls]
+    return {
+        paths.PANORAMAS: stored,
+        ROLLED: np.stack(rolled) if rolled else [],
+        paths.PICTURES: reduced_jpeg(panorama),
+    }
+
+
+_sampler = functools.cache(lambda views: Sampler(layout(views), views.size))
+
+
+def _write(
+    workshop: Workshop, shard: PictureShard, results: Iterator[dict[str, Any] | PictureError]
+) -> None:
+    files = shard.recipe.files
+    counts, faults = dict.fromkeys(files.values(), 0), []
+    with ExitStack() as stack:
+        append: dict[str, Any] = {}
+        for name, end in files.items():
+            write: Any = write_tar if end.endswith(".tar") else write_array
+            file = workshop.path(shard.made_from, end)
+            append[name] = stack.enter_context(write(file, shared=True))
+        for place, result in enumerate(results):
+            if isinstance(result, PictureError):
+                faults.append((place, result.kind, result.reason))
+                continue
+            for name, content in result.items():
+                if isinstance(content, bytes):
+                    append[name](f"{place:06d}.jpg", content)
+                elif len(content):
+                    append[name](content)
+                counts[files[name]] += 1 if isinstance(content, bytes) else len(content)
+    workshop.finish(shard.made_from, counts, faults)

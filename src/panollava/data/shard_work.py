@@ -1,0 +1,133 @@
+"""Makes shards: each one once, whoever makes it. A finished shard is found by the hash of what it
+is made from, so that an interrupted command continues with the missing ones, and several processes
+and machines can share them."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from panollava import paths
+from panollava.data.shards import Shard, remember, write_manifest
+from panollava.errors import UserError
+from panollava.files import open_array, write_json
+from panollava.provenance.fingerprint import file_sha256
+
+Item = TypeVar("Item")
+
+
+class Share(NamedTuple):
+    """The `number`th, counted from 1, of `total` shares of a command's shards."""
+
+    number: int
+    total: int
+
+    def pick(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items[self.number - 1 :: self.total]
+
+
+class Record(NamedTuple):
+    """A finished shard."""
+
+    files: dict[str, Shard]  # by the ends of their names
+    notes: list[Any]  # what else is known of its panoramas
+
+
+class Workshop(NamedTuple):
+    """The folder in which a command makes shards. They stay in `data.store_dir`; without it, they
+    are unfinished work until the command has written its outputs."""
+
+    folder: Path
+    stays: bool
+    root: Path  # of the project
+
+    def path(self, made_from: str, end: str) -> Path:
+        """A file of the shard that is made from what has this hash."""
+        return self.folder / made_from[:2] / f"{made_from}{end}"
+
+    def find(self, made_from: str) -> Record | None:
+        """A finished shard. None: it is missing."""
+        try:
+            text = self.path(made_from, ".json").read_text(encoding="utf-8")
+            files, notes = json.loads(text)
+            record = Record({end: Shard(*shard) for end, shard in files.items()}, notes)
+            sizes = [(self.folder / each.file).stat().st_size for each in record.files.values()]
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, or not a record
+            return None
+        complete = sizes == [each.bytes for each in record.files.values()]
+        return record if complete else None
+
+    def records(self, made_from: Sequence[str]) -> list[Record]:
+        """Raises UserError for a shard that was removed meanwhile."""
+        found = [(each, self.find(each)) for each in made_from]
+        for each, record in found:
+            if record is None:
+                file = self.path(each, ".json")
+                raise UserError(f"{file}: a finished shard was removed; run the command again")
+        return [record for _, record in found if record is not None]
+
+    def finish(self, made_from: str, files: Mapping[str, int], notes: Sequence[Any] = ()) -> None:
+        """Record a shard whose files are written. `files`: the panoramas in each, by the ends of
+        their names."""
+        shards = {}
+        for end, panoramas in files.items():
+            file = self.path(made_from, end)
+            name = file.relative_to(self.folder).as_posix()
+            shards[end] = Shard(name, panoramas, file.stat().st_size, file_sha256(file))
+        write_json(self.path(made_from, ".json"), [shards, notes], shared=True)
+
+    def publish(self, out: Path, files: Sequence[Shard], code: str = "") -> str:
+        """Write the shard set `out`. `files`: one of each shard, those without panoramas included.
+        `code`: see `write_manifest`. Returns the set's digest."""
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        found: dict[Path, Shard] = {}
+        for number, shard in enumerate(files):
+            file = self.folder / shard.file
+            if not shard.panoramas:
+                continue
+            if not self.stays:
+                source, file = file, out / f"{number:06d}{file.suffix}"
+                shard = shard._replace(file=file.name)
+                _link(source, file)
+            found[file] = shard
+        remember(found, self.root)
+        first = next(iter(found), None)
+        shape, dtype = (), "uint8"  # type: tuple[int, ...], str
+        if first is not None and first.suffix == ".npy":
+            array = open_array(first)
+            shape, dtype = array.shape[1:], str(array.dtype)
+        place = self.folder if self.stays else None
+        return write_manifest(out, [*found.values()], place, shape, dtype, code)
+
+    def close(self) -> None:
+        """All outputs are written: unfinished work may be deleted once DVC has recorded them."""
+        if not self.stays and self.folder.is_dir():
+            (self.folder / paths.FINISHED).touch()
+
+
+def open_workshop(command: str, store_dir: str | None, root: Path = Path()) -> Workshop:
+    if store_dir is not None:
+        return Workshop(root / store_dir / command, True, root)
+    folder = root / paths.RESUME / f"{command}-shards"
+    (folder / paths.FINISHED).unlink(missing_ok=True)
+    return Workshop(folder, False, root)
+
+
+def missing_error(command: str, missing: Sequence[str], count: int) -> UserError:
+    """`missing`: descriptions of shards."""
+    examples = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return UserError(
+        f"--merge: {len(missing)} of {count} shards are missing ({examples}); make them with: "
+        f"panollava {command} --shard I/N"
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Another name for the same file. Moves it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        os.replace(source, target)

@@ -1,0 +1,196 @@
+"""Reads panoramas that are stored in shards: files of a fixed number of panoramas each, so that any
+number of processes and machines can make them (see `shard_work`).
+
+A shard set is a folder with a manifest, which lists the shards in order with their hashes. The
+shards lie in the same folder, or stay in `data.store_dir`."""
+
+import bisect
+import functools
+import hashlib
+import importlib
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from panollava import config, paths
+from panollava.errors import UserError
+from panollava.files import open_array, write_json, write_text
+from panollava.provenance.fingerprint import file_sha256
+
+MANIFEST, DIGEST = "manifest.json", "digest.txt"
+_MAX_OPEN = 256  # files
+_HASHING_THREADS = 4
+_VERIFIED = paths.CACHE / "shards.json"
+
+
+class Shard(NamedTuple):
+    file: str  # relative to the folder of the shards
+    panoramas: int
+    bytes: int
+    sha256: str
+
+
+class Shards:
+    """The panoramas of a shard set, read like an array: as views, features or the bytes of JPEG
+    files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError if the set, or one of its shards, is missing or incomplete."""
+        self.folder, manifest = folder, _read_manifest(folder)
+        self.digest: str = manifest["digest"]
+        self.shards = [Shard(*shard) for shard in manifest["shards"]]
+        self.starts = np.cumsum([0, *(shard.panoramas for shard in self.shards)])
+        # Those of one array with all panoramas. Without a meaning for JPEG files.
+        self.shape = (len(self), *manifest["shape"])
+        self.dtype = np.dtype(manifest["dtype"])
+        place = folder if manifest["folder"] is None else Path(manifest["folder"])
+        self.files = [place / shard.file for shard in self.shards]
+        for file, shard in zip(self.files, self.shards, strict=True):
+            self._check_size(file, shard.bytes)
+        self._starts: list[int] = self.starts.tolist()
+        self._open = functools.lru_cache(_MAX_OPEN)(self._open_shard)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, panorama: int) -> Any:
+        if not 0 <= panorama < len(self):
+            raise IndexError(f"{self.folder}: panorama {panorama} of {len(self)}")
+        number = bisect.bisect_right(self._starts, panorama) - 1
+        return self._open(number)[panorama - self._starts[number]]
+
+    def __reduce__(self) -> Any:  # for processes that do not share this one's memory
+        return Shards, (self.folder,)
+
+    def _open_shard(self, number: int) -> Any:
+        file = self.files[number]
+        return _Tar(file) if file.suffix == ".tar" else open_array(file)
+
+    def _check_size(self, file: Path, expected: int) -> None:
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
+            raise self.fault(file, "no such file, but it is in") from None
+        if size != expected:
+            raise self.fault(file, f"{size} bytes instead of the {expected} in")
+
+    def fault(self, file: Path, fault: str) -> UserError:
+        """`fault`: ends with what the manifest says of the file."""
+        again = "run the stage that writes it: dvc repro"
+        if file.parent == self.folder:
+            again = "run: make verify, then dvc repro"
+        return UserError(
+            f"{file}: {fault} {self.folder / MANIFEST}; restore the file, or remove "
+            f"{self.folder} and {again}"
+        )
+
+
+class _Tar:
+    """The contents of the files in an uncompressed tar file."""
+
+    def __init__(self, path: Path) -> None:
+        with tarfile.open(path, "r:") as tar:
+            self._spans = [(member.offset_data, member.size) for member in tar]
+        self._bytes = np.memmap(path, mode="r")
+
+    def __getitem__(self, index: int) -> bytes:
+        start, size = self._spans[index]
+        return self._bytes[start : start + size].tobytes()
+
+
+def open_views(folder: Path, settings: config.Views) -> Shards:
+    """The views in a shard set of `prepare`, which stores them or the panoramas themselves.
+
+    Raises UserError, see `Shards`."""
+    shards = Shards(folder)
+    if not any(file.suffix == ".tar" for file in shards.files):
+        return shards
+    # The digest of stored panoramas covers this code, so that a training does not depend on code
+    # for pictures if views are stored.
+    module = importlib.import_module("panollava.data.sampled_views")
+    return module.SampledViews(folder, settings)
+
+
+def write_manifest(
+    out: Path,
+    shards: Sequence[Shard],
+    place: Path | None,
+    shape: Sequence[int],
+    dtype: str,
+    code: str = "",
+) -> str:
+    """Write the manifest of a shard set, and its digest for DVC, which depends on what the shards
+    contain, but not on where they are. Returns the digest.
+
+    `place`: the folder of the shards (None: `out`); `shape`, `dtype`: of each panorama; `code`: a
+    digest of the code that reads the shards, if that is more than reading an array."""
+    content = {"shape": [*shape], "dtype": dtype}
+    hashes = [[shard.panoramas, shard.sha256] for shard in shards]
+    digest = hashlib.sha256(json.dumps([content, hashes, code]).encode()).hexdigest()
+    head = {"digest": digest, "folder": None if place is None else str(place), **content}
+    lines = ",\n".join(f"    {json.dumps(shard)}" for shard in shards)
+    text = json.dumps({**head, "shards": []}, indent=2)
+    write_text(out / MANIFEST, text.replace('"shards": []', f'"shards": [\n{lines}\n  ]') + "\n")
+    write_text(out / DIGEST, f"{digest}\n")
+    return digest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    remedy = "run the stage that writes it: dvc repro"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); remove it, and {remedy}") from None
+
+
+def verify(sets: Sequence[Shards]) -> None:
+    """Compare the contents of shards with their manifests. A file is read only if its size or its
+    time of change is another one than when it was last read or written.
+
+    Raises:
+        UserError: a shard has changed.
+    """
+    known = _read_verified()
+    todo = [
+        (each, file, shard)
+        for each in sets
+        for file, shard in zip(each.files, each.shards, strict=True)
+        if known.get(str(file.absolute())) != _state(file, shard)
+    ]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        hashes = pool.map(file_sha256, [file for _, file, _ in todo])
+        bar = tqdm(hashes, desc="checking shards", total=len(todo), delay=2, disable=None)
+        for (each, file, shard), found in zip(todo, bar, strict=True):
+            if found != shard.sha256:
+                raise each.fault(file, "other content than in")
+    remember({file: shard for _, file, shard in todo})
+
+
+def remember(files: Mapping[Path, Shard], root: Path = Path()) -> None:
+    """Note that these files have the contents of these shards, for `verify`."""
+    if files:
+        before = _read_verified(root)
+        known = {name: state for name, state in before.items() if Path(name).exists()}
+        new = {str(file.absolute()): _state(file, shard) for file, shard in files.items()}
+        write_json(root / _VERIFIED, known | new)
+
+
+def _state(file: Path, shard: Shard) -> list[Any]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, shard.sha256]
+
+
+def _read_verified(root: Path = Path()) -> dict[str, list[Any]]:
+    try:
+        return json.loads((root / _VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
