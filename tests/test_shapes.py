@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,13 @@ def test_views_without_rows_are_never_filled_up(
     groups = group_rows(np.arange(panoramas))
     steps = plan_epoch(groups, batch_size, 0, 0, np.array([0, panoramas]))
     sizes = [Shape(len(part)) for step in steps for part in divide(step, parts) if part]
+    assert steps.divide(parts).tolist() == [
+        number * parts + part
+        for number, step in enumerate(steps)
+        for panorama, _ in step
+        for part, share in enumerate(divide(step, parts))
+        if (panorama, [panorama]) in share
+    ]
     assert set(choose_shapes(sizes)) == set(sizes)
 
 
@@ -111,6 +119,9 @@ def test_an_epoch_s_parts_have_the_given_shapes(settings: Settings) -> None:
     objective: Any = load_objective(STAGES["resampler"], settings)
     objective.open_readers()
     reader = objective.readers["train"]
+    for number in (1, 2, 3):
+        parts = [part for step in reader.plan(0) for part in divide(step, number) if part]
+        assert reader.sizes(reader.plan(0), number) == Counter(map(reader.size, parts))
     sizes = [reader.size(part) for step in reader.plan(0) for part in divide(step, 2) if part]
     shapes = choose_shapes(sizes, most=2)
     dataset = StepDataset(reader, 0, 2, shapes=shapes)

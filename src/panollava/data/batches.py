@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -119,6 +119,17 @@ class Plan(Sequence[Step]):
     def size(self) -> PlanSize:
         return PlanSize(len(self), len(self.groups.rows), len(self.pieces))
 
+    def divide(self, parts: int) -> NDArray[np.int64]:
+        """The part of each piece, as `divide` does it; parts are numbered through all steps."""
+        if parts == 1:
+            return np.repeat(np.arange(len(self)), np.diff(self.ends, prepend=0))
+        part_of = np.empty(len(self.pieces), dtype=np.int64)
+        sizes = (self.pieces[:, 2] - self.pieces[:, 1]).tolist()
+        for step, (start, end) in enumerate(pairwise([0, *self.ends.tolist()])):
+            for piece, part in _share(sizes[start:end], parts):
+                part_of[start + piece] = step * parts + part
+        return part_of
+
 
 def plan_epoch(
     groups: ByPanorama, batch_size: int, seed: int, epoch: int | None, shards: NDArray[np.int64]
@@ -198,12 +209,18 @@ def divide(step: Step, parts: int) -> list[Step]:
     """Divide a step's panoramas into `parts` parts of about equal rows. With fewer panoramas than
     parts, the last parts are empty."""
     shares: list[Step] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for panorama, rows in sorted(step, key=lambda item: -len(item[1])):
-        lightest = loads.index(min(loads))
-        shares[lightest].append((panorama, rows))
-        loads[lightest] += len(rows)
+    for item, part in _share([len(rows) for _, rows in step], parts):
+        shares[part].append(step[item])
     return shares
+
+
+def _share(sizes: list[int], parts: int) -> Iterator[tuple[int, int]]:
+    """Items with their parts: the largest ones first, each to the part that has least."""
+    loads = [0] * parts
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sizes[item]
+        yield item, lightest
 
 
 def tree_sum(parts: Iterator[list[Any] | None], count: int) -> Any:
@@ -231,6 +248,8 @@ class Reader(Protocol[BatchT]):
     def count(self, step: Step) -> int: ...  # what the step's loss is a mean over
 
     def size(self, part: Step) -> Shape: ...
+
+    def sizes(self, plan: Plan, parts: int) -> Counter[Shape]: ...  # of steps in so many parts
 
     def load(self, part: Step, epoch: int | None = None, shape: Shape | None = None) -> BatchT: ...
 
@@ -298,6 +317,10 @@ class ViewReader:
     def size(self, part: Step) -> Shape:
         return Shape(len(part))
 
+    def sizes(self, plan: Plan, parts: int) -> Counter[Shape]:
+        numbers = np.bincount(plan.divide(parts)).tolist()
+        return Counter(Shape(number) for number in numbers if number)
+
     def load(self, part: Step, epoch: int | None = None, shape: Shape | None = None) -> Tensor:
         """uint8 (panoramas, views, size, size, 3). Never filled up, because losses between views
         are statistics over all panoramas: full steps and the last one have at most four sizes."""
@@ -348,6 +371,20 @@ class TextReader:
         longest = max(self.rows.lengths[rows].sum() for _, rows in part)
         prefix = len(self.dialogue.text_prefix) + self.vision_tokens
         return Shape(len(part), prefix + int(longest), self.count(part))
+
+    def sizes(self, plan: Plan, parts: int) -> Counter[Shape]:
+        part_of, (_, starts, ends) = plan.divide(parts), plan.pieces.T
+        tokens, answers = (
+            np.append(0, counts[plan.groups.rows].cumsum(dtype=np.int64))
+            for counts in (self.rows.lengths, self.rows.answers)
+        )
+        longest = np.zeros(part_of.max() + 1, dtype=np.int64)
+        np.maximum.at(longest, part_of, tokens[ends] - tokens[starts])
+        longest += len(self.dialogue.text_prefix) + self.vision_tokens
+        supervised = np.bincount(part_of, answers[ends] - answers[starts]).astype(np.int64)
+        table = np.stack([np.bincount(part_of), longest, supervised], axis=1)
+        sizes, times = np.unique(table[table[:, 0] > 0], axis=0, return_counts=True)
+        return Counter(dict(zip(map(Shape._make, sizes.tolist()), times.tolist(), strict=True)))
 
     def _rows(self, part: Step) -> list[list[Row]]:
         return [[self.rows[index] for index in rows] for _, rows in part]

@@ -23,7 +23,6 @@ from panollava.data.batches import (
     StepBatch,
     StepDataset,
     StepLoader,
-    divide,
     tree_sum,
 )
 from panollava.data.shapes import Shape, choose_shapes, describe
@@ -62,8 +61,7 @@ class LitStage(pl.LightningModule):
             plan = train.plan(epoch)
             sizes.insert(0, plan.size)
             if needs_few_shapes(self.settings):
-                divided = (part for step in plan for part in divide(step, self.accumulate))
-                parts.update(train.size(part) for part in divided if part)
+                parts.update(train.sizes(plan, self.accumulate))
         self.epoch_steps = [size.steps for size in sizes]
         self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
         self.total_steps = self.size.steps
