@@ -207,7 +207,7 @@ def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
                 for jpeg in part:
                     append_file("panorama.jpg", jpeg)
         workshop.finish(name, {end: len(part)})
-    workshop.publish(folder, [record.files[end] for record in workshop.records(names)])
+    workshop.publish(folder, workshop.records(names), end)
     shutil.rmtree(workshop.folder, ignore_errors=True)
     return Shards(folder)
 

@@ -234,6 +234,22 @@ def test_only_the_shards_of_changed_pictures_are_made_again(
     assert {name.split("_")[0] for name in decoded} == {"train", "test"}  # 4, 5 and all of test
 
 
+def test_a_shard_that_changed_in_the_store_is_found_by_the_next_command(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Also by a command that makes no shard, because another one has."""
+    outside = stored_in(settings, tmp_path / "store")
+    prepare_project(outside)
+    (_, file) = Shards(TRAIN).files
+    change_last_byte(file)
+    prepare_project(outside)
+    with pytest.raises(UserError, match=f"{file}: other content than in {TRAIN}/manifest.json"):
+        run_stage("vision", outside)
+    file.unlink()
+    prepare_project(outside)
+    run_stage("vision", outside)
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
     for stage in ("vision", "resampler"):
