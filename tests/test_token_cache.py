@@ -88,7 +88,7 @@ def test_several_processes_give_the_same_rows_and_leave_random_numbers_alone(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(token_cache, "_cores", lambda: 2)
     dialogue = Dialogue(tokenizer, 60)
     alone = open_rows(FILE, dialogue, True)
     monkeypatch.setattr(token_cache, "_CHUNK", 1)

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _KEPT = 16
 _CHUNK = 4096  # rows that a process tokenizes at a time
+_MAX_PROCESSES = 32
 _PREFIX = f"{platform.node()}-"  # of temporary folders
 _ARRAYS = ("tokens", "starts", "panoramas")  # of Rows
 
@@ -210,12 +211,17 @@ class _Chunks(Dataset):
             return Row([], [])
 
 
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def _tokenize(
     table: pd.DataFrame, dialogue: Dialogue, truncate: bool, name: str
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """See `_Chunks`; in order. `name`: of the split."""
     chunks = _Chunks(table, dialogue, truncate)
-    workers = min(len(os.sched_getaffinity(0)), len(chunks) // 2)
+    workers = min(_cores(), _MAX_PROCESSES, len(chunks) // 2)
     bar = tqdm(total=len(chunks), desc=f"tokens, {name}", delay=2, disable=None)
     # A loader draws a random number, and no result may depend on whether there are tokens already.
     with bar, torch.random.fork_rng(devices=[]):
