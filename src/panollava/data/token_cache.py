@@ -6,9 +6,7 @@ The key is a hash of everything that the tokens depend on, so that an entry is n
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
-import json
 import logging
 import os
 import platform
@@ -33,7 +31,7 @@ from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, Rows
 from panollava.errors import UserError, as_user_error
 from panollava.files import read_prepared_rows, write_array, write_text
-from panollava.provenance.fingerprint import file_sha256
+from panollava.provenance.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -101,22 +99,18 @@ def _key(file: Path, dialogue: Dialogue, truncate: bool) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         return None
+    options = ("split_special_tokens", "clean_up_tokenization_spaces")
     content = {
-        "rows": file_sha256(file),
-        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
-        "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        "tokenizer": [type(tokenizer).__module__, type(tokenizer).__qualname__, backend.to_str()],
         "special": repr((tokenizer.special_tokens_map, tokenizer.added_tokens_decoder)),
-        "options": [
-            getattr(tokenizer, name, None)
-            for name in ("split_special_tokens", "clean_up_tokenization_spaces")
-        ],
+        "options": [getattr(tokenizer, name, None) for name in options],
         "template": [dialogue.before, dialogue.between, dialogue.opening, dialogue.lead],
         "ends": [dialogue.stop, *sorted(dialogue.ends)],
         "max_text_length": dialogue.max_text_length if truncate else None,
         "versions": [transformers.__version__, tokenizers.__version__],
-        "code": [file_sha256(Path(each)) for each in (__file__, dialogue_module.__file__)],
     }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    code = [Path(__file__), Path(dialogue_module.__file__)]
+    return fingerprint(content, [file, *code], {})
 
 
 def _open(folder: Path) -> Rows | None:
