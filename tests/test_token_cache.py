@@ -191,7 +191,7 @@ def start_writer(tokenizer: PreTrainedTokenizerBase, seconds: float) -> Any:
 
 def test_a_killed_writer_leaves_no_entry(tokenizer: PreTrainedTokenizerBase) -> None:
     writer = start_writer(tokenizer, 1000)
-    while not [*paths.CACHE.glob("*.part/tokens.npy.part")]:
+    while not [*paths.CACHE.glob("*/tokens.npy.part")]:
         assert writer.is_alive()
         time.sleep(0.01)
     writer.kill()
