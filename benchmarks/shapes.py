@@ -11,11 +11,12 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import real_size
 from panollava.config import load_settings
-from panollava.data.batches import Step, divide, plan_epoch
+from panollava.data.batches import Step, divide, group_rows, plan_epoch
 from panollava.data.packing import Row, packed_size
 from panollava.data.shapes import Shape, choose_shapes, describe, fit
 from panollava.model.resampler import Pooling
@@ -25,11 +26,9 @@ def part_sizes(rows: pd.DataFrame, stage: str, tokens: str) -> list[Shape]:
     """Of all parts of a stage of the real profile. `tokens`: model.tokens."""
     settings = load_settings(real_size.PROFILE, changes={"model.tokens": tokens})
     of_stage = getattr(settings.stage, stage)
-    panoramas: dict[int, list[int]] = {}
-    for index, panorama in enumerate(rows["url"].factorize()[0]):
-        panoramas.setdefault(int(panorama), []).append(index)
-    if stage == "vision":
-        panoramas = {panorama: [panorama] for panorama in panoramas}
+    panoramas = rows["url"].factorize()[0]
+    groups = group_rows(np.unique(panoramas) if stage == "vision" else panoramas)
+    shards = np.array([0, len(groups.panoramas)])
     texts = [
         _row(*texts, limit=of_stage.max_text_length)
         for texts in zip(rows["query"], rows["annotation"], strict=True)
@@ -44,7 +43,7 @@ def part_sizes(rows: pd.DataFrame, stage: str, tokens: str) -> list[Shape]:
     return [
         size(part)
         for epoch in range(of_stage.epochs)
-        for step in plan_epoch(panoramas, of_stage.batch_size, settings.seed, epoch)
+        for step in plan_epoch(groups, of_stage.batch_size, settings.seed, epoch, shards)
         for part in divide(step, of_stage.accumulate)
     ]
 

@@ -13,8 +13,10 @@ import pytest
 from helpers import change, save_panorama, write_rows
 from panollava import paths
 from panollava.cli import main as cli
-from panollava.config import Settings
+from panollava.config import Settings, load_settings
+from panollava.planning import rows
 from panollava.planning.plan import make_plan, show
+from panollava.planning.rows import read_split
 from panollava.stages import STAGES
 
 
@@ -140,6 +142,38 @@ def test_rows_of_other_data_that_was_prepared_are_not_used(
     assert planned("data")[:2] == (15, "data/train.csv")
     output = capsys.readouterr().err
     assert re.search(r"train .* data/train.csv\nvalid .* runs/prepared/valid/rows.csv\n", output)
+
+
+def test_rows_are_not_read_again_while_no_file_has_changed(
+    project: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_data, "data")
+    paths.PARAMS.write_text(paths.PARAMS.read_text().replace(str(small_data), "data"))
+    cli.main(["prepare"])
+    settings, source = load_settings(paths.PARAMS), Path("data/train.csv")
+    prepared = paths.PREPARED / "train/rows.csv"
+
+    def file() -> Path:
+        split = read_split(settings, "train")
+        assert split is not None
+        return split.file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "read_rows", None)
+        assert file() == prepared
+    original = source.read_bytes()
+    source.write_bytes(original.replace(b"\r\n", b"\n"))
+    assert file() == prepared  # the texts are the same
+    source.write_bytes(original.replace(b"red", b"green"))
+    assert file() == source
+    source.write_bytes(original)
+    assert file() == prepared
+    written = prepared.read_text()
+    prepared.write_text(written.replace("red", "green"))
+    assert file() == source
+    prepared.write_text(written)
+    (paths.PREPARED / "provenance.json").unlink()
+    assert file() == prepared
 
 
 def test_a_stage_without_epochs_needs_only_its_weights(project: Path) -> None:

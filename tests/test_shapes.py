@@ -2,15 +2,17 @@
 
 import itertools
 import random
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from helpers import SHARED, change, run_stage
 from panollava.config import Settings
-from panollava.data.batches import StepDataset, TextBatch, divide, plan_epoch
+from panollava.data.batches import StepDataset, TextBatch, divide, group_rows, plan_epoch
 from panollava.data.shapes import MAX_SHAPES, Shape, choose_shapes, describe, fit
 from panollava.stages import STAGES
 from panollava.training.features import write_features
@@ -69,9 +71,16 @@ def test_views_without_rows_are_never_filled_up(
     panoramas: int, batch_size: int, parts: int
 ) -> None:
     """A blank panorama would change the statistics of the step."""
-    rows = {panorama: [panorama] for panorama in range(panoramas)}
-    steps = plan_epoch(rows, batch_size, 0, 0)
+    groups = group_rows(np.arange(panoramas))
+    steps = plan_epoch(groups, batch_size, 0, 0, np.array([0, panoramas]))
     sizes = [Shape(len(part)) for step in steps for part in divide(step, parts) if part]
+    assert steps.divide(parts).tolist() == [
+        number * parts + part
+        for number, step in enumerate(steps)
+        for panorama, _ in step
+        for part, share in enumerate(divide(step, parts))
+        if (panorama, [panorama]) in share
+    ]
     assert set(choose_shapes(sizes)) == set(sizes)
 
 
@@ -110,6 +119,9 @@ def test_an_epoch_s_parts_have_the_given_shapes(settings: Settings) -> None:
     objective: Any = load_objective(STAGES["resampler"], settings)
     objective.open_readers()
     reader = objective.readers["train"]
+    for number in (1, 2, 3):
+        parts = [part for step in reader.plan(0) for part in divide(step, number) if part]
+        assert reader.sizes(reader.plan(0), number) == Counter(map(reader.size, parts))
     sizes = [reader.size(part) for step in reader.plan(0) for part in divide(step, 2) if part]
     shapes = choose_shapes(sizes, most=2)
     dataset = StepDataset(reader, 0, 2, shapes=shapes)

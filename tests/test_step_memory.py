@@ -12,7 +12,7 @@ from torch import Tensor
 from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.packing import Row
-from panollava.planning.plan import read_split
+from panollava.planning.rows import SplitRows, read_split
 from panollava.planning.step_memory import (
     LiveStorage,
     Part,
@@ -35,7 +35,7 @@ def objective_of(stage: Stage, settings: Any, weights: bool, checkpointed: bool)
 
 
 def heaviest(objective: Any, settings: Settings, stage: Stage, parts: int) -> list[Part]:
-    train, _ = read_split(settings, "train")
+    train = read_split(settings, "train")
     return find_workload(objective, settings, stage, parts, train).heaviest[0]
 
 
@@ -84,7 +84,8 @@ def test_the_heaviest_steps_have_the_longest_sequence_or_the_most_answer_tokens(
     texts = [[(f"{long} {long}", "a box")] * 3, [("what", long)] * 3, [("what", "a box")] * 3]
     table = [(p, f"{p}.jpg", *text) for p, rows in enumerate(texts) for text in rows]
     train = pd.DataFrame(table, columns=["panorama", "url", "query", "annotation"])
-    work = find_workload(objective, settings, stage, 1, train.assign(row=train.index))
+    split = SplitRows(Path("train.csv"), train.assign(row=train.index))
+    work = find_workload(objective, settings, stage, 1, split)
     rows = [[objective.dialogue.row(*text) for text in panorama] for panorama in texts]
     assert work.heaviest == [[[rows[0]]], [[rows[1]]]]  # of each step, its one part
     before = objective.text_prefix + objective.vision_tokens

@@ -23,6 +23,7 @@ _IMAGE, _QUERY, _ANSWER = "⟦image⟧", "⟦query⟧", "⟦answer⟧"
 _DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # The letters that stand for bytes in the vocabularies of byte-level tokenizers, as GPT-2's.
 _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+_CACHED = 50_000  # texts whose tokens are remembered
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _PLAIN_TEMPLATE = f"USER: {_IMAGE}\n{_QUERY}\nASSISTANT: {_ANSWER}"
 
@@ -43,7 +44,7 @@ class Dialogue:
         template. So answers end with the template's token only if it is among `ends`.
 
         `prompt`: the text around each query, with one `{query}`. `cache`: remember the tokens of
-        every text; a server must not.
+        the last texts; a server must not.
 
         Raises:
             UserError: the chat template loses text, or the tokenizer has no end token.
@@ -138,6 +139,8 @@ class Dialogue:
         Without `before`, `text` itself is the template's."""
         key = (text, before, after)
         if (tokens := self._cache.get(key)) is None:
+            if len(self._cache) == _CACHED:
+                self._cache.clear()
             control = () if before is None else self._control
             tokens = plain_tokens(self.tokenizer, control, before or "", text, after)
             if self._caches:

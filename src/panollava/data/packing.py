@@ -5,10 +5,15 @@
 Each row attends only to the prefix and to itself, and its positions restart after the prefix. Its
 loss therefore equals that of an unpacked sequence."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from panollava.data.shapes import Shape
@@ -27,6 +32,47 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.query) + len(self.answer)
+
+
+class Rows(Sequence[Row]):
+    """Many rows as three arrays, which may be memory-mapped: an array of lists would need ten times
+    the memory, and each loader process would copy it."""
+
+    def __init__(self, tokens: NDArray, starts: NDArray, panoramas: NDArray) -> None:
+        """`tokens`: (all tokens,) int32. `starts`: (2 rows + 1,) int64, of each query and answer in
+        `tokens`, and the end. `panoramas`: (rows,) int32."""
+        self.tokens, self.starts, self.panoramas = map(np.asarray, (tokens, starts, panoramas))
+
+    def __len__(self) -> int:
+        return len(self.panoramas)
+
+    def __getitem__(self, row: Any) -> Any:
+        row = range(len(self))[row]
+        start, middle, end = self.starts[2 * row : 2 * row + 3].tolist()
+        return Row(self.tokens[start:middle].tolist(), self.tokens[middle:end].tolist())
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row."""
+        return np.diff(self.starts[::2]).astype(np.int32)
+
+    @cached_property
+    def answers(self) -> NDArray[np.int32]:
+        """Answer tokens of each row."""
+        return (self.starts[2::2] - self.starts[1::2]).astype(np.int32)
+
+    @property
+    def ends(self) -> NDArray[np.int32]:
+        """The last token of each row."""
+        return self.tokens[self.starts[2::2] - 1]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all arrays."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.starts, self.panoramas):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 class Packed(NamedTuple):

@@ -59,7 +59,9 @@ def prepare_project(
     if share is None:
         _clear(out)
     # Check all rows before opening pictures, which may take an hour.
-    tables = {split: read_rows(folder / f"{split}.csv", root) for split in SPLITS}
+    sources = {split: folder / f"{split}.csv" for split in SPLITS}
+    hashes = {s: made_from.hash_source(file) for s, file in sources.items()}  # before reading them
+    tables = {split: read_rows(file, root) for split, file in sources.items()}
     for split, table in tables.items():
         _check_rejects(settings, root, split, table, writes=share is None)
     shards = _plan_shards(settings, root, tables, share)
@@ -92,7 +94,7 @@ def prepare_project(
             *(split, len(rows), rows["picture"].nunique(), len(rejects)),
             f" ({_count_kinds(rejects)})" if len(rejects) else "",
         )
-    made_from.record_prepared(settings, out, digests)
+    made_from.record_prepared(settings, out, digests, hashes)
     workshop.close()
     for warning in shared_pictures({split: rows for split, (rows, _) in tables.items()}):
         log.warning("%s", warning)

@@ -38,11 +38,14 @@ Choice = tuple[float, list[Shape]]  # padded tokens, and the shapes
 
 
 def choose_shapes(sizes: Iterable[Shape], most: int = MAX_SHAPES) -> list[Shape]:
-    """At most `most` shapes that hold all sizes with the fewest padded tokens, largest first.
+    """At most `most` shapes that hold all sizes, or their `Counter`, with the fewest padded tokens,
+    largest first.
 
     Dynamic programming, twice: which neighboring numbers of panoramas share the largest of them,
     and where the lengths of each such group are divided."""
-    counts = Counter(size._replace(length=_aligned(size.length)) for size in sizes)
+    counts: Counter[Shape] = Counter()
+    for size, times in Counter(sizes).items():
+        counts[size._replace(length=_aligned(size.length))] += times
     numbers = sorted({size.panoramas for size in counts})
     best: list[list[Choice]] = [[(0.0, [])] * (most + 1)]  # [numbers covered][shapes]
     for end in range(1, len(numbers) + 1):
@@ -101,9 +104,11 @@ def fit(size: Shape, shapes: Sequence[Shape]) -> Shape:
 
 def describe(shapes: Sequence[Shape], sizes: Iterable[Shape]) -> str:
     """A table of the shapes, how many parts each has, and the padding that they add."""
-    sizes = list(sizes)
-    used = Counter(fit(size, shapes) for size in sizes)
-    share = sum(s.tokens * n for s, n in used.items()) / max(1, sum(s.tokens for s in sizes)) - 1
+    counts, used = Counter(sizes), Counter[Shape]()
+    for size, times in counts.items():
+        used[fit(size, shapes)] += times
+    padded, needed = (sum(s.tokens * n for s, n in each.items()) for each in (used, counts))
+    share = padded / max(1, needed) - 1
     table = tabulate(
         [(*shape, used[shape]) for shape in shapes],
         ("panoramas", "sequence length", "answer tokens", "parts"),

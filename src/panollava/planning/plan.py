@@ -5,11 +5,9 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import psutil
 import torch
 from tabulate import tabulate
@@ -17,14 +15,13 @@ from torch import nn
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.picture_paths import NOT_DOWNLOADED
-from panollava.data.rows import COLUMNS, SPLITS, read_rows
-from panollava.files import read_prepared_rows
+from panollava.data.rows import SPLITS
 from panollava.geometry.views import layout, resampled
 from panollava.model.device import choose_device
 from panollava.model.encoder import load_encoder
 from panollava.model.resampler import Pooling
 from panollava.model.weights import count_parameters
+from panollava.planning.rows import SplitRows, read_split
 from panollava.planning.step_memory import StepMemory, Workload, find_workload, step_memory
 from panollava.stages import Stage, configured_stages
 from panollava.training.objective import load_objective, prepare_parts
@@ -75,9 +72,7 @@ class Plan:
 def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     """Raises UserError for settings, towers or rows that a training would refuse as well."""
     tables = {split: read_split(settings, split) for split in SPLITS}
-    splits = {
-        split: _plan_split(rows, file) for split, (rows, file) in tables.items() if rows is not None
-    }
+    splits = {split: _plan_split(rows) for split, rows in tables.items() if rows}
     size, views = settings.views.size, len(layout(settings.views).projections)
     encoder = load_encoder(settings.model.encoder, size, weights=False)
     tokens = math.prod(Pooling(settings.model, settings.views, encoder.patch).shape)
@@ -90,7 +85,7 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
         stages={
-            stage.name: _plan_stage(settings, configured[stage.name], tables["train"][0])
+            stage.name: _plan_stage(settings, configured[stage.name], tables["train"])
             for stage in stages
         },
         device=device,
@@ -102,12 +97,13 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     )
 
 
-def _plan_split(rows: pd.DataFrame, file: Path) -> SplitPlan:
-    panoramas = int(rows["panorama"].nunique())
-    return SplitPlan(len(rows), panoramas, len(rows) / panoramas, str(file))
+def _plan_split(rows: SplitRows) -> SplitPlan:
+    panoramas = rows.read()["panorama"]
+    count = int(panoramas.nunique())
+    return SplitPlan(len(panoramas), count, len(panoramas) / count, str(rows.file))
 
 
-def _plan_stage(settings: Settings, stage: Stage, train: pd.DataFrame | None) -> StagePlan:
+def _plan_stage(settings: Settings, stage: Stage, train: SplitRows | None) -> StagePlan:
     objective = _objective(settings, stage)
     accumulate = getattr(settings.stage, stage.name).accumulate
     work = find_workload(objective, settings, stage, accumulate, train)
@@ -137,7 +133,7 @@ def memory_with(
     settings: Settings, stage: Stage, accumulate: int, checkpointing: bool
 ) -> StepMemory:
     """The memory of the heaviest step with other values than those of `settings`."""
-    train, _ = read_split(settings, "train")
+    train = read_split(settings, "train")
     work = find_workload(_objective(settings, stage), settings, stage, accumulate, train)
     return _memory(settings, stage, work, checkpointing)
 
@@ -175,30 +171,6 @@ def _device(settings: Settings) -> torch.device:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def read_split(settings: Settings, split: str) -> tuple[pd.DataFrame | None, Path]:
-    """A split's rows, and the file that they come from: the one written by `prepare` if it belongs
-    to the CSV in `data.dir`, otherwise the CSV, including rows not yet downloaded. None: no CSV."""
-    file = Path(settings.data.dir) / f"{split}.csv"
-    if not file.is_file():
-        return None, file
-    rows, rejects = read_rows(file, Path())
-    prepared = paths.PREPARED / split / "rows.csv"
-    rejected = prepared.with_name("rejects.csv")
-    if prepared.is_file() and rejected.is_file():
-        written = read_prepared_rows(prepared)
-        if _texts(written, read_prepared_rows(rejected)) == _texts(rows, rejects):
-            return written, prepared
-    pending = rejects[rejects["reason"] == NOT_DOWNLOADED]
-    rows = pd.concat([rows, pending]).sort_values("row")
-    return rows.assign(panorama=pd.factorize(rows["url"])[0]), file
-
-
-def _texts(*tables: pd.DataFrame) -> set[tuple[Any, ...]]:
-    """Row numbers and texts of all tables."""
-    columns = ["row", *COLUMNS]
-    return {row for table in tables for row in table[columns].itertuples(index=False, name=None)}
 
 
 def show(plan: Plan, checkpointing: bool, bandwidth: float) -> None:

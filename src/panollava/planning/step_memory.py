@@ -4,10 +4,11 @@ Nothing is computed: the stage's own code runs on fake tensors, which have a sha
 no content, and the bytes of live storage are counted."""
 
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,17 +18,18 @@ from transformers import PreTrainedModel
 
 from panollava.config import Settings
 from panollava.data.batches import (
+    ByPanorama,
     PlanSize,
     StepBatch,
     divide,
-    labeled_rows,
+    group_rows,
     plan_epoch,
-    plan_size,
     tree_sum,
 )
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row
 from panollava.model.precision import autocast
+from panollava.planning.rows import SplitRows
 from panollava.stages import Stage
 from panollava.training.objective import one_device
 
@@ -56,7 +58,7 @@ class Workload:
 
 
 def find_workload(
-    objective: Any, settings: Settings, stage: Stage, accumulate: int, train: pd.DataFrame | None
+    objective: Any, settings: Settings, stage: Stage, accumulate: int, train: SplitRows | None
 ) -> Workload:
     """The steps of all epochs, each in `accumulate` parts. `train`: the split's rows. None assumes
     one full-length row per panorama, an upper bound.
@@ -64,38 +66,40 @@ def find_workload(
     Raises UserError for a row whose query leaves no room for the answer."""
     stage_settings = getattr(settings.stage, stage.name)
     dialogue = getattr(objective, "dialogue", None)  # None: the stage reads no text
-    # `plan_epoch` and `divide` take lists of any kind: they only count what is in them.
-    by_panorama: dict[int, Any] = _rows_by_panorama(dialogue, stage_settings, train)
-    planned = [
-        step
-        for epoch in range(stage_settings.epochs)
-        for step in plan_epoch(by_panorama, stage_settings.batch_size, settings.seed, epoch)
-    ]
-    steps: list[Any] = [
-        [[rows for _, rows in part] for part in divide(step, accumulate)] for step in planned
-    ]
-    size = None if train is None else plan_size(planned)
+    rows, groups = _group_rows(dialogue, stage_settings, train)
+    count = len(groups.panoramas)
+    shards = train.shards(settings.data.shard_size) if train else np.array([0, count])
+    sizes = [PlanSize(0, 0, 0)]
+
+    def steps() -> Iterator[list[Part]]:
+        for epoch in range(stage_settings.epochs):
+            plan = plan_epoch(groups, stage_settings.batch_size, settings.seed, epoch, shards)
+            sizes.append(plan.size)
+            for step in plan:
+                parts = divide(step, accumulate)
+                yield [[[rows[number] for number in numbers] for _, numbers in p] for p in parts]
+
     prefix = len(dialogue.text_prefix) + objective.vision_tokens if dialogue else 0
-    return Workload(size, dialogue is not None, _heaviest(steps, prefix), prefix)
+    heaviest = _heaviest(steps(), prefix)
+    size = None if train is None else PlanSize(*map(sum, zip(*sizes, strict=True)))
+    return Workload(size, dialogue is not None, heaviest, prefix)
 
 
-def _rows_by_panorama(
-    dialogue: Dialogue | None, stage_settings: Any, train: pd.DataFrame | None
-) -> dict[int, list[Row]]:
+def _group_rows(
+    dialogue: Dialogue | None, stage_settings: Any, train: SplitRows | None
+) -> tuple[Sequence[Row], ByPanorama]:
     if train is None:
         length = dialogue.max_text_length if dialogue else 1
-        row = Row([0], [0] * (length - 1))
-        return {panorama: [row] for panorama in range(stage_settings.batch_size)}
+        count = stage_settings.batch_size
+        return [Row([0], [0] * (length - 1))] * count, group_rows(np.arange(count))
     if dialogue is None:
-        return {int(panorama): [Row([], [])] for panorama in train["panorama"].unique()}
-    result: dict[int, list[Row]] = {}
-    for row in labeled_rows(train, stage_settings.labeled).itertuples():
-        tokens = dialogue.row(row.query, row.annotation, f"row {row.row} ({row.url})")
-        result.setdefault(int(row.panorama), []).append(tokens)
-    return result
+        panoramas = train.read()["panorama"].unique()
+        return [Row([], [])] * len(panoramas), group_rows(panoramas)
+    rows, used = train.tokenize(dialogue, True, stage_settings.labeled)
+    return rows, group_rows(rows.panoramas[used], used)
 
 
-def _heaviest(steps: list[list[Part]], prefix: int) -> list[list[Part]]:
+def _heaviest(steps: Iterable[list[Part]], prefix: int) -> list[list[Part]]:
     """The step with the largest part in tokens, and the one in answer tokens, which need logits."""
 
     def tokens(part: Part) -> int:
@@ -104,12 +108,14 @@ def _heaviest(steps: list[list[Part]], prefix: int) -> list[list[Part]]:
     def answer_tokens(part: Part) -> int:
         return sum(len(row.answer) for rows in part for row in rows)
 
-    if not steps:
-        return []
-    first, second = (
-        max(steps, key=lambda step: max(map(size, step))) for size in (tokens, answer_tokens)
-    )
-    return [first] if first is second else [first, second]
+    best: dict[Any, tuple[int, list[Part]]] = {}
+    for step in steps:
+        for size in (tokens, answer_tokens):
+            value = max(map(size, step))
+            if size not in best or value > best[size][0]:
+                best[size] = value, step
+    first, *others = [step for _, step in best.values()] or [[]]
+    return [first, *(step for step in others if step is not first)] if first else []
 
 
 def _longest(part: Part) -> int:

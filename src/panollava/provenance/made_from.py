@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is slow to import, and `prepare` does not need it
 from panollava import config, paths
 from panollava.errors import UserError
 from panollava.files import write_json
-from panollava.provenance.fingerprint import fingerprint
+from panollava.provenance.fingerprint import file_sha256, fingerprint
 
 _NAME = "provenance.json"
 # That determine the features, besides views and encoder.
@@ -32,11 +32,33 @@ def invalidate(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def record_prepared(settings: config.Settings, out: Path, digests: Mapping[str, str]) -> None:
+def record_prepared(
+    settings: config.Settings, out: Path, digests: Mapping[str, str], sources: Mapping[str, str]
+) -> None:
     """Write `out`/provenance.json, after `prepare` has written the shard sets with these
-    `digests`."""
+    `digests`, and the rows. `sources`: of each split, the `hash_source` of its CSV file."""
     parameters = _parameters(settings.views, settings.data, settings.evaluate)
-    write_json(out / _NAME, {**parameters, "digests": {**digests}})
+    rows = {split: [source, *_hash_rows(out / split)] for split, source in sources.items()}
+    write_json(out / _NAME, {**parameters, "digests": {**digests}, "rows": rows})
+
+
+def hash_source(csv: Path) -> str:
+    """The SHA-256 of a CSV file; empty if there is none."""
+    return file_sha256(csv) if csv.is_file() else ""
+
+
+def is_prepared_from(csv: Path, folder: Path) -> bool:
+    """Whether `prepare` wrote the rows in `folder`, that of a split, from this CSV file, and none
+    of these files has changed since. False if that is not recorded."""
+    try:
+        recorded = json.loads((folder.parent / _NAME).read_text())["rows"][folder.name]
+        return recorded == [hash_source(csv), *_hash_rows(folder)]
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def _hash_rows(folder: Path) -> list[str]:
+    return [file_sha256(folder / name) for name in ("rows.csv", "rejects.csv")]
 
 
 def check_prepared(

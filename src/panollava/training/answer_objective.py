@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch.nn import functional
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import StepBatch, TextBatch, TextReader
+from panollava.data.batches import StepBatch, TextBatch, TextReader, labeled_rows
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import Row, pack
 from panollava.data.shards import Shards, open_views
+from panollava.data.token_cache import check_rows, open_rows
 from panollava.errors import UserError
+from panollava.files import read_prepared_rows
 from panollava.geometry.views import forms_ring, layout
 from panollava.model.language_model import check_embedding, end_tokens
 from panollava.model.network import build_model
@@ -75,18 +78,21 @@ class Objective(nn.Module):
                 vision = Shards(paths.FEATURES / split)
             else:
                 vision = open_views(folder / paths.PANORAMAS, self.views)
+            file = folder / "rows.csv"
+            rows = open_rows(file, self.dialogue, truncate)
+            used = labeled_rows(rows.panoramas, labeled)
+            read = partial(read_prepared_rows, file)
+            check_rows(rows, used, read, str(file), self.dialogue, truncate)
             self.readers[split] = reader = TextReader(
-                *(vision, folder / "rows.csv", self.dialogue, self.vision_tokens),
-                *(batch_size, self.seed, labeled),
-                truncate,
-                self.strides,
+                *(vision, file, rows, used, self.dialogue, self.vision_tokens),
+                *(batch_size, self.seed, self.strides),
             )
             if reader.truncated:
                 log.warning(
                     "%s: %d of %d answers are cut to max_text_length %d",
-                    *(split, reader.truncated, len(reader.rows), settings.max_text_length),
+                    *(split, reader.truncated, len(used), settings.max_text_length),
                 )
-            longest = max(map(len, reader.rows), default=0)
+            longest = int(rows.lengths[used].max(initial=0))
             self.model.check_length(self.text_prefix + self.vision_tokens + longest, remedy)
 
     def describe(self) -> dict[str, Any]:
@@ -96,10 +102,7 @@ class Objective(nn.Module):
             "encoder": encoder.describe(),
             "language_model": describe_config(self.model.language_model),
             "prefix": self.dialogue.text_prefix,
-            "rows": {
-                split: [(row.query, row.answer) for row in reader.rows]
-                for split, reader in self.readers.items()
-            },
+            "rows": {split: reader.rows.digest for split, reader in self.readers.items()},
         }
 
     def row_counts(self) -> dict[str, int]:

@@ -3,10 +3,10 @@
 Uses Lightning's manual optimization: a step's loss is one mean over all its parts, whereas
 Lightning's gradient accumulation averages the means of parts of unequal size."""
 
-import itertools
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,8 +23,6 @@ from panollava.data.batches import (
     StepBatch,
     StepDataset,
     StepLoader,
-    divide,
-    plan_size,
     tree_sum,
 )
 from panollava.data.shapes import Shape, choose_shapes, describe
@@ -56,8 +54,14 @@ class LitStage(pl.LightningModule):
         self.own_parts = range(self.rank * share, (self.rank + 1) * share)
         train = objective.readers["train"]
         self.groups = checked_groups(objective)
-        epochs = range(stage_settings.epochs)
-        sizes = [plan_size(train.plan(epoch)) for epoch in epochs]
+        sizes: list[PlanSize] = []
+        parts: Counter[Shape] = Counter()  # sizes of training parts
+        # The first epoch last, because the reader keeps the last plan.
+        for epoch in reversed(range(stage_settings.epochs)):
+            plan = train.plan(epoch)
+            sizes.insert(0, plan.size)
+            if needs_few_shapes(self.settings):
+                parts.update(train.sizes(plan, self.accumulate))
         self.epoch_steps = [size.steps for size in sizes]
         self.size = PlanSize(*map(sum, zip(PlanSize(0, 0, 0), *sizes, strict=True)))
         self.total_steps = self.size.steps
@@ -72,12 +76,9 @@ class LitStage(pl.LightningModule):
         self._restored: tuple[dict, dict] | None = None  # states of optimizer and scheduler
         self.graphs: StepGraphs | None = None
         self.shapes: list[Shape] = []  # that training parts are padded to; none: their own
-        if needs_few_shapes(self.settings):
-            steps = itertools.chain.from_iterable(map(train.plan, epochs))
-            parts = [p for step in steps for p in divide(step, self.accumulate) if p]
-            part_sizes = [train.size(part) for part in parts]
-            self.shapes = choose_shapes(part_sizes)
-            log.info("parts of a step have %s", describe(self.shapes, part_sizes))
+        if parts:
+            self.shapes = choose_shapes(parts)
+            log.info("parts of a step have %s", describe(self.shapes, parts))
 
     @property
     def epochs_left(self) -> int:
