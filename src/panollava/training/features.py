@@ -128,7 +128,7 @@ def _plan_shards(model: "_Model", inputs: Inputs) -> Sequence[FeatureShard]:
     for name, views in inputs.items():
         for number, shard in enumerate(views.shards):
             panoramas = range(views.starts[number], views.starts[number + 1])
-            key = fingerprint([model.described, shard.sha256], [], {})
+            key = fingerprint([model.described, shard.sha256, views.code], [], {})
             shards.append(FeatureShard(name, panoramas, key))
     return shards
 
