@@ -196,7 +196,7 @@ def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
     """A shard set of an array's rows, or of JPEGs."""
     workshop = Workshop(folder.parent / f"{folder.name}-shards", stays=False, root=folder.parent)
     names = [f"{number:016x}" for number, _ in enumerate(panoramas[::size])]
-    end = ".tar" if isinstance(panoramas[0], bytes) else ".npy"
+    end = ".tar" if isinstance(panoramas, list) else ".npy"
     for number, name in enumerate(names):
         part = panoramas[number * size : (number + 1) * size]
         if end == ".npy":
@@ -207,8 +207,8 @@ def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
                 for jpeg in part:
                     append_file("panorama.jpg", jpeg)
         workshop.finish(name, {end: len(part)})
-    workshop.publish(folder, [record.files[end] for record in workshop.records(names)])
-    shutil.rmtree(workshop.folder)
+    workshop.publish(folder, workshop.records(names), end)
+    shutil.rmtree(workshop.folder, ignore_errors=True)
     return Shards(folder)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -52,18 +53,16 @@ class PictureShard(NamedTuple):
     made_from: str  # a hash
 
 
-def describe_shard(
-    split: str, number: int, pictures: Sequence[Path], recipe: Recipe, code: str
-) -> PictureShard:
-    """`code`: a digest of the code that makes shards. Pictures count as the same if their names,
-    sizes and times of change are."""
-    files = [(file.name, status.st_size, status.st_mtime_ns) for file, status in _states(pictures)]
+def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path) -> str:
+    """A hash of what a shard is made from. Pictures count as the same if their paths, sizes and
+    times of change are. `code`: a digest of the code that makes shards; `root`: the project's
+    folder, so that it may be moved."""
+    files = []
+    for picture in pictures:
+        status = picture.stat()
+        files.append((os.path.relpath(picture, root), status.st_size, status.st_mtime_ns))
     described = [code, dataclasses.asdict(recipe.views), recipe.store, recipe.rolls, files]
-    return PictureShard(split, number, tuple(pictures), recipe, fingerprint(described, [], {}))
-
-
-def _states(pictures: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-    return ((picture, picture.stat()) for picture in pictures)
+    return fingerprint(described, [], {})
 
 
 def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:

@@ -13,7 +13,7 @@ from panollava.data.picture_shards import (
     ROLLED,
     PictureShard,
     Recipe,
-    describe_shard,
+    hash_inputs,
     make_shards,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
@@ -63,7 +63,7 @@ def prepare_project(
     tables = {split: read_rows(folder / f"{split}.csv", root) for split in SPLITS}
     for split, table in tables.items():
         _check_rejects(settings, root, split, table, writes=share is None)
-    shards = _plan_shards(settings, tables, share)
+    shards = _plan_shards(settings, root, tables, share)
     workshop = open_workshop("prepare", settings.data.store_dir, root)
     missing = [shard for shard in shards if workshop.find(shard.made_from) is None]
     if merge and missing:
@@ -100,7 +100,7 @@ def prepare_project(
 
 
 def _plan_shards(
-    settings: config.Settings, tables: Mapping[str, Table], share: Share | None
+    settings: config.Settings, root: Path, tables: Mapping[str, Table], share: Share | None
 ) -> Sequence[PictureShard]:
     """All shards in order, or those of a share."""
     size, code = settings.data.shard_size, code_digest.digest("prepare")
@@ -110,8 +110,11 @@ def _plan_shards(
         recipe = Recipe(settings.views, settings.data.store, rolls if split == evaluated else None)
         pictures = rows["picture"].unique()
         for number, first in enumerate(range(0, len(pictures), size)):
-            parts.append((split, number, pictures[first : first + size], recipe))
-    return [describe_shard(*part, code) for part in (share.pick(parts) if share else parts)]
+            parts.append((split, number, tuple(pictures[first : first + size]), recipe))
+    return [
+        PictureShard(*part, hash_inputs(*part[2:], code, root))
+        for part in (share.pick(parts) if share else parts)
+    ]
 
 
 def _set_aside(table: Table, shards: Sequence[PictureShard], records: Sequence[Record]) -> Table:
@@ -136,10 +139,9 @@ def _publish(
     digests = {}
     for name, end in shards[0].recipe.files.items():
         folder = ROLLED if name == ROLLED else f"{shards[0].split}/{name}"
-        files = [record.files[end] for record in records]
         sampled_later = name == paths.PANORAMAS and end == ".tar"
         code = fingerprint(code_digest.digest("prepare"), [], {}) if sampled_later else ""
-        digests[folder] = workshop.publish(out / folder, files, code)
+        digests[folder] = workshop.publish(out / folder, records, end, code)
     return digests
 
 

@@ -32,6 +32,7 @@ class Record(NamedTuple):
     """A finished shard."""
 
     files: dict[str, Shard]  # by the ends of their names
+    times: dict[str, int]  # when they were written, in nanoseconds
     notes: list[Any]  # what else is known of its panoramas
 
 
@@ -51,10 +52,10 @@ class Workshop(NamedTuple):
         """A finished shard. None: it is missing."""
         try:
             text = self.path(made_from, ".json").read_text(encoding="utf-8")
-            files, notes = json.loads(text)
-            record = Record({end: Shard(*shard) for end, shard in files.items()}, notes)
+            files, times, notes = json.loads(text)
+            record = Record({end: Shard(*shard) for end, shard in files.items()}, times, notes)
             sizes = [(self.folder / each.file).stat().st_size for each in record.files.values()]
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, or not a record
             return None
         complete = sizes == [each.bytes for each in record.files.values()]
         return record if complete else None
@@ -71,20 +72,23 @@ class Workshop(NamedTuple):
     def finish(self, made_from: str, files: Mapping[str, int], notes: Sequence[Any] = ()) -> None:
         """Record a shard whose files are written. `files`: the panoramas in each, by the ends of
         their names."""
-        shards = {}
+        shards, times = {}, {}
         for end, panoramas in files.items():
             file = self.path(made_from, end)
-            name = file.relative_to(self.folder).as_posix()
-            shards[end] = Shard(name, panoramas, file.stat().st_size, file_sha256(file))
-        write_json(self.path(made_from, ".json"), [shards, notes], shared=True)
+            name, status = file.relative_to(self.folder).as_posix(), file.stat()
+            shards[end] = Shard(name, panoramas, status.st_size, file_sha256(file))
+            times[end] = status.st_mtime_ns
+        write_json(self.path(made_from, ".json"), [shards, times, notes], shared=True)
 
-    def publish(self, out: Path, files: Sequence[Shard], code: str = "") -> str:
-        """Write the shard set `out`. `files`: one of each shard, those without panoramas included.
+    def publish(self, out: Path, records: Sequence[Record], end: str, code: str = "") -> str:
+        """Write the shard set `out` of one file of each shard, but for those without panoramas.
         `code`: see `write_manifest`. Returns the set's digest."""
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         found: dict[Path, Shard] = {}
-        for number, shard in enumerate(files):
+        times: dict[Path, int] = {}
+        for number, record in enumerate(records):
+            shard = record.files[end]
             file = self.folder / shard.file
             if not shard.panoramas:
                 continue
@@ -92,8 +96,8 @@ class Workshop(NamedTuple):
                 source, file = file, out / f"{number:06d}{file.suffix}"
                 shard = shard._replace(file=file.name)
                 _link(source, file)
-            found[file] = shard
-        remember(found, self.root)
+            found[file], times[file] = shard, record.times[end]
+        remember(found, times, self.root)
         first = next(iter(found), None)
         shape, dtype = (), "uint8"  # type: tuple[int, ...], str
         if first is not None and first.suffix == ".npy":
@@ -111,7 +115,9 @@ class Workshop(NamedTuple):
 def open_workshop(command: str, store_dir: str | None, root: Path = Path()) -> Workshop:
     if store_dir is not None:
         return Workshop(root / store_dir / command, True, root)
-    return Workshop(root / paths.RESUME / f"{command}-shards", False, root)
+    folder = root / paths.RESUME / f"{command}-shards"
+    (folder / paths.FINISHED).unlink(missing_ok=True)
+    return Workshop(folder, False, root)
 
 
 def missing_error(command: str, missing: Sequence[str], count: int) -> UserError:

@@ -189,15 +189,20 @@ def verify(sets: Sequence[Shards]) -> None:
         for (each, file, shard), found in zip(todo, bar, strict=True):
             if found != shard.sha256:
                 raise each.fault(file, "other content than in")
-    remember({file: shard for _, file, shard in todo})
+    files = {file: shard for _, file, shard in todo}
+    remember(files, {file: file.stat().st_mtime_ns for file in files})
 
 
-def remember(files: Mapping[Path, Shard], root: Path = Path()) -> None:
-    """Note that these files have the contents of these shards, for `verify`."""
+def remember(files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()) -> None:
+    """Note for `verify` that these files had the contents of these shards at these times of change,
+    in nanoseconds."""
     if files:
         before = _read_verified(root)
         known = {name: state for name, state in before.items() if Path(name).exists()}
-        new = {str(file.absolute()): _state(file, shard) for file, shard in files.items()}
+        new = {
+            str(file.absolute()): [shard.bytes, times[file], shard.sha256]
+            for file, shard in files.items()
+        }
         write_json(root / _VERIFIED, known | new)
 
 

@@ -96,8 +96,7 @@ def write_features(
     elif not ranks.rank():
         for name, views in inputs.items():
             mine = [shard.made_from for shard in shards if shard.name == name]
-            files = [record.files[_END] for record in workshop.records(mine)]
-            workshop.publish(paths.FEATURES / name, files)
+            workshop.publish(paths.FEATURES / name, workshop.records(mine), _END)
             log.info("features of %d panoramas: %s", len(views), paths.FEATURES / name)
         made_from.record_features(settings, model.encoder)
         workshop.close()

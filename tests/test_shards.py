@@ -1,0 +1,287 @@
+"""Shards: read like one array, found again after an interruption, the same whoever makes them."""
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import read_array, run_stage, save_shards
+from panollava import paths
+from panollava.config import Settings
+from panollava.data import picture_shards, shards
+from panollava.data.images import read_panorama
+from panollava.data.prepare import prepare_project
+from panollava.data.shard_work import Share
+from panollava.data.shards import Shards, verify
+from panollava.errors import UserError
+from panollava.evaluation.evaluate import evaluate
+from panollava.training.features import write_features
+
+TRAIN = paths.PREPARED / "train/panoramas"
+
+
+@pytest.fixture
+def array() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (23, 2, 4, 4, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the pictures that are decoded."""
+    names: list[str] = []
+
+    def read(path: Path, width: int) -> np.ndarray:
+        names.append(path.name)
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(picture_shards, "read_panorama", read)
+    return names
+
+
+def outputs(*folders: Path) -> dict[str, bytes]:
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return {str(file): file.read_bytes() for file in files}
+
+
+def stored_in(settings: Settings, folder: Path | None) -> Settings:
+    store_dir = None if folder is None else str(folder)
+    return replace(settings, data=replace(settings.data, store_dir=store_dir))
+
+
+@pytest.mark.parametrize("size", [1, 4, 23, 100])
+def test_shards_are_read_like_one_array(
+    tmp_path: Path, array: np.ndarray, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_MAX_OPEN", 2)
+    written = save_shards(tmp_path / "set", array, size)
+    assert (len(written), written.shape, written.dtype) == (23, array.shape, array.dtype)
+    assert written.starts.tolist() == [*range(0, 23, size), 23]
+    for opened in (written, pickle.loads(pickle.dumps(written))):
+        for panorama in (22, 0, 3, 4, 5, 21, 0):
+            assert np.array_equal(opened[panorama], array[panorama])
+    for panorama in (-1, 23):
+        with pytest.raises(IndexError, match="of 23"):
+            written[panorama]
+
+
+def test_a_set_without_panoramas_is_one(tmp_path: Path) -> None:
+    empty = save_shards(tmp_path / "set", np.zeros((0, 2), np.uint8))
+    assert len(empty) == 0 and empty.starts.tolist() == [0]
+
+
+def test_the_digest_depends_on_the_panoramas_only(tmp_path: Path, array: np.ndarray) -> None:
+    first, same = (save_shards(tmp_path / name, array).digest for name in ("a", "b"))
+    assert first == same == (tmp_path / "a/digest.txt").read_text().strip()
+    array[5, 0, 0, 0, 0] ^= 1
+    assert save_shards(tmp_path / "c", array).digest != first
+
+
+def change_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+
+
+def test_a_missing_or_changed_shard_is_named(
+    tmp_path: Path, array: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("set")
+    file = folder / "000002.npy"
+
+    def written_again() -> Shards:
+        shutil.rmtree(folder, ignore_errors=True)
+        return save_shards(folder, array)
+
+    verify([written_again()])
+    change_last_byte(file)
+    message = r"000002\.npy: other content than in set/manifest\.json; restore the file, or remove"
+    for _ in range(2):  # a second look finds it again
+        with pytest.raises(UserError, match=message):
+            verify([Shards(folder)])
+    written_again()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"000002\.npy: \d+ bytes instead of the \d+ in set/mani"):
+        Shards(folder)
+    file.unlink()
+    with pytest.raises(UserError, match=r"000002\.npy: no such file, but it is in set/manifest"):
+        Shards(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json: not valid JSON .*remove it, and run"):
+        Shards(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json: no such file; run the stage that"):
+        Shards(folder)
+
+
+def test_files_are_read_again_only_after_a_change(
+    tmp_path: Path, array: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = save_shards(Path("set"), array)
+    read: list[str] = []
+    hashed = shards.file_sha256
+
+    def counted(file: Path) -> str:
+        read.append(file.name)
+        return hashed(file)
+
+    monkeypatch.setattr(shards, "file_sha256", counted)
+    verify([written])
+    assert not read  # what was just written is known
+    content = written.files[1].read_bytes()
+    written.files[1].write_bytes(content)
+    for _ in range(2):
+        verify([Shards(Path("set"))])
+        assert read == ["000001.npy"]
+    (paths.CACHE / "shards.json").write_text("{")
+    verify([written])
+    assert sorted(read[1:]) == [f"{number:06d}.npy" for number in range(6)]
+
+
+def test_shards_outside_the_project_serve_all_stages(settings: Settings, tmp_path: Path) -> None:
+    inside = {split: Shards(paths.PREPARED / split / "panoramas").digest for split in SPLITS}
+    expected = _results(settings)
+    shutil.rmtree("runs")
+    shutil.rmtree(paths.RESUME)
+    outside = stored_in(settings, tmp_path / "store")
+    prepare_project(outside)
+    assert not [*paths.PREPARED.rglob("*.npy"), *paths.PREPARED.rglob("*.tar")]
+    assert inside == {s: Shards(paths.PREPARED / s / "panoramas").digest for s in SPLITS}
+    assert _results(outside) == expected
+    assert not list(paths.FEATURES.rglob("*.npy"))
+    (file, *_) = Shards(TRAIN).files
+    assert file.is_relative_to(tmp_path / "store")
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file}: no such file, but it is in {TRAIN}/manifest"):
+        run_stage("vision", outside)
+
+
+SPLITS = ("train", "valid", "test")
+
+
+def _results(settings: Settings) -> dict[str, bytes]:
+    for stage in ("vision", "resampler"):
+        run_stage(stage, settings)
+    write_features(settings)
+    run_stage("finetune", settings)
+    evaluate(settings)
+    files = [*Path("runs").glob("vlm_*/*.safetensors"), paths.PREDICTIONS, paths.EVALUATION_DETAILS]
+    return {str(file): file.read_bytes() for file in files}
+
+
+def test_a_store_may_be_moved_without_decoding_a_picture_again(
+    settings: Settings, tmp_path: Path, decoded: list[str]
+) -> None:
+    prepare_project(stored_in(settings, tmp_path / "store"))
+    before = Shards(TRAIN).digest
+    decoded.clear()
+    (tmp_path / "store").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="no such file, but it is in"):
+        Shards(TRAIN)
+    prepare_project(stored_in(settings, tmp_path / "moved"))
+    assert not decoded and Shards(TRAIN).digest == before
+
+
+def test_an_interrupted_command_continues_with_the_missing_shards(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outputs(paths.PREPARED)
+    shutil.rmtree(paths.RESUME)
+    opened = []
+
+    def interrupted(path: Path, width: int) -> Any:
+        opened.append(path.name)
+        if path.name == "train_5.jpg":
+            raise KeyboardInterrupt
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(picture_shards, "read_panorama", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_project(settings)
+    assert "train_0.jpg" in opened
+    opened.clear()
+
+    def counted(path: Path, width: int) -> Any:
+        opened.append(path.name)
+        return read_panorama(path, width)
+
+    monkeypatch.setattr(picture_shards, "read_panorama", counted)
+    prepare_project(settings)
+    assert opened and not {f"train_{number}.jpg" for number in range(4)} & {*opened}
+    assert outputs(paths.PREPARED) == expected
+
+
+def test_only_the_shards_of_changed_pictures_are_made_again(
+    settings: Settings, decoded: list[str]
+) -> None:
+    picture = Path(settings.data.dir) / "images/train_5.jpg"
+    content = picture.read_bytes()
+    try:
+        picture.write_bytes((picture.parent / "train_0.jpg").read_bytes())
+        prepare_project(settings)
+    finally:
+        picture.write_bytes(content)
+    assert sorted(decoded) == ["train_4.jpg", "train_5.jpg"]
+    decoded.clear()
+    prepare_project(replace(settings, evaluate=replace(settings.evaluate, rolls=[30.0])))
+    assert {name.split("_")[0] for name in decoded} == {"train", "test"}  # 4, 5 and all of test
+
+
+def test_a_shard_that_changed_in_the_store_is_found_by_the_next_command(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Also by a command that makes no shard, because another one has."""
+    outside = stored_in(settings, tmp_path / "store")
+    prepare_project(outside)
+    (_, file) = Shards(TRAIN).files
+    change_last_byte(file)
+    prepare_project(outside)
+    with pytest.raises(UserError, match=f"{file}: other content than in {TRAIN}/manifest.json"):
+        run_stage("vision", outside)
+    file.unlink()
+    prepare_project(outside)
+    run_stage("vision", outside)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
+    for stage in ("vision", "resampler"):
+        run_stage(stage, settings)
+    write_features(settings)
+    expected = outputs(paths.PREPARED, paths.FEATURES)
+    shutil.rmtree(paths.PREPARED)
+    shutil.rmtree(paths.FEATURES)
+    shutil.rmtree(paths.RESUME)
+    for work in (prepare_project, write_features):
+        for number in range(count, 1, -1):
+            work(settings, share=Share(number, count))
+        message = r"--merge: \d of [45] shards are missing \(train .*; make them with: panollava"
+        with pytest.raises(UserError, match=message):
+            work(settings, merge=True)
+        work(settings, share=Share(1, count))
+        work(settings, merge=True)
+    assert outputs(paths.PREPARED, paths.FEATURES) == expected
+
+
+def test_an_unreadable_record_counts_as_missing(settings: Settings, decoded: list[str]) -> None:
+    expected = outputs(paths.PREPARED)
+    for number, file in enumerate(sorted(paths.RESUME.rglob("*.json"))):
+        file.write_text(["", "[]", "null", '{"a": 1}'][number % 4])
+    prepare_project(settings)
+    assert len(decoded) == 11 and outputs(paths.PREPARED) == expected
+
+
+def test_the_manifest_has_one_line_for_each_shard(settings: Settings) -> None:
+    text = (TRAIN / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert [shard[:2] for shard in manifest["shards"]] == [["000000.npy", 4], ["000001.npy", 2]]
+    assert (manifest["folder"], manifest["shape"]) == (None, [8, 32, 32, 3])
+    assert text.count("000001.npy") == 1 and '    ["000001.npy", 2, ' in text
+    assert read_array(TRAIN).shape == (6, 8, 32, 32, 3)
