@@ -278,6 +278,17 @@ def test_an_unreadable_record_counts_as_missing(settings: Settings, decoded: lis
     assert len(decoded) == 11 and outputs(paths.PREPARED) == expected
 
 
+def test_an_incomplete_shard_counts_as_missing(settings: Settings, tmp_path: Path) -> None:
+    outside = stored_in(settings, tmp_path / "store")
+    prepare_project(outside)
+    expected = [file.read_bytes() for file in Shards(TRAIN).files]
+    cut, gone = Shards(TRAIN).files
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    prepare_project(outside)
+    assert [file.read_bytes() for file in Shards(TRAIN).files] == expected
+
+
 def test_the_manifest_has_one_line_for_each_shard(settings: Settings) -> None:
     text = (TRAIN / "manifest.json").read_text()
     manifest = json.loads(text)
