@@ -133,7 +133,12 @@ def test_all_stages_run_and_give_the_same_bytes_with_any_number_of_workers(
             run_stage(stage, settings)
             assert outputs(stage) == expected.setdefault(stage, outputs(stage)), workers
         shutil.rmtree(paths.RESUME)
-    write_features(panoramas)
+    digests = set()
+    for threads in (1, 3):
+        write_features(change(panoramas, machine__decode_threads=threads))
+        digests.add((paths.FEATURES / "train/digest.txt").read_text())
+        shutil.rmtree(paths.RESUME)
+    assert len(digests) == 1
     run_stage("finetune", panoramas)
     evaluate(panoramas)
     write_report(panoramas)
