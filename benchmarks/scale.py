@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import resource
+import shutil
 import subprocess
 import tempfile
 import time
@@ -32,7 +34,7 @@ from panollava.data.shards import Shard, Shards, write_manifest
 from panollava.files import write_array
 from panollava.provenance.fingerprint import file_sha256
 from panollava.training import features
-from photos import save_photos
+from photos import make_photo, save_photos
 from pipeline import make_demo
 
 PICTURES = (16, 32, 64, 128)  # panoramas of `prepare`; the last size is the check
@@ -59,7 +61,9 @@ def main() -> None:
     report(lines, options.out)
 
 
-def fit(name: str, unit: str, scale: float, points: Sequence[tuple[float, float]]) -> list[Line]:
+def fit(
+    name: str, unit: str, scale: float, points: Sequence[tuple[float, float]], of: str = "s"
+) -> list[Line]:
     """The slope per unit of size, times `scale`, and the check of the line at the last size."""
     sizes, values = np.array(points).T
     # The largest sizes are measured best, relative to their size.
@@ -69,7 +73,7 @@ def fit(name: str, unit: str, scale: float, points: Sequence[tuple[float, float]
         Line(f"{name}: each", unit, slope * scale),
         Line(
             f"{name}: {sizes[-1]:g}, predicted from {sizes[0]:g}-{sizes[-2]:g} (limit)",
-            *("s", values[-1]),
+            *(of, values[-1]),
             limit=predicted,
             ratio=values[-1] / predicted,
             at_least=1 - NEAR,
@@ -110,7 +114,7 @@ def measure_prepare(folder: Path, options: argparse.Namespace) -> Iterator[Line]
             def prepare(count: int, store: str = store, projects: dict = projects) -> None:
                 settings = load_settings(projects[count] / paths.PARAMS)
                 settings = change(settings, data={"store": store}, machine={"decode_threads": 1})
-                remove(projects[count] / paths.RESUME)
+                shutil.rmtree(projects[count] / paths.RESUME, ignore_errors=True)
                 prepare_project(settings, projects[count])
 
             name = f"prepare, {width} x {width // 2}, data.store: {store}"
@@ -119,16 +123,20 @@ def measure_prepare(folder: Path, options: argparse.Namespace) -> Iterator[Line]
             size = sum(shard.bytes for shard in Shards(stored).shards) / len(Shards(stored))
             yield Line(f"{name}: stored", "MB a panorama", size / 1e6)
             for project in projects.values():
-                remove(project)
+                shutil.rmtree(project)
 
 
 def make_project(folder: Path, photos: Sequence[Path], count: int) -> Path:
-    """`count` panoramas of train with one row each, which are links to the photos, and one of each
-    other split, in the profile of the real size."""
+    """`count` panoramas of train with one row each, which are links to copies of the photos, and
+    one of each other split, in the profile of the real size."""
     (folder / "data/images").mkdir(parents=True)
-    for index in range(count):
-        (folder / f"data/images/{index}.jpg").symlink_to(photos[index % len(photos)])
-    for split, panoramas in (("train", range(count)), ("valid", [0]), ("test", [0])):
+    for index in range(count + 2):
+        image, first = (folder / f"data/images/{i}.jpg" for i in (index, index % len(photos)))
+        if index < len(photos):
+            shutil.copyfile(photos[index], image)
+        else:
+            os.link(first, image)
+    for split, panoramas in (("train", range(count)), ("valid", [count]), ("test", [count + 1])):
         rows = "".join(f"images/{index}.jpg,what,a place.\n" for index in panoramas)
         (folder / f"data/{split}.csv").write_text("url,query,annotation\n" + rows)
     text = (ROOT / "presets/quic360.yaml").read_text()
@@ -142,10 +150,6 @@ def change(settings: Settings, **sections: dict[str, Any]) -> Settings:
         for name, values in sections.items()
     }
     return dataclasses.replace(settings, **parts)
-
-
-def remove(folder: Path) -> None:
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 def measure_features(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
@@ -172,15 +176,14 @@ def measure_features(folder: Path, options: argparse.Namespace) -> Iterator[Line
 
 def measure_rows(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
     """Every command that makes shards reads all rows first, and asks for each picture's size."""
-    photo = folder / "photo.jpg"
-    Image.new("RGB", (32, 16)).save(photo)
+    photo = make_photo(32, 16, 0).tobytes()  # only the size of the file is read
     (folder / "data/images").mkdir(parents=True)
     for count in TABLES:
         lines = ["url,query,annotation\n"]
         for row in range(count):
             picture = folder / f"data/images/{row // 3}.jpg"
             if not picture.exists():
-                os.link(photo, picture)
+                picture.write_bytes(photo)
             lines.append(
                 f"images/{row // 3}.jpg,what is here {row % 7},a place with {row} things.\n"
             )
@@ -190,6 +193,11 @@ def measure_rows(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
         rows, _ = read_rows(folder / f"data/{count}.csv", folder)
         assert len(rows) == count
 
+    peaks = []
+    for count in TABLES:  # a peak never falls, but each of these is higher
+        read(count)
+        peaks.append((count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+    yield from fit("reading rows: memory", "kB a row", 1e6, peaks, of="GB")
     yield from fit("reading rows", "us of a core", 1e6, least(read, TABLES, options.repeats))
 
 

@@ -73,8 +73,9 @@ def measure_difference(photos: list[Path], sampler: Sampler) -> Iterator[Line]:
     quality, _, chroma = images._STORED_AS
     name = f"stored as JPEG, quality {quality}, {':'.join(chroma)}"
     megabytes = sum(map(len, jpegs)) / len(jpegs) / 1e6
+    name += f", views of {sampler.size} pixels"
     yield Line(f"{name}: size", "MB", megabytes)
-    name += f", features of views of {sampler.size} pixels"
+    name += ", features"
     (ours, cosine), (limit, limit_cosine) = (
         compare(reference, other) for other in (stored, explained)
     )

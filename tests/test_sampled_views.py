@@ -240,7 +240,7 @@ def test_the_code_that_reads_panoramas_counts_only_if_they_are_stored(
         for store, found in digests.items():
             text = paths.PARAMS.read_text()
             for other in digests:
-                text = text.replace(f"store: {other} #", f"store: {store} #")
+                text = text.replace(f"store: {other}\n", f"store: {store}\n")
             paths.PARAMS.write_text(text)
             run("prepare")
             found.append((TRAIN / "digest.txt").read_bytes())
