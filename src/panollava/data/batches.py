@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -422,9 +422,10 @@ def turns(seed: int, epoch: int, panoramas: list[int], strides: int) -> list[int
     return [int(generator.integers(strides)) for generator in generators]
 
 
-def gather(array: Shards | NDArray, index: list[int]) -> Tensor:
-    """Panoramas' views or features, copied into memory; float16 becomes float32."""
-    rows = np.stack([array[i] for i in index])
+def gather(array: Shards | NDArray, index: list[int], map: Callable[..., Any] = map) -> Tensor:
+    """Panoramas' views or features, copied into memory; float16 becomes float32. `map`: that of a
+    pool of threads, which read them at the same time."""
+    rows = np.stack([*map(array.__getitem__, index)])
     return torch.from_numpy(rows if rows.dtype != np.float16 else rows.astype(np.float32))
 
 

@@ -22,6 +22,7 @@ from panollava.errors import UserError
 from panollava.files import write_csv
 from panollava.geometry.views import layout, resampled
 from panollava.provenance import code_digest, made_from
+from panollava.provenance.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _publish(
     for name, end in shards[0].recipe.files.items():
         folder = ROLLED if name == ROLLED else f"{shards[0].split}/{name}"
         sampled_later = name == paths.PANORAMAS and end == ".tar"
-        code = code_digest.digest("prepare") if sampled_later else ""
+        code = fingerprint(code_digest.digest("prepare"), [], {}) if sampled_later else ""
         digests[folder] = workshop.publish(out / folder, records, end, code)
     return digests
 

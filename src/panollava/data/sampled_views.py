@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import cv2
 
 from panollava import config
-from panollava.data.images import read_panorama
+from panollava.data.images import PictureError, read_panorama
 from panollava.data.shards import Shards
 from panollava.geometry.views import Sampler, layout
 
@@ -14,16 +14,23 @@ from panollava.geometry.views import Sampler, layout
 class SampledViews(Shards):
     """A shard set of panoramas, read like one of views."""
 
-    dtype = np.dtype(np.uint8)
-
     def __init__(self, folder: Path, settings: config.Views) -> None:
         super().__init__(folder)
         self.settings, self.sampler = settings, Sampler(layout(settings), settings.size)
         self.shape = (len(self), *self.sampler.position.shape[:3], 3)
+        # Loader workers are forked, and OpenCV's threads do not survive that.
+        cv2.setNumThreads(1)
 
     def __getitem__(self, panorama: int) -> Any:
         jpeg = super().__getitem__(panorama)
-        return self.sampler.sample(read_panorama(jpeg, self.sampler.panorama_width))
+        try:
+            pixels = read_panorama(jpeg, self.sampler.panorama_width)
+        except PictureError as error:
+            number, place = self.locate(panorama)
+            raise self.fault(
+                self.files[number], f"picture {place} ({error.reason}), but it is in"
+            ) from None
+        return self.sampler.sample(pixels)
 
     def __reduce__(self) -> Any:
         return SampledViews, (self.folder, self.settings)

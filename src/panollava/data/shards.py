@@ -5,6 +5,7 @@ A shard set is a folder with a manifest, which lists the shards in order with th
 shards lie in the same folder, or stay in `data.store_dir`."""
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -49,6 +50,7 @@ class Shards:
         # Those of one array with all panoramas. Without a meaning for JPEG files.
         self.shape = (len(self), *manifest["shape"])
         self.dtype = np.dtype(manifest["dtype"])
+        self.code: str = manifest["code"]  # a digest, see `write_manifest`
         place = folder if manifest["folder"] is None else Path(manifest["folder"])
         self.files = [place / shard.file for shard in self.shards]
         for file, shard in zip(self.files, self.shards, strict=True):
@@ -60,17 +62,27 @@ class Shards:
         return int(self.starts[-1])
 
     def __getitem__(self, panorama: int) -> Any:
+        number, place = self.locate(panorama)
+        return self._open(number)[place]
+
+    def locate(self, panorama: int) -> tuple[int, int]:
+        """The number of its shard, and its place there."""
         if not 0 <= panorama < len(self):
             raise IndexError(f"{self.folder}: panorama {panorama} of {len(self)}")
         number = bisect.bisect_right(self._starts, panorama) - 1
-        return self._open(number)[panorama - self._starts[number]]
+        return number, panorama - self._starts[number]
 
     def __reduce__(self) -> Any:  # for processes that do not share this one's memory
         return Shards, (self.folder,)
 
     def _open_shard(self, number: int) -> Any:
         file = self.files[number]
-        return _Tar(file) if file.suffix == ".tar" else open_array(file)
+        if file.suffix != ".tar":
+            return open_array(file)
+        tar = _Tar(file)
+        if len(tar) != self.shards[number].panoramas:
+            raise self.fault(file, f"contains {len(tar)} pictures, other than")
+        return tar
 
     def _check_size(self, file: Path, expected: int) -> None:
         try:
@@ -95,9 +107,14 @@ class _Tar:
     """The contents of the files in an uncompressed tar file."""
 
     def __init__(self, path: Path) -> None:
-        with tarfile.open(path, "r:") as tar:
-            self._spans = [(member.offset_data, member.size) for member in tar]
+        self._spans: list[tuple[int, int]] = []
+        # A damaged header ends it, as the end of the file does.
+        with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+            self._spans += ((member.offset_data, member.size) for member in tar)
         self._bytes = np.memmap(path, mode="r")
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
     def __getitem__(self, index: int) -> bytes:
         start, size = self._spans[index]
@@ -130,9 +147,9 @@ def write_manifest(
 
     `place`: the folder of the shards (None: `out`); `shape`, `dtype`: of each panorama; `code`: a
     digest of the code that reads the shards, if that is more than reading an array."""
-    content = {"shape": [*shape], "dtype": dtype}
+    content = {"shape": [*shape], "dtype": dtype, "code": code}
     hashes = [[shard.panoramas, shard.sha256] for shard in shards]
-    digest = hashlib.sha256(json.dumps([content, hashes, code]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([content, hashes]).encode()).hexdigest()
     head = {"digest": digest, "folder": None if place is None else str(place), **content}
     lines = ",\n".join(f"    {json.dumps(shard)}" for shard in shards)
     text = json.dumps({**head, "shards": []}, indent=2)

@@ -4,6 +4,7 @@ import logging
 import operator
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def _plan_shards(model: "_Model", inputs: Inputs) -> Sequence[FeatureShard]:
     for name, views in inputs.items():
         for number, shard in enumerate(views.shards):
             panoramas = range(views.starts[number], views.starts[number + 1])
-            key = fingerprint([model.described, shard.sha256], [], {})
+            key = fingerprint([model.described, shard.sha256, views.code], [], {})
             shards.append(FeatureShard(name, panoramas, key))
     return shards
 
@@ -138,6 +139,7 @@ class _Model:
     def __init__(self, settings: Settings, start: Path | None) -> None:
         configure_cpu(settings.trainer.threads)
         self.settings, self.device = settings, choose_device(settings.trainer.accelerator)
+        self.threads = ThreadPoolExecutor(settings.machine.decode_threads)
         model = EncoderOnly(load_encoder(settings.model.encoder, settings.views.size))
         load_start(start or paths.weights_file(_TRAINED_BY.name), model, ("encoder",), _TRAINED_BY)
         model.eval().requires_grad_(False).to(self.device)
@@ -172,11 +174,12 @@ class _Model:
                     bar.update()
             workshop.finish(shard.made_from, {_END: len(shard.panoramas)})
 
-    def _compute(self, shard: FeatureShard, views: Shards, first: int) -> NDArray:
+    def _compute(self, shard: FeatureShard, source: Shards, first: int) -> NDArray:
         dtype = self.settings.model.features
         index = [*range(first, min(first + _BATCH, shard.panoramas.stop))]
         with autocast(self.device, self.settings.trainer.precision):
-            features = self.pooling(self.encoder(gather(views, index).to(self.device)))
+            views = gather(source, index, self.threads.map).to(self.device)
+            features = self.pooling(self.encoder(views))
         values = features.float().cpu().numpy().astype(dtype)
         if not np.isfinite(values).all():
             raise UserError(
