@@ -138,7 +138,7 @@ def test_up_to_64_shards_are_shuffled_as_one() -> None:
 
 def test_more_shards_are_shuffled_64_at_a_time() -> None:
     """All panoramas of some 64 shards come before those of the next ones, in a random order."""
-    panoramas = np.random.default_rng(0).permutation(10_000)[:6000]
+    panoramas = np.sort(np.random.default_rng(0).permutation(10_000)[:6000])
     rows = {int(panorama): [number] for number, panorama in enumerate(panoramas)}
     shards = [*range(0, 10_000, 50)]
     orders = []
