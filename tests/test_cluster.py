@@ -180,12 +180,15 @@ def test_a_file_that_a_machine_does_not_see_is_an_error(
 
 
 def test_a_task_on_a_gpu_makes_several_shards(nodes: Any, folder: Path) -> None:
+    """Its process ends with it, so that no process keeps the memory of a GPU."""
     node = nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)
-    with connect(nodes, gpus=1) as run:
-        run(write, range(100, 116))
+    try:
+        with connect(nodes, gpus=1) as run:
+            run(write, range(100, 116))
+    finally:
+        nodes.remove_node(node)
     by_process = Counter(pid for _, pid in log())
     assert sorted(by_process.values()) == [2] * 8
-    nodes.remove_node(node)
 
 
 def test_a_machine_with_other_versions_is_named(nodes: Any, folder: Path, monkeypatch) -> None:

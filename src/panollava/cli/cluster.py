@@ -1,7 +1,7 @@
 """`--ray ADDRESS`: a command's shards as tasks of a running Ray cluster, which repeats those of
 machines that are lost. Which shards there are, and making one, is the command's business.
 
-Ray is an optional requirement, imported only here."""
+Ray is an optional requirement, imported only by this module and `cluster_check`."""
 
 import contextlib
 import importlib
@@ -150,9 +150,9 @@ def _work(make: Make, shards: Sequence[Shard], expected: Expected) -> str | None
 
 
 def _run(ray: Any, make: Make, shards: Sequence[Shard], needs: Needs, expected: Expected) -> None:
-    task = ray.remote(_work).options(
-        num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=_MAX_RETRIES
-    )
+    # Not by `options`: without GPUs here, Ray would keep a process and give it another's GPU later.
+    options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_retries": _MAX_RETRIES}
+    task = ray.remote(**options)(_work)
     size = 1
     if needs.gpus:
         size = max(1, min(_MAX_SHARDS, len(shards) // (8 * _slots(ray, needs) or 1)))
