@@ -16,7 +16,7 @@ import pytest
 
 from helpers import results, train_nothing
 from panollava import paths
-from panollava.cli import cluster
+from panollava.cli import cluster, cluster_check
 from panollava.cli import main as cli
 from panollava.errors import UserError
 from panollava.files import write_text
@@ -32,11 +32,13 @@ def nodes() -> Iterator[Any]:
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: it holds the paths of sockets
     node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    head = {**node, "temp_dir": folder, "include_dashboard": False}
-    started = Cluster(initialize_head=True, head_node_args=head)
-    started.add_node(**node)
-    yield started
-    started.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        head = {**node, "include_dashboard": False}
+        started = Cluster(initialize_head=True, head_node_args=head)
+        started.add_node(**node)
+        yield started
+        started.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -130,10 +132,10 @@ def test_few_tasks_wait_and_all_end_with_the_command(nodes: Any, folder: Path, m
 
 def test_a_machine_with_another_folder_is_named(nodes: Any, folder: Path, monkeypatch) -> None:
     """Machines that see another file at the same place than the one that runs the command does."""
-    monkeypatch.setattr(cluster, "_VISIBLE_SECONDS", 0.5)
-    start_of = cluster._start_of
+    monkeypatch.setattr(cluster_check, "_VISIBLE_SECONDS", 0.5)
+    start_of = cluster_check._start_of
     monkeypatch.setattr(
-        cluster, "_start_of", lambda path: start_of(path) and b"what the driver sees"
+        cluster_check, "_start_of", lambda path: start_of(path) and b"what the driver sees"
     )
     with (
         pytest.raises(UserError, match=rf"machine \S+: {folder} holds other files.*mount"),
@@ -145,9 +147,9 @@ def test_a_machine_with_another_folder_is_named(nodes: Any, folder: Path, monkey
 def test_a_machine_whose_files_are_not_seen_here_is_named(
     nodes: Any, folder: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_VISIBLE_SECONDS", 0.5)
+    monkeypatch.setattr(cluster_check, "_VISIBLE_SECONDS", 0.5)
     monkeypatch.setattr(
-        cluster, "_answer", lambda token, node: token.with_name(f"{token.name}-elsewhere")
+        cluster_check, "_answer", lambda token, node: token.with_name(f"{token.name}-elsewhere")
     )
     with (
         pytest.raises(UserError, match=rf"machine \S+: {folder}/work holds other files"),
@@ -165,30 +167,33 @@ def test_a_file_that_a_machine_does_not_see_is_an_error(
     picture.write_bytes(b"one")
     with connect(nodes, files=[picture]) as run:
         run(write, [1])
-        check = cluster._check_machines
+        check = cluster.check_machines
 
         def change(*arguments: Any) -> None:
             check(*arguments)
             picture.write_bytes(b"two")
 
-        monkeypatch.setattr(cluster, "_check_machines", change)
+        monkeypatch.setattr(cluster, "check_machines", change)
         with pytest.raises(UserError, match=rf"machine \S+: {picture.parent} holds other files"):
             run(write, [2])
     assert attempts() == [1]
 
 
 def test_a_task_on_a_gpu_makes_several_shards(nodes: Any, folder: Path) -> None:
+    """Its process ends with it, so that no process keeps the memory of a GPU."""
     node = nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)
-    with connect(nodes, gpus=1) as run:
-        run(write, range(100, 116))
+    try:
+        with connect(nodes, gpus=1) as run:
+            run(write, range(100, 116))
+    finally:
+        nodes.remove_node(node)
     by_process = Counter(pid for _, pid in log())
     assert sorted(by_process.values()) == [2] * 8
-    nodes.remove_node(node)
 
 
 def test_a_machine_with_other_versions_is_named(nodes: Any, folder: Path, monkeypatch) -> None:
-    versions = cluster._versions() | {"torch": "1.0"}
-    monkeypatch.setattr(cluster, "_versions", lambda: versions)
+    versions = cluster_check._versions() | {"torch": "1.0"}
+    monkeypatch.setattr(cluster_check, "_versions", lambda: versions)
     with (
         pytest.raises(UserError, match=r"machine \S+: torch: .*, but 1.0 where the command runs"),
         connect(nodes) as run,

@@ -1,41 +1,36 @@
 """`--ray ADDRESS`: a command's shards as tasks of a running Ray cluster, which repeats those of
 machines that are lost. Which shards there are, and making one, is the command's business.
 
-Ray is an optional requirement, imported only here."""
+Ray is an optional requirement, imported only by this module and `cluster_check`."""
 
 import contextlib
-import hashlib
 import importlib
 import logging
 import os
-import platform
-import secrets
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-import panollava
 from panollava import paths
+from panollava.cli.cluster_check import (
+    PACKAGE,
+    Expected,
+    check_machines,
+    expect,
+    fault_of_machine,
+    last_line,
+)
 from panollava.errors import UserError, system_errors_as_user_errors
 
 log = logging.getLogger(__name__)
 
 _MAX_RETRIES = 5  # of a task whose machine or process was lost
 _CONNECT_SECONDS = 10.0
-_ANSWER_SECONDS = 120.0  # for a machine to start Python and to answer
-_VISIBLE_SECONDS = 10.0  # until a new file is seen through a shared file system
-_PACKAGE = Path(panollava.__file__).parent
-# Those that decide which bytes the shards have.
-_LIBRARIES = ("torch", "transformers", "numpy", "opencv-python-headless", "pillow", "simplejpeg")
-_SAMPLE = 4096  # bytes of a file
 
 _MEMORY_HINT = "lower machine.decode_threads, or use machines with more memory"
 _MAX_SHARDS = 16  # of a task on a GPU, whose process Ray ends with the task
@@ -51,15 +46,6 @@ class Needs(NamedTuple):
     cpus: int
     gpus: int
     files: Callable[[Sequence[Any]], Sequence[Path]]  # some of those that making shards reads
-
-
-class Expected(NamedTuple):
-    """What a machine must have in common with the one that runs the command."""
-
-    project: Path
-    versions: dict[str, str]
-    files: dict[Path, bytes]  # how each starts
-    tokens: list[Path]  # of these files, those that were written for this purpose
 
 
 @contextlib.contextmanager
@@ -88,8 +74,8 @@ def connect(address: str, needs: Needs, written: Sequence[Path]) -> Iterator[Els
         log.info("%d machines of the Ray cluster at %s", len(machines), address)
 
         def elsewhere(make: Make, shards: Sequence[Shard]) -> None:
-            with _expect(written, [paths.PARAMS, *needs.files(shards)]) as expected:
-                _check_machines(ray, machines, expected)
+            with expect(written, [paths.PARAMS, *needs.files(shards)]) as expected:
+                check_machines(ray, machines, expected)
                 # A task must fit on the smallest machine.
                 cpus = min(needs.cpus, *(int(each["Resources"]["CPU"]) for each in machines))
                 _run(ray, make, shards, needs._replace(cpus=cpus), expected)
@@ -107,8 +93,8 @@ def _import_ray() -> Any:
 
 def _init(ray: Any, address: str, gpus: int) -> None:
     path = os.environ.get("PYTHONPATH", "")
-    if "site-packages" not in _PACKAGE.parts:  # the code of this folder, installed or not
-        path = f"{_PACKAGE.parent}:{path}".rstrip(":")
+    if "site-packages" not in PACKAGE.parts:  # the code of this folder, installed or not
+        path = f"{PACKAGE.parent}:{path}".rstrip(":")
     variables = {"PYTHONPATH": path, "TQDM_DISABLE": "1"}
     if not gpus:  # so that `trainer.accelerator: auto` means the same on all machines
         variables["CUDA_VISIBLE_DEVICES"] = ""
@@ -150,133 +136,9 @@ def _slots(ray: Any, needs: Needs) -> int:
     return total
 
 
-@contextlib.contextmanager
-def _expect(written: Sequence[Path], read: Sequence[Path]) -> Iterator[Expected]:
-    tokens = {}
-    for folder in written:
-        token = folder.absolute() / f".shared-{secrets.token_hex(8)}"
-        tokens[token] = secrets.token_bytes(16)
-    files = {path: content for file in read if (content := _start_of(path := file.absolute()))}
-    try:
-        for token, content in tokens.items():
-            token.parent.mkdir(parents=True, exist_ok=True)
-            token.write_bytes(content)
-        yield Expected(Path.cwd(), _versions(), files | tokens, list(tokens))
-    finally:
-        for token in tokens:
-            token.unlink(missing_ok=True)
-
-
-def _start_of(path: Path) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            return file.read(_SAMPLE)
-    except OSError:
-        return None
-
-
-@cache
-def _versions() -> dict[str, str]:
-    """Of Python, the libraries that decide what shards contain, and this package's code."""
-    versions = {"Python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "(none)"
-    digest = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
-    return versions | {"panollava's code": digest.hexdigest()[:12]}
-
-
-def _check_machines(ray: Any, machines: list[dict[str, Any]], expected: Expected) -> None:
-    strategy = importlib.import_module("ray.util.scheduling_strategies")
-    visit = ray.remote(_visit)
-    for machine in machines:
-        place = strategy.NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
-        machine["answer"] = visit.options(num_cpus=0, scheduling_strategy=place).remote(
-            expected, machine["NodeID"]
-        )
-    ray.wait(
-        [machine["answer"] for machine in machines],
-        num_returns=len(machines),
-        timeout=_ANSWER_SECONDS,
-    )
-    for machine in machines:
-        name = machine["NodeManagerHostname"]
-        try:
-            fault = ray.get(machine["answer"], timeout=0)
-        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
-            log.warning("machine %s was lost", name)
-            continue
-        except ray.exceptions.GetTimeoutError:
-            fault = f"no answer within {_ANSWER_SECONDS:.0f} s; see `ray status` and its logs"
-        except ray.exceptions.RayError as error:
-            fault = (
-                f"cannot run this code ({_last_line(error)}); install the environment of this "
-                "machine there, and the code in the same folder"
-            )
-        answers = [_answer(token, machine["NodeID"]) for token in expected.tokens]
-        for token, answer in zip(expected.tokens, answers, strict=True):
-            fault = fault or (
-                None if _appears(answer, token.name.encode()) else _not_shared(token.parent)
-            )
-            answer.unlink(missing_ok=True)
-        if fault:
-            raise UserError(f"--ray: machine {name}: {fault}")
-
-
-def _visit(expected: Expected, node: str) -> str | None:
-    """On each machine: why it cannot run tasks."""
-    if fault := _fault(expected):
-        return fault
-    for token in expected.tokens:
-        try:
-            _answer(token, node).write_bytes(token.name.encode())
-        except OSError as error:
-            return f"{token.parent}: cannot be written ({error.strerror}); get permission there"
-    return None
-
-
-def _answer(token: Path, node: str) -> Path:
-    return token.with_name(f"{token.name}-{node}")
-
-
-def _fault(expected: Expected) -> str | None:
-    """What this machine lacks for tasks. Asked before each one, since machines may join later."""
-    for name, here in _versions().items():
-        if here != expected.versions[name]:
-            return (
-                f"{name}: {here}, but {expected.versions[name]} where the command runs; install "
-                "the same version"
-            )
-    for path, content in expected.files.items():
-        if not _appears(path, content):
-            return _not_shared(path.parent)
-    return None
-
-
-def _not_shared(folder: Path) -> str:
-    return (
-        f"{folder} holds other files than where the command runs; put it on storage that all "
-        "machines mount in the same place"
-    )
-
-
-def _appears(path: Path, content: bytes) -> bool:
-    """Whether a file starts so, now or soon."""
-    deadline = time.monotonic() + _VISIBLE_SECONDS
-    while (found := _start_of(path)) != content:
-        if found is not None or time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
-
-
 def _work(make: Make, shards: Sequence[Shard], expected: Expected) -> str | None:
     """A task, on some machine. Returns the message of a UserError: Ray repeats no finished task."""
-    if fault := _fault(expected):
+    if fault := fault_of_machine(expected):
         return f"--ray: machine {socket.gethostname()}: {fault}"
     os.chdir(expected.project)
     try:
@@ -288,9 +150,9 @@ def _work(make: Make, shards: Sequence[Shard], expected: Expected) -> str | None
 
 
 def _run(ray: Any, make: Make, shards: Sequence[Shard], needs: Needs, expected: Expected) -> None:
-    task = ray.remote(_work).options(
-        num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=_MAX_RETRIES
-    )
+    # Not by `options`: without GPUs here, Ray would keep a process and give it another's GPU later.
+    options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_retries": _MAX_RETRIES}
+    task = ray.remote(**options)(_work)
     size = 1
     if needs.gpus:
         size = max(1, min(_MAX_SHARDS, len(shards) // (8 * _slots(ray, needs) or 1)))
@@ -322,10 +184,6 @@ def _result(ray: Any, task: Any) -> str | None:
         raise  # an internal error
     except ray.exceptions.RayError as error:
         return (
-            f"--ray: a task failed {1 + _MAX_RETRIES} times ({_last_line(error)}); see Ray's logs, "
+            f"--ray: a task failed {1 + _MAX_RETRIES} times ({last_line(error)}); see Ray's logs, "
             "and run the same command again"
         )
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
