@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", default=["vision", "resampler", "finetune"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        projects = make_projects(Path(folder))
+        projects = make_projects(Path(folder), "finetune" in options.stages)
         lines: list[Line] = []
         for stage in options.stages:
             lines += measure_stage(projects, stage, options.threads, options.repeats)
@@ -55,8 +55,8 @@ def main() -> None:
     report(lines, options.out)
 
 
-def make_projects(folder: Path) -> dict[str, Path]:
-    """The demo, prepared in each way, with features of an encoder that is not trained further."""
+def make_projects(folder: Path, with_features: bool) -> dict[str, Path]:
+    """The demo, prepared in each way, maybe with features of an encoder that is not trained."""
     projects = {way: folder / str(number) for number, way in enumerate(WAYS)}
     first, *others = projects.values()
     make_demo(first)
@@ -66,7 +66,7 @@ def make_projects(folder: Path) -> dict[str, Path]:
             (other / name).symlink_to(first / name)
     for way, project in projects.items():
         prepare_project(settings_of(way, project), project)
-    for command in ("train vision", "train resampler", "features"):
+    for command in ("train vision", "train resampler", "features") if with_features else ():
         for way in ("one array", "shards of 128"):
             more = ["--epochs", "0"] if command.startswith("train") else []
             subprocess.run(
@@ -158,6 +158,8 @@ def measure_reading(projects: dict[str, Path], repeats: int) -> Iterator[Line]:
         "features": paths.FEATURES / "train",
     }
     for name, folder in folders.items():
+        if not (projects["one array"] / folder).is_dir():
+            continue
         array, shards = (Shards(projects[way] / folder) for way in ("one array", "shards of 128"))
         assert len(array.shards) == 1 and len(shards.shards) > 1
         order = np.random.default_rng(0).permutation(len(array))[: len(array) // BATCH * BATCH]

@@ -87,11 +87,12 @@ def _convert(job: tuple[Path, Recipe]) -> dict[str, Any] | PictureError:
             stored: Any = sampler.sample(panorama)[None]
         else:
             stored = stored_jpeg(path, sampler.panorama_width)
-            panorama = read_panorama(stored, sampler.panorama_width)
     except PictureError as error:
         return error
     if recipe.rolls is None:
         return {paths.PANORAMAS: stored}
+    if recipe.store == "panoramas":
+        panorama = read_panorama(stored, sampler.panorama_width)
     rolled = [sampler.sample(roll(panorama, degrees)) for degrees in recipe.rolls]
     return {
         paths.PANORAMAS: stored,

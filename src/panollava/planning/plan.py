@@ -29,6 +29,7 @@ from panollava.training.objective import load_objective, prepare_parts
 log = logging.getLogger(__name__)
 
 _FP32 = 4  # bytes
+_STORED_PANORAMA = 490_000  # bytes of a photo's JPEG about 2048 pixels wide, see docs/scale.md
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Plan:
     precision: str
     program: int  # bytes of memory besides tensors; 0 on a GPU, which has its own memory
     splits: dict[str, SplitPlan]  # those that have rows
-    views: int  # bytes on disk of all splits and rolled panoramas
+    views: int  # bytes on disk of all splits, or of their panoramas, and of rolled views
     features: int  # the same
 
 
@@ -80,7 +81,9 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
     evaluated = splits.get(settings.evaluate.split)
     rolls = len(resampled(settings.views, settings.evaluate.rolls))
     rolled = rolls * evaluated.panoramas if evaluated else 0
-    panoramas = sum(split.panoramas for split in splits.values()) + rolled
+    panoramas = sum(split.panoramas for split in splits.values())
+    pixels = views * size * size * 3
+    stored = pixels if settings.data.store == "views" else _STORED_PANORAMA
     configured = configured_stages(settings.stage)
     device = "cuda" if settings.trainer.accelerator == "gpu" else _device(settings).type
     return Plan(
@@ -92,8 +95,8 @@ def make_plan(settings: Settings, stages: Sequence[Stage]) -> Plan:
         precision=settings.trainer.precision,
         program=psutil.Process().memory_info().rss if device == "cpu" else 0,
         splits=splits,
-        views=panoramas * views * size * size * 3,
-        features=panoramas * tokens * feature,
+        views=panoramas * stored + rolled * pixels,
+        features=(panoramas + rolled) * tokens * feature,
     )
 
 
