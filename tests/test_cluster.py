@@ -120,6 +120,8 @@ def test_few_tasks_wait_and_all_end_with_the_command(nodes: Any, folder: Path, m
             time.sleep(0.05)
         signal.pthread_kill(main, signal.SIGINT)
 
+    # Where the tests run in the background of a shell, Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), connect(nodes) as run:
         threading.Thread(target=interrupt).start()
         run(write, range(100, 1100))
