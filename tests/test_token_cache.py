@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from helpers import save_tokenizer
 from panollava import paths
 from panollava.data import token_cache
-from panollava.data.batches import labeled_rows
 from panollava.data.dialogue import Dialogue
+from panollava.data.epoch_plan import labeled_rows
 from panollava.data.packing import Row, Rows
 from panollava.data.token_cache import check_rows, open_rows, tokenize
 from panollava.errors import UserError
