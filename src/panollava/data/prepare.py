@@ -85,16 +85,10 @@ def prepare_project(
     for split, table in tables.items():
         mine = [shard for shard in shards if shard.split == split]
         records = workshop.records([shard.made_from for shard in mine])
-        tables[split] = rows, rejects = _set_aside(table, mine, records)
+        tables[split] = _set_aside(table, mine, records)
         _check_rejects(settings, root, split, tables[split])
         digests |= _publish(workshop, out, mine, records)
-        numbered = rows.assign(panorama=pd.factorize(rows["picture"])[0])
-        write_csv(out / split / "rows.csv", numbered[["panorama", "row", *COLUMNS]])
-        log.info(
-            "%s: %d rows over %d panoramas, %d rejected%s",
-            *(split, len(rows), rows["picture"].nunique(), len(rejects)),
-            f" ({_count_kinds(rejects)})" if len(rejects) else "",
-        )
+        _write_rows(out / split / "rows.csv", *tables[split])
     made_from.record_prepared(settings, out, digests, hashes)
     workshop.close()
     for warning in shared_pictures({split: rows for split, (rows, _) in tables.items()}):
@@ -132,6 +126,16 @@ def _set_aside(table: Table, shards: Sequence[PictureShard], records: Sequence[R
     )
     rejects = pd.concat([rejects, rows.merge(faults, on="picture")]).sort_values("row")
     return rows[~rows["picture"].isin(faults["picture"])], rejects
+
+
+def _write_rows(file: Path, rows: pd.DataFrame, rejects: pd.DataFrame) -> None:
+    numbered = rows.assign(panorama=pd.factorize(rows["picture"])[0])
+    write_csv(file, numbered[["panorama", "row", *COLUMNS]])
+    log.info(
+        "%s: %d rows over %d panoramas, %d rejected%s",
+        *(file.parent.name, len(rows), rows["picture"].nunique(), len(rejects)),
+        f" ({_count_kinds(rejects)})" if len(rejects) else "",
+    )
 
 
 def _publish(

@@ -31,6 +31,9 @@ class Share(NamedTuple):
     def pick(self, items: Sequence[Item]) -> Sequence[Item]:
         return items[self.number - 1 :: self.total]
 
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
 
 class Record(NamedTuple):
     """A finished shard."""
