@@ -21,7 +21,8 @@ from panollava.data.images import (
     roll,
     stored_jpeg,
 )
-from panollava.data.shard_work import Workshop
+from panollava.data.picture_files import TEMPORARY
+from panollava.data.shard_work import Record, Workshop
 from panollava.files import write_array, write_tar
 from panollava.geometry.views import Sampler, layout
 from panollava.provenance.fingerprint import fingerprint
@@ -63,6 +64,11 @@ def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path)
         files.append((os.path.relpath(picture, root), status.st_size, status.st_mtime_ns))
     described = [code, dataclasses.asdict(recipe.views), recipe.store, recipe.rolls, files]
     return fingerprint(described, [], {})
+
+
+def must_try_again(record: Record) -> bool:
+    """Whether a picture of a finished shard may be readable by now, though it has not changed."""
+    return any(kind in TEMPORARY for _, kind, _ in record.notes)
 
 
 def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:
