@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -370,9 +371,49 @@ def test_features_are_computed_again_if_only_the_normalization_of_pixels_changes
     assert not np.array_equal(read_array(paths.FEATURES / "train"), before)
 
 
+def _count_shards(patch: pytest.MonkeyPatch) -> list[Any]:
+    """The shards that are written from now on."""
+    written: list[Any] = []
+    write = picture_shards._write
+
+    def counted(*arguments: Any) -> None:
+        written.append(arguments)
+        write(*arguments)
+
+    patch.setattr(picture_shards, "_write", counted)
+    return written
+
+
+def test_a_check_that_is_stopped_reads_no_more_and_keeps_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = save_shards(Path("set"), np.arange(40, dtype=np.uint8), size=1)
+    for file in written.files:
+        os.utime(file, ns=(0, 0))
+    read: list[str] = []
+    hashed = shards.file_sha256
+
+    def slow(file: Path) -> str:
+        read.append(file.name)
+        time.sleep(0.05)
+        return hashed(file)
+
+    monkeypatch.setattr(shards, "file_sha256", slow)
+    change_last_byte(written.files[8])
+    for count in (9, 1):
+        read.clear()
+        with pytest.raises(UserError, match=r"000008\.npy: other content"):
+            verify([Shards(Path("set"))])
+        assert count <= len(read) < 20 and ("000000.npy" in read) == (count == 9)
+
+
 @pytest.mark.parametrize("store", [None, "store"])
 def test_a_picture_that_could_not_be_read_is_tried_again(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str | None
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store: str | None,
 ) -> None:
     """Permissions, a network or an installed decoder do not change the size and time of a file."""
     expected = outputs(paths.PREPARED)
@@ -388,9 +429,13 @@ def test_a_picture_that_could_not_be_read_is_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", denied)
+        decoded = _count_shards(patch)
         prepare_project(tolerant, share=Share(1, 1))
-        prepare_project(tolerant, merge=True)  # which tries none again
+        prepare_project(tolerant, merge=True)
         assert len(Shards(TRAIN)) == 5
+        decoded.clear()
+        prepare_project(tolerant)
+        assert not decoded  # no shard is made again for it
     prepare_project(tolerant)
     assert len(Shards(TRAIN)) == 6
     if store is None:

@@ -66,9 +66,18 @@ def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path)
     return fingerprint(described, [], {})
 
 
-def must_try_again(record: Record) -> bool:
-    """Whether a picture of a finished shard may be readable by now, though it has not changed."""
-    return any(kind in TEMPORARY for _, kind, _ in record.notes)
+def is_outdated(shard: PictureShard, record: Record) -> bool:
+    """Whether a picture that could not be read when the shard was made can be read now, though
+    neither its size nor its time has changed."""
+    for place, kind, reason in record.notes:
+        if kind in TEMPORARY:
+            try:
+                read_panorama(shard.pictures[place], width=256)
+            except PictureError as error:
+                if error.reason == reason:
+                    continue
+            return True
+    return False
 
 
 def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:

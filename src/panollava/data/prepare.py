@@ -14,8 +14,8 @@ from panollava.data.picture_shards import (
     PictureShard,
     Recipe,
     hash_inputs,
+    is_outdated,
     make_shards,
-    must_try_again,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
 from panollava.data.shard_work import Record, Share, Workshop, missing_error, open_workshop
@@ -68,7 +68,7 @@ def prepare_project(
         _check_rejects(settings, root, split, table, writes=share is None)
     shards = _plan_shards(settings, root, tables, share)
     workshop = open_workshop("prepare", settings.data.store_dir, root)
-    missing = workshop.missing(shards, None if merge else must_try_again)
+    missing = workshop.missing(shards, None if merge else is_outdated)
     if merge and missing:
         raise missing_error("prepare", [f"{s.split} {s.number}" for s in missing], len(shards))
     if len(missing) < len(shards):

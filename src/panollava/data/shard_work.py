@@ -73,16 +73,17 @@ class Workshop(NamedTuple):
         return record if complete else None
 
     def missing(
-        self, shards: Sequence[PartT], again: Callable[[Record], bool] | None = None
+        self, shards: Sequence[PartT], again: Callable[[PartT, Record], bool] | None = None
     ) -> list[PartT]:
         """Those to make: one of each that are made from the same. `again`: whether to make a
         finished one again."""
 
-        def is_missing(record: Record | None) -> bool:
-            return record is None or bool(again and again(record))
+        def is_missing(shard: PartT) -> bool:
+            record = self.find(shard.made_from)
+            return record is None or bool(again and again(shard, record))
 
         different = {shard.made_from: shard for shard in shards}
-        return [shard for key, shard in different.items() if is_missing(self.find(key))]
+        return [shard for shard in different.values() if is_missing(shard)]
 
     def records(self, made_from: Sequence[str]) -> list[Record]:
         """Raises UserError for a shard that was removed meanwhile."""

@@ -185,19 +185,24 @@ def verify(sets: Sequence[Shards]) -> None:
     """
     known = _read_verified()
     todo = [
-        (each, file, shard)
+        (each, file, shard, state[1])
         for each in sets
         for file, shard in zip(each.files, each.shards, strict=True)
-        if known.get(str(file.absolute())) != _state(file, shard)
+        if known.get(str(file.absolute())) != (state := _state(file, shard))
     ]
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        hashes = pool.map(file_sha256, [file for _, file, _ in todo])
+    files: dict[Path, Shard] = {}
+    times: dict[Path, int] = {}
+    pool = ThreadPoolExecutor(_HASHING_THREADS)
+    try:
+        hashes = pool.map(file_sha256, [file for _, file, _, _ in todo])
         bar = tqdm(hashes, desc="checking shards", total=len(todo), delay=2, disable=None)
-        for (each, file, shard), found in zip(todo, bar, strict=True):
+        for (each, file, shard, time), found in zip(todo, bar, strict=True):
             if found != shard.sha256:
                 raise each.fault(file, "other content than in")
-    files = {file: shard for _, file, shard in todo}
-    remember(files, {file: file.stat().st_mtime_ns for file in files})
+            files[file], times[file] = shard, time
+    finally:  # Ctrl-C too: neither read all other files, nor read these again
+        pool.shutdown(cancel_futures=True)
+        remember(files, times)
 
 
 def remember(files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()) -> None:
