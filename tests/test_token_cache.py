@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import re
 import time
 from pathlib import Path
@@ -200,6 +201,16 @@ def test_a_killed_writer_leaves_no_entry(tokenizer: PreTrainedTokenizerBase) -> 
     dialogue = Dialogue(tokenizer, 60)
     assert [*open_rows(FILE, dialogue, True)] == expected(dialogue, True)
     assert len(entries()) == 1 and not [*paths.CACHE.glob("*.part")]
+
+
+def test_another_machine_may_be_writing(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name begins like this one's."""
+    other = paths.CACHE / f"{platform.node()}-2{token_cache._PREFIX[-1]}1.part"
+    other.mkdir(parents=True)
+    open_rows(FILE, Dialogue(tokenizer, 60), True)
+    assert other.is_dir()
 
 
 def test_two_writers_at_the_same_time_make_one_entry(

@@ -21,7 +21,8 @@ from panollava.data.images import (
     roll,
     stored_jpeg,
 )
-from panollava.data.shard_work import Workshop
+from panollava.data.picture_files import TEMPORARY
+from panollava.data.shard_work import Record, Workshop
 from panollava.files import write_array, write_tar
 from panollava.geometry.views import Sampler, layout
 from panollava.provenance.fingerprint import fingerprint
@@ -63,6 +64,20 @@ def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path)
         files.append((os.path.relpath(picture, root), status.st_size, status.st_mtime_ns))
     described = [code, dataclasses.asdict(recipe.views), recipe.store, recipe.rolls, files]
     return fingerprint(described, [], {})
+
+
+def is_outdated(shard: PictureShard, record: Record) -> bool:
+    """Whether a picture that could not be read when the shard was made can be read now, though
+    neither its size nor its time has changed."""
+    for place, kind, reason in record.notes:
+        if kind in TEMPORARY:
+            try:
+                read_panorama(shard.pictures[place], width=256)
+            except PictureError as error:
+                if error.reason == reason:
+                    continue
+            return True
+    return False
 
 
 def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:

@@ -14,6 +14,7 @@ from panollava.data.picture_shards import (
     PictureShard,
     Recipe,
     hash_inputs,
+    is_outdated,
     make_shards,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
@@ -67,7 +68,7 @@ def prepare_project(
         _check_rejects(settings, root, split, table, writes=share is None)
     shards = _plan_shards(settings, root, tables, share)
     workshop = open_workshop("prepare", settings.data.store_dir, root)
-    missing = [shard for shard in shards if workshop.find(shard.made_from) is None]
+    missing = workshop.missing(shards, None if merge else is_outdated)
     if merge and missing:
         raise missing_error("prepare", [f"{s.split} {s.number}" for s in missing], len(shards))
     if len(missing) < len(shards):

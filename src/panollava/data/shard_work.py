@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from panollava import paths
 from panollava.data.shards import Shard, remember, write_manifest
@@ -20,6 +20,14 @@ from panollava.provenance.fingerprint import file_sha256
 _SEEN_SECONDS = 60.0
 
 Item = TypeVar("Item")
+
+
+class Part(Protocol):
+    @property
+    def made_from(self) -> str: ...  # a hash
+
+
+PartT = TypeVar("PartT", bound=Part)
 
 
 class Share(NamedTuple):
@@ -66,6 +74,19 @@ class Workshop(NamedTuple):
             return None
         complete = sizes == [each.bytes for each in record.files.values()]
         return record if complete else None
+
+    def missing(
+        self, shards: Sequence[PartT], again: Callable[[PartT, Record], bool] | None = None
+    ) -> list[PartT]:
+        """Those to make: one of each that are made from the same. `again`: whether to make a
+        finished one again."""
+
+        def is_missing(shard: PartT) -> bool:
+            record = self.find(shard.made_from)
+            return record is None or bool(again and again(shard, record))
+
+        different = {shard.made_from: shard for shard in shards}
+        return [shard for shard in different.values() if is_missing(shard)]
 
     def records(self, made_from: Sequence[str]) -> list[Record]:
         """Raises UserError for a shard that was removed meanwhile."""
@@ -140,8 +161,10 @@ def missing_error(command: str, missing: Sequence[str], count: int) -> UserError
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for the same file. Moves it where the file system has no links."""
+    """Another name for the same file, or a copy: runs/ may be on another file system, or on one
+    without links. The source may belong to several shard sets, and may be needed again if this
+    process is killed."""
     try:
         os.link(source, target)
     except OSError:
-        os.replace(source, target)
+        shutil.copy2(source, target)  # keeps the time of change, see `verify`

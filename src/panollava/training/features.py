@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from pydantic_core import to_jsonable_python
 from tqdm import tqdm
@@ -82,7 +83,7 @@ def write_features(
     if share is not None:
         shards = share.pick(shards)
     workshop = open_workshop("features", settings.data.store_dir)
-    missing = ranks.on_first(lambda: [s for s in shards if workshop.find(s.made_from) is None])
+    missing = ranks.on_first(lambda: workshop.missing(shards))
     if merge and missing:
         names = [f"{s.name} {s.panoramas.start}-{s.panoramas.stop - 1}" for s in missing]
         raise missing_error("features", names, len(shards))
@@ -151,19 +152,20 @@ class _Model:
             "parameters": to_jsonable_python(values),
             "code": code_digest.digest("features"),
             "device": self.device.type,
-            "torch": torch.__version__,
+            "encoder": self.encoder.describe(),
+            "versions": [torch.__version__, transformers.__version__],
         }
         self.described = fingerprint(described, [], self.encoder.state_dict())
 
     @torch.inference_mode()
     def write(self, workshop: Workshop, shards: Sequence[FeatureShard], inputs: Inputs) -> None:
         """Batches of fixed content, which ranks take in turn."""
-        firsts = {s.made_from: [*s.panoramas][::_BATCH] for s in shards}
-        total = sum(map(len, firsts.values()))
+        firsts = [[*shard.panoramas][::_BATCH] for shard in shards]
+        total = sum(map(len, firsts))
         bar = tqdm(desc="features", total=total, disable=ranks.rank() > 0 or None)
-        for shard in shards:
+        for shard, items in zip(shards, firsts, strict=True):
             compute = partial(self._compute, shard, inputs[shard.name])
-            batches = ranks.map_in_turn(compute, firsts[shard.made_from])
+            batches = ranks.map_in_turn(compute, items)
             if ranks.rank():
                 for _ in batches:
                     pass
