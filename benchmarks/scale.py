@@ -31,7 +31,7 @@ from panollava import paths
 from panollava.config import load_settings
 from panollava.data.prepare import prepare_project
 from panollava.data.rows import read_rows
-from panollava.data.shard_work import Workshop
+from panollava.data.shard_work import ShardStore
 from panollava.data.shards import MANIFEST, Shard, Shards, write_manifest
 from panollava.files import write_array
 from panollava.provenance.fingerprint import file_sha256
@@ -155,15 +155,15 @@ def measure_features(folder: Path, options: argparse.Namespace) -> Iterator[Line
     with contextlib.chdir(folder):
         settings = change(load_settings(paths.PARAMS), trainer__threads=1)
         model, inputs = features._Model(settings, None), features._open_inputs(settings)
-        workshop = Workshop(folder / "features", True, folder)
+        store = ShardStore(folder / "features", True, folder)
 
         def write(count: int) -> None:
             shard = features.FeatureShard("train", range(count), f"{count:016x}")
-            model.write(workshop, [shard], inputs)
+            model.write(store, [shard], inputs)
 
         points = least(write, PANORAMAS, options.repeats)
         yield from fit("features, demo's encoder", "ms of a core", 1e3, points)
-        (file,) = workshop.folder.rglob(f"{PANORAMAS[-1]:016x}.npy")
+        (file,) = store.folder.rglob(f"{PANORAMAS[-1]:016x}.npy")
         stored = file.stat().st_size / PANORAMAS[-1] / 1e6
         yield Line(f"features, demo, {settings.model.features}: stored", "MB a panorama", stored)
 
@@ -221,8 +221,8 @@ def measure_manifest(folder: Path, options: argparse.Namespace) -> Iterator[Line
 
 
 def measure_hash(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
-    """Shards are hashed when they are made, and when they were changed since, or come from
-    elsewhere."""
+    """Shards are hashed when they are made, and again after they were changed or
+    copied."""
     for size in SHARD_BYTES:
         with (folder / str(size)).open("wb") as file:
             for _ in range(size >> 20):

@@ -19,7 +19,7 @@ from panollava.config import Settings
 from panollava.data import picture_shards, shard_work, shards
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
-from panollava.data.shard_work import Share
+from panollava.data.shard_work import Part
 from panollava.data.shards import Shards, verify
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
@@ -255,7 +255,7 @@ def test_a_shard_that_changed_in_the_store_is_found_by_the_next_command(
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
+def test_parts_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
     for stage in ("vision", "resampler"):
         run_stage(stage, settings)
     write_features(settings)
@@ -265,11 +265,11 @@ def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: i
     shutil.rmtree(paths.RESUME)
     for work in (prepare_project, write_features):
         for number in range(count, 1, -1):
-            work(settings, share=Share(number, count))
+            work(settings, part=Part(number, count))
         message = r"--merge: \d of [45] shards are missing \(train .*; make them with: panollava"
         with pytest.raises(UserError, match=message):
             work(settings, merge=True)
-        work(settings, share=Share(1, count))
+        work(settings, part=Part(1, count))
         work(settings, merge=True)
     assert outputs(paths.PREPARED, paths.FEATURES) == expected
 
@@ -430,7 +430,7 @@ def test_a_picture_that_could_not_be_read_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", denied)
         decoded = _count_shards(patch)
-        prepare_project(tolerant, share=Share(1, 1))
+        prepare_project(tolerant, part=Part(1, 1))
         prepare_project(tolerant, merge=True)
         assert len(Shards(TRAIN)) == 5
         decoded.clear()

@@ -41,7 +41,7 @@ def download(options: argparse.Namespace) -> None:
         rate=options.rate,
         pause=options.pause,
         give_up=options.give_up,
-        share=options.shard,
+        part=options.shard,
         merge=options.merge,
     )
 

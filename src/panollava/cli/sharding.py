@@ -12,16 +12,16 @@ from panollava import paths
 if TYPE_CHECKING:
     from panollava.config import Settings
     from panollava.data.picture_shards import PictureShard
-    from panollava.data.shard_work import Share
+    from panollava.data.shard_work import Part
 
-_SHARE = re.compile(r"([0-9]+)/([0-9]+)")
+_PART = re.compile(r"([0-9]+)/([0-9]+)")
 
 
 def add_to(command: argparse.ArgumentParser, ray: bool = True) -> None:
     """Without any of these options, a command does all work that is not yet done, and merges."""
     add = command.add_mutually_exclusive_group().add_argument
     help = "do part I of N of the work, for N processes at the same time; then --merge"
-    add("--shard", type=_parse_share, metavar="I/N", help=help)
+    add("--shard", type=_parse_part, metavar="I/N", help=help)
     help = "check that --shard has done all parts, and write the outputs"
     add("--merge", action="store_true", help=help)
     if ray:
@@ -41,7 +41,7 @@ def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict
         yield {}
         return
     if not options.ray:
-        yield {"share": options.shard, "merge": options.merge}
+        yield {"part": options.shard, "merge": options.merge}
         return
     from panollava.cli import cluster
 
@@ -54,8 +54,8 @@ def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict
         needs = cluster.Needs(settings.machine.decode_threads, 0, _pictures)
     store = settings.data.store_dir
     written = [paths.RESUME, *([Path(store)] if store else [])]
-    with cluster.connect(options.ray, needs, written) as elsewhere:
-        yield {"elsewhere": elsewhere}
+    with cluster.connect(options.ray, needs, written) as distribute:
+        yield {"distribute": distribute}
 
 
 def _prepared(shards: Sequence[Any]) -> list[Path]:
@@ -68,13 +68,13 @@ def _pictures(shards: "Sequence[PictureShard]") -> list[Path]:
     return [*by_folder.values()]
 
 
-def _parse_share(text: str) -> "Share":
-    from panollava.data.shard_work import Share
+def _parse_part(text: str) -> "Part":
+    from panollava.data.shard_work import Part
 
-    match = _SHARE.fullmatch(text)
+    match = _PART.fullmatch(text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, found '{text}'")
-    return Share(int(match[1]), int(match[2]))
+    return Part(int(match[1]), int(match[2]))
 
 
 def _parse_address(text: str) -> str:

@@ -87,20 +87,20 @@ class Shards:
         if file.suffix != ".tar":
             return open_array(file)
         tar = _Tar(file)
-        if len(tar) != self.shards[number].panoramas:
-            raise self.fault(file, f"contains {len(tar)} pictures, other than")
+        if len(tar) != (expected := self.shards[number].panoramas):
+            raise self.mismatch(file, f"{len(tar)} pictures instead of the {expected} in")
         return tar
 
     def _check_size(self, file: Path, expected: int) -> None:
         try:
             size = file.stat().st_size
         except FileNotFoundError:
-            raise self.fault(file, "no such file, but it is in") from None
+            raise self.mismatch(file, "no such file, but it is in") from None
         if size != expected:
-            raise self.fault(file, f"{size} bytes instead of the {expected} in")
+            raise self.mismatch(file, f"{size} bytes instead of the {expected} in")
 
-    def fault(self, file: Path, fault: str) -> UserError:
-        """`fault`: ends with what the manifest says of the file."""
+    def mismatch(self, file: Path, fault: str) -> UserError:
+        """An error for a file that differs from the manifest, whose path follows `fault`."""
         remedy = f"remove {self.folder} and run: make verify, then dvc repro"
         if file.parent != self.folder:  # DVC would restore the manifest only
             command = file.parents[1].name
@@ -198,14 +198,16 @@ def verify(sets: Sequence[Shards]) -> None:
         bar = tqdm(hashes, desc="checking shards", total=len(todo), delay=2, disable=None)
         for (each, file, shard, time), found in zip(todo, bar, strict=True):
             if found != shard.sha256:
-                raise each.fault(file, "other content than in")
+                raise each.mismatch(file, "other content than in")
             files[file], times[file] = shard, time
     finally:  # Ctrl-C too: neither read all other files, nor read these again
         pool.shutdown(cancel_futures=True)
-        remember(files, times)
+        mark_verified(files, times)
 
 
-def remember(files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()) -> None:
+def mark_verified(
+    files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()
+) -> None:
     """Note for `verify` that these files had the contents of these shards at these times of change,
     in nanoseconds."""
     if files:
