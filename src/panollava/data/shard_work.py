@@ -84,8 +84,7 @@ class ShardStore(NamedTuple):
     def missing(
         self, shards: Sequence[KeyedT], again: Callable[[KeyedT, Record], bool] | None = None
     ) -> list[KeyedT]:
-        """Those to make: one of each that are made from the same. `again`: whether to make a
-        finished one again."""
+        """Those to make, one for each key. `again`: whether to make a finished one again."""
 
         def is_missing(shard: KeyedT) -> bool:
             record = self.find(shard.key)
@@ -107,8 +106,7 @@ class ShardStore(NamedTuple):
         return records
 
     def finish(self, key: str, files: Mapping[str, int], faults: Sequence[Any] = ()) -> None:
-        """Record a shard whose files are written. `files`: the panoramas in each, by suffix
-        their names."""
+        """Record a shard whose files are written. `files`: the panoramas in each, by suffix."""
         shards, times = {}, {}
         for suffix, panoramas in files.items():
             file = self.path(key, suffix)
