@@ -39,7 +39,7 @@ from training_loop import Stop, fit, make_module
 
 PACKAGE = Path(panollava.__file__).parent
 NOT_COUNTED = ("config.py", "files.py", "errors.py", "logs.py", "provenance/fingerprint.py")
-STEP_LIMIT, ROW_LIMIT, PANORAMA_LIMIT = 8, 8, 8
+STEP_LIMIT, ROW_LIMIT, PANORAMA_LIMIT = 9, 9, 8
 
 
 class Trace(NamedTuple):

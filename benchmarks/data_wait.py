@@ -7,9 +7,9 @@ panoramas (`data.store: panoramas`), whose views two loader workers sample. They
 Workers and training share the processor's cores: with `--threads 1`, training leaves them one."""
 
 import contextlib
-import dataclasses
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,9 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 import numpy as np
 import pytorch_lightning as pl
 
+from helpers import change
 from measure import PANOLLAVA, Line, options_parser, report, time_alternately
 from panollava import paths
 from panollava.config import Settings, load_settings
@@ -29,13 +32,10 @@ from panollava.data.shards import Shards
 from pipeline import make_demo
 from training_loop import STEPS, Stop, fit, make_module
 
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
-    "one array": {"data": {"shard_size": 10**6}},
-    "shards of 128": {"data": {"shard_size": 128}},
-    "stored panoramas, two workers": {
-        "data": {"store": "panoramas"},
-        "machine": {"loader_workers": 2},
-    },
+WAYS: dict[str, dict[str, Any]] = {
+    "one array": {"data__shard_size": 10**6},
+    "shards of 128": {"data__shard_size": 128},
+    "stored panoramas, two workers": {"data__store": "panoramas", "machine__loader_workers": 2},
 }
 LARGEST_SHARE = {"one array": 0.02, "shards of 128": 0.02, "stored panoramas, two workers": 0.05}
 BATCH = 12  # panoramas
@@ -80,12 +80,7 @@ def make_projects(folder: Path, with_features: bool) -> dict[str, Path]:
 
 def settings_of(way: str, project: Path, threads: int = 2) -> Settings:
     settings = load_settings(project / paths.PARAMS)
-    changes: dict[str, Any] = {"trainer": {"threads": threads}, **WAYS[way]}
-    parts = {
-        name: dataclasses.replace(getattr(settings, name), **values)
-        for name, values in changes.items()
-    }
-    return dataclasses.replace(settings, **parts)
+    return change(settings, trainer__threads=threads, **WAYS[way])
 
 
 def measure_stage(

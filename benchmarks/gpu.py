@@ -140,7 +140,7 @@ class StageSteps:
         self.trained = [p for group in groups for p in group["params"]]
 
     def batch(self, number: int = 0, parts: int = 1) -> StepBatch:
-        from panollava.data.batches import divide
+        from panollava.data.epoch_plan import divide
 
         step = self.plan[number]
         loaded = [self.reader.load(part, 0, self.shape(part)) for part in divide(step, parts)]

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from helpers import save_shards
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import Step, gather
+from panollava.data.batches import gather
+from panollava.data.epoch_plan import Step
 from panollava.data.packing import IGNORED
 from panollava.data.shards import open_views
 from panollava.errors import UserError

@@ -8,29 +8,31 @@ which was not used to fit it. Times are seconds of a core (CPU time), the least 
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 
+from helpers import change
 from measure import PANOLLAVA, ROOT, Line, options_parser, report
 from panollava import paths
-from panollava.config import Settings, load_settings
+from panollava.config import load_settings
 from panollava.data.prepare import prepare_project
 from panollava.data.rows import read_rows
-from panollava.data.shard_work import Workshop
-from panollava.data.shards import Shard, Shards, write_manifest
+from panollava.data.shard_work import ShardStore
+from panollava.data.shards import MANIFEST, Shard, Shards, write_manifest
 from panollava.files import write_array
 from panollava.provenance.fingerprint import file_sha256
 from panollava.training import features
@@ -113,7 +115,7 @@ def measure_prepare(folder: Path, options: argparse.Namespace) -> Iterator[Line]
 
             def prepare(count: int, store: str = store, projects: dict = projects) -> None:
                 settings = load_settings(projects[count] / paths.PARAMS)
-                settings = change(settings, data={"store": store}, machine={"decode_threads": 1})
+                settings = change(settings, data__store=store, machine__decode_threads=1)
                 shutil.rmtree(projects[count] / paths.RESUME, ignore_errors=True)
                 prepare_project(settings, projects[count])
 
@@ -144,14 +146,6 @@ def make_project(folder: Path, photos: Sequence[Path], count: int) -> Path:
     return folder
 
 
-def change(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    parts = {
-        name: dataclasses.replace(getattr(settings, name), **values)
-        for name, values in sections.items()
-    }
-    return dataclasses.replace(settings, **parts)
-
-
 def measure_features(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
     """The demo's encoder, one thread, from stored views."""
     make_demo(folder, train=PANORAMAS[-1])
@@ -159,17 +153,17 @@ def measure_features(folder: Path, options: argparse.Namespace) -> Iterator[Line
         command = [*PANOLLAVA, "train", stage, "--epochs", "0"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     with contextlib.chdir(folder):
-        settings = change(load_settings(paths.PARAMS), trainer={"threads": 1})
+        settings = change(load_settings(paths.PARAMS), trainer__threads=1)
         model, inputs = features._Model(settings, None), features._open_inputs(settings)
-        workshop = Workshop(folder / "features", True, folder)
+        store = ShardStore(folder / "features", True, folder)
 
         def write(count: int) -> None:
             shard = features.FeatureShard("train", range(count), f"{count:016x}")
-            model.write(workshop, [shard], inputs)
+            model.write(store, [shard], inputs)
 
         points = least(write, PANORAMAS, options.repeats)
         yield from fit("features, demo's encoder", "ms of a core", 1e3, points)
-        (file,) = workshop.folder.rglob(f"{PANORAMAS[-1]:016x}.npy")
+        (file,) = store.folder.rglob(f"{PANORAMAS[-1]:016x}.npy")
         stored = file.stat().st_size / PANORAMAS[-1] / 1e6
         yield Line(f"features, demo, {settings.model.features}: stored", "MB a panorama", stored)
 
@@ -222,13 +216,13 @@ def measure_manifest(folder: Path, options: argparse.Namespace) -> Iterator[Line
 
     points = least(open_set, SHARDS, options.repeats)
     yield from fit("opening a manifest, per shard", "us of a core", 1e6, points)
-    for file in (folder / str(SHARDS[-1])).glob("manifest.json"):
-        yield Line("manifest", "bytes a shard", file.stat().st_size / SHARDS[-1])
+    file = folder / str(SHARDS[-1]) / MANIFEST
+    yield Line("manifest", "bytes a shard", file.stat().st_size / SHARDS[-1])
 
 
 def measure_hash(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
-    """Shards are hashed when they are made, and when they were changed since, or come from
-    elsewhere."""
+    """Shards are hashed when they are made, and again after they were changed or
+    copied."""
     for size in SHARD_BYTES:
         with (folder / str(size)).open("wb") as file:
             for _ in range(size >> 20):

@@ -16,7 +16,7 @@ import pandas as pd
 
 import real_size
 from panollava.config import load_settings
-from panollava.data.batches import Step, divide, group_rows, plan_epoch
+from panollava.data.epoch_plan import Step, divide, group_rows, plan_epoch
 from panollava.data.packing import Row, packed_size
 from panollava.data.shapes import Shape, choose_shapes, describe, fit
 from panollava.model.resampler import Pooling

@@ -31,7 +31,7 @@ from panollava import paths
 from panollava.config import Settings, load_settings
 from panollava.data.dialogue import Dialogue
 from panollava.data.packing import pack
-from panollava.data.shard_work import Workshop
+from panollava.data.shard_work import ShardStore
 from panollava.data.shards import Shards
 from panollava.files import write_array, write_tar
 from panollava.model.network import Network
@@ -208,21 +208,21 @@ def results() -> dict[str, bytes]:
 
 def save_shards(folder: Path, panoramas: Any, size: int = 4) -> Shards:
     """A shard set of an array's rows, or of JPEGs."""
-    workshop = Workshop(folder.parent / f"{folder.name}-shards", stays=False, root=folder.parent)
+    store = ShardStore(folder.parent / f"{folder.name}-shards", permanent=False, root=folder.parent)
     names = [f"{number:016x}" for number, _ in enumerate(panoramas[::size])]
     end = ".tar" if isinstance(panoramas, list) else ".npy"
     for number, name in enumerate(names):
         part = panoramas[number * size : (number + 1) * size]
         if end == ".npy":
-            with write_array(workshop.path(name, end)) as append:
+            with write_array(store.path(name, end)) as append:
                 append(part)
         else:
-            with write_tar(workshop.path(name, end)) as append_file:
+            with write_tar(store.path(name, end)) as append_file:
                 for jpeg in part:
                     append_file("panorama.jpg", jpeg)
-        workshop.finish(name, {end: len(part)})
-    workshop.publish(folder, workshop.records(names), end)
-    shutil.rmtree(workshop.folder, ignore_errors=True)
+        store.finish(name, {end: len(part)})
+    store.publish(folder, store.records(names), end)
+    shutil.rmtree(store.folder, ignore_errors=True)
     return Shards(folder)
 
 

@@ -26,7 +26,7 @@ from panollava.data.download import download
 from panollava.data.http_client import ATTEMPTS
 from panollava.data.picture_paths import picture_file, plain_file
 from panollava.data.rows import read_rows
-from panollava.data.shard_work import Share
+from panollava.data.shard_work import Part
 from panollava.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -229,10 +229,10 @@ def get(
     connections: int = 8,
     rate: float = 1000,
     pause: float = 0.01,
-    share: Share | None = None,
+    part: Part | None = None,
     merge: bool = False,
 ) -> None:
-    download(folder, folder, connections, rate, pause, give_up, share, merge)
+    download(folder, folder, connections, rate, pause, give_up, part, merge)
 
 
 def rejects(folder: Path) -> dict[str, str]:
@@ -438,16 +438,16 @@ def test_a_failed_download_is_an_error_and_complete_pictures_are_kept(
     assert set(server.served.values()) == {1}
 
 
-def test_shares_of_any_number_give_the_files_of_one_process(server: Server, tmp_path: Path) -> None:
+def test_parts_of_any_number_give_the_files_of_one_process(server: Server, tmp_path: Path) -> None:
     kinds = ["at", "gone", "drop", "narrow", "moved"]
     links = [f"{server.address}/{kind}/{name}.jpg" for name in range(4) for kind in kinds]
     trees = []
     for count in (0, 1, 3, 7):
         folder = tmp_path / str(count)
         write_links(folder, links)
-        shares = [Share(number, count) for number in range(1, count + 1)]
+        parts = [Part(number, count) for number in range(1, count + 1)]
         with ThreadPoolExecutor() as pool:  # at the same time
-            for done in [pool.submit(get, folder, share=share) for share in shares]:
+            for done in [pool.submit(get, folder, part=part) for part in parts]:
                 done.result()
         get(folder, merge=count > 0)
         trees.append(tree(folder))
@@ -457,28 +457,28 @@ def test_shares_of_any_number_give_the_files_of_one_process(server: Server, tmp_
     assert trees[0] == trees[1] == trees[2] == trees[3]
 
 
-def test_merging_names_the_shares_that_are_not_finished(server: Server, tmp_path: Path) -> None:
-    kinds = ["at", "gone", "to", "never"]  # of the four shares
+def test_merging_names_the_parts_that_are_not_finished(server: Server, tmp_path: Path) -> None:
+    kinds = ["at", "gone", "to", "never"]  # of the four parts
     order = [f"{server.address}/{kind}/{name}.jpg" for name in range(3) for kind in kinds]
     write_links(tmp_path, [order[number % 3 * 4 + number // 3] for number in range(12)])
     with pytest.raises(UserError, match=r"12 of 12 links are not .*no process with --shard I/N"):
         get(tmp_path, merge=True)
-    get(tmp_path, share=Share(1, 4))
-    get(tmp_path, share=Share(3, 4))
+    get(tmp_path, part=Part(1, 4))
+    get(tmp_path, part=Part(3, 4))
     with pytest.raises(UserError, match="downloads failed after 6 attempts"):
-        get(tmp_path, share=Share(4, 4))
+        get(tmp_path, part=Part(4, 4))
     unfinished = r"--merge: 6 of 12 links are not downloaded, such as .*: --shard 2/4, 4/4$"
     with pytest.raises(UserError, match=unfinished):
         get(tmp_path, merge=True)
-    get(tmp_path, share=Share(2, 4))
-    get(tmp_path, share=Share(4, 4), give_up=True)
+    get(tmp_path, part=Part(2, 4))
+    get(tmp_path, part=Part(4, 4), give_up=True)
     server.requested.clear()
     get(tmp_path, merge=True)
     assert not server.requested
     assert list(rejects(tmp_path)) == [url for url in order if re.search("gone|never", url)]
 
 
-def test_a_share_removes_nothing_of_the_others(server: Server, tmp_path: Path) -> None:
+def test_a_part_removes_nothing_of_the_others(server: Server, tmp_path: Path) -> None:
     links = [f"{server.address}/at/{name}.jpg" for name in range(4)]
     write_links(tmp_path, links)
     part = tmp_path / "images" / (picture_file(links[0], tmp_path).name + ".part")
@@ -486,23 +486,23 @@ def test_a_share_removes_nothing_of_the_others(server: Server, tmp_path: Path) -
     part.parent.mkdir()
     for file in (part, unnamed):
         file.touch()
-    get(tmp_path, share=Share(2, 2))
+    get(tmp_path, part=Part(2, 2))
     assert part.exists() and unnamed.exists()
     get(tmp_path)  # all of the rest, and merging
     check_pictures(tmp_path, server, links)
     assert set(server.requested.values()) == {1}
 
 
-def test_a_share_that_starts_again_tries_its_dead_links_again(
+def test_a_part_that_starts_again_tries_its_dead_links_again(
     server: Server, tmp_path: Path
 ) -> None:
     links = [f"{server.address}/{kind}/0.jpg" for kind in ("at", "gone", "never")]
     write_links(tmp_path, links)
     for _ in range(2):
-        get(tmp_path, share=Share(1, 1), give_up=True)
+        get(tmp_path, part=Part(1, 1), give_up=True)
     assert server.requested["/gone/0.jpg"] == 2
     with pytest.raises(UserError, match="downloads failed"):
-        get(tmp_path, share=Share(1, 1))
+        get(tmp_path, part=Part(1, 1))
     with pytest.raises(UserError, match="2 of 3 links are not downloaded"):
         get(tmp_path, merge=True)
 

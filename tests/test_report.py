@@ -240,6 +240,13 @@ def cut(file: str) -> None:
     Path(file).write_bytes(Path(file).read_bytes()[:-20])
 
 
+def change_last_byte(file: str) -> None:
+    content = bytearray(Path(file).read_bytes())
+    content[-1] ^= 1
+    Path(file).unlink()
+    Path(file).write_bytes(content)
+
+
 def garble(file: str) -> None:
     Path(file).write_text("step\tloss\n1\t0.\x001\n")
 
@@ -263,6 +270,16 @@ FAULTS = {
         "no such file, but it is in runs/prepared/test/pictures/manifest.json; restore the file",
     ),
     "half a picture": (cut, "runs/prepared/test/pictures/000000.tar", "10220 bytes instead"),
+    "a changed picture": (
+        change_last_byte,
+        "runs/prepared/test/pictures/000000.tar",
+        "other content than in runs/prepared/test/pictures/manifest.json; restore the file",
+    ),
+    "changed views": (
+        change_last_byte,
+        "runs/prepared/test/panoramas/000000.npy",
+        "other content than in runs/prepared/test/panoramas/manifest.json; restore the file",
+    ),
     "no curves": (remove, "metrics/vision/plots", "no such folder; run: dvc repro vision"),
     "no numbers": (garble, "metrics/finetune/plots/metrics/val/loss.tsv", "not a curve"),
     "no metrics": (

@@ -12,7 +12,8 @@ import torch
 
 from helpers import SHARED, change, run_stage
 from panollava.config import Settings
-from panollava.data.batches import StepDataset, TextBatch, divide, group_rows, plan_epoch
+from panollava.data.batches import StepDataset, TextBatch
+from panollava.data.epoch_plan import divide, group_rows, plan_epoch
 from panollava.data.shapes import MAX_SHAPES, Shape, choose_shapes, describe, fit
 from panollava.stages import STAGES
 from panollava.training.features import write_features

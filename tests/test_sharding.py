@@ -15,7 +15,7 @@ from panollava import paths
 from panollava.cli import cluster
 from panollava.cli import main as cli
 from panollava.data import prepare
-from panollava.data.shard_work import open_workshop
+from panollava.data.shard_work import open_store
 from panollava.errors import UserError
 from panollava.provenance.resume import remove_finished
 from panollava.training import features
@@ -23,7 +23,7 @@ from panollava.training import features
 
 @pytest.mark.parametrize("value", ["0/3", "4/3", "3", "1/0", "1/3/5", "-1/3", "x/3", "1/ 3", ""])
 @pytest.mark.parametrize("command", [["prepare"], ["features"], ["download", "data"]])
-def test_a_wrong_share_is_an_error(command: list[str], value: str, capsys: Any) -> None:
+def test_a_wrong_part_is_an_error(command: list[str], value: str, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         cli.main([*command, f"--shard={value}"])
     message = f"argument --shard: expected I/N with I from 1 to N, found '{value}'"
@@ -59,10 +59,10 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("command", ["prepare", "features"])
-def test_every_process_of_a_launch_takes_its_share(
+def test_every_process_of_a_launch_takes_its_part(
     launch: str, command: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With machine.devices: 2, too: a share is one process."""
+    """With machine.devices: 2, too: a part is one process."""
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("devices: 1", "devices: 2"))
     for name, value in LAUNCHES[launch].items():
@@ -74,8 +74,8 @@ def test_every_process_of_a_launch_takes_its_share(
     finished.parent.mkdir(parents=True)
     finished.touch()
     cli.main([command, "--shard", "3/4"])
-    assert seen == [{"share": (3, 4), "merge": False}]
-    assert finished.exists(), "another share, or a training, may still need it"
+    assert seen == [{"part": (3, 4), "merge": False}]
+    assert finished.exists(), "another part, or a training, may still need it"
     assert len(list(paths.LOGS.glob(f"{command}_3_of_4_*.log"))) == 1
 
 
@@ -115,7 +115,7 @@ def test_no_cluster_and_no_ray_are_errors(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
-def test_shares_of_any_number_give_the_files_of_one_process(
+def test_parts_of_any_number_give_the_files_of_one_process(
     divided_project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cli.main(["prepare"])
@@ -137,7 +137,7 @@ def test_shares_of_any_number_give_the_files_of_one_process(
         assert results() == expected, count
 
 
-def test_the_work_of_a_share_is_not_taken_for_finished(divided_project: Path) -> None:
+def test_the_work_of_a_part_is_not_taken_for_finished(divided_project: Path) -> None:
     """With an earlier result of the same command: a training that starts now deletes what is."""
     cli.main(["prepare"])
     params = Path("params.yaml")
@@ -151,25 +151,25 @@ def test_a_record_that_is_seen_late_is_no_missing_one(divided_project: Path) -> 
     cli.main(["prepare"])
     expected = results()
     record = next(paths.RESUME.glob("prepare-shards/*/*.json"))
-    workshop = open_workshop("prepare", None)
+    store = open_store("prepare", None)
     away = record.rename("away.json")
     Timer(0.5, lambda: away.rename(record)).start()
-    assert len(workshop.records([record.stem])) == 1
+    assert len(store.records([record.stem])) == 1
     cli.main(["prepare", "--merge"])
     assert results() == expected
 
 
 @pytest.mark.slow
-def test_shares_run_at_the_same_time(divided_project: Path) -> None:
+def test_parts_run_at_the_same_time(divided_project: Path) -> None:
     cli.main(["prepare"])
     train_nothing()
     cli.main(["features"])
     expected = results()
     for command in ("prepare", "features"):
         shutil.rmtree(paths.RESUME / f"{command}-shards", ignore_errors=True)
-        shares = [start(command, "--shard", f"{number}/3") for number in (1, 2, 3)]
-        for share in shares:
-            assert share.wait() == 0, share.stderr and share.stderr.read()
+        processes = [start(command, "--shard", f"{number}/3") for number in (1, 2, 3)]
+        for process in processes:
+            assert process.wait() == 0, process.stderr and process.stderr.read()
         cli.main([command, "--merge"])
     assert results() == expected
 

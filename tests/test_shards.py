@@ -1,8 +1,11 @@
 """Shards: read like one array, found again after an interruption, the same whoever makes them."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ import pytest
 from helpers import read_array, run_stage, save_shards
 from panollava import paths
 from panollava.config import Settings
-from panollava.data import picture_shards, shards
+from panollava.data import picture_shards, shard_work, shards
 from panollava.data.images import read_panorama
 from panollava.data.prepare import prepare_project
-from panollava.data.shard_work import Share
+from panollava.data.shard_work import Part
 from panollava.data.shards import Shards, verify
 from panollava.errors import UserError
 from panollava.evaluation.evaluate import evaluate
@@ -113,7 +116,7 @@ def test_a_missing_or_changed_shard_is_named(
     with pytest.raises(UserError, match=r"000002\.npy: no such file, but it is in set/manifest"):
         Shards(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json: not valid JSON .*remove it, and run"):
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest .*remove it, and run"):
         Shards(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json: no such file; run the stage that"):
@@ -159,7 +162,8 @@ def test_shards_outside_the_project_serve_all_stages(settings: Settings, tmp_pat
     (file, *_) = Shards(TRAIN).files
     assert file.is_relative_to(tmp_path / "store")
     file.unlink()
-    with pytest.raises(UserError, match=f"{file}: no such file, but it is in {TRAIN}/manifest"):
+    message = f"{file}: no such file, but it is in {TRAIN}/manifest.* --force --single-item prepare"
+    with pytest.raises(UserError, match=message):
         run_stage("vision", outside)
 
 
@@ -251,7 +255,7 @@ def test_a_shard_that_changed_in_the_store_is_found_by_the_next_command(
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
+def test_parts_and_one_process_make_the_same_bytes(settings: Settings, count: int) -> None:
     for stage in ("vision", "resampler"):
         run_stage(stage, settings)
     write_features(settings)
@@ -261,11 +265,11 @@ def test_shares_and_one_process_make_the_same_bytes(settings: Settings, count: i
     shutil.rmtree(paths.RESUME)
     for work in (prepare_project, write_features):
         for number in range(count, 1, -1):
-            work(settings, share=Share(number, count))
+            work(settings, part=Part(number, count))
         message = r"--merge: \d of [45] shards are missing \(train .*; make them with: panollava"
         with pytest.raises(UserError, match=message):
             work(settings, merge=True)
-        work(settings, share=Share(1, count))
+        work(settings, part=Part(1, count))
         work(settings, merge=True)
     assert outputs(paths.PREPARED, paths.FEATURES) == expected
 
@@ -296,3 +300,169 @@ def test_the_manifest_has_one_line_for_each_shard(settings: Settings) -> None:
     assert (manifest["folder"], manifest["shape"]) == (None, [8, 32, 32, 3])
     assert text.count("000001.npy") == 1 and '    ["000001.npy", 2, ' in text
     assert read_array(TRAIN).shape == (6, 8, 32, 32, 3)
+
+
+def with_copies(settings: Settings, folder: Path) -> Settings:
+    """The data with a picture that is in two splits, and a copy of another, in shards of one."""
+    shutil.copytree(settings.data.dir, folder)
+    copied = folder / "images/train_5.jpg"
+    copied.write_bytes((folder / "images/train_0.jpg").read_bytes())
+    with (folder / "valid.csv").open("a") as file:
+        file.write("images/train_4.jpg,what,the red box\n")
+    changed = replace(settings.data, dir=str(folder), shard_size=1)
+    return replace(settings, data=changed)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_shards_of_equal_content_are_made_once_and_serve_all(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr(shard_work, "_SEEN_SECONDS", 0.5)
+        monkeypatch.setattr(shard_work.os, "link", fail)
+        monkeypatch.setattr(shard_work.os, "replace", _replace_within_a_folder(os.replace))
+    copies = with_copies(settings, tmp_path / "copies")
+    for stage in (prepare_project, _train_encoder, write_features):
+        stage(copies)
+    for name in ("train", "valid"):
+        assert len(Shards(paths.FEATURES / name)) == len(
+            Shards(paths.PREPARED / name / "panoramas")
+        )
+    train, valid = (read_array(paths.FEATURES / name) for name in ("train", "valid"))
+    assert (len(train), len(valid)) == (6, 3)
+    assert np.array_equal(train[5], train[0]) and not np.array_equal(train[4], train[0])
+    assert np.array_equal(valid[2], train[4])
+    verify([Shards(TRAIN), Shards(paths.FEATURES / "train")])
+
+
+def _replace_within_a_folder(replace: Any) -> Any:
+    """os.replace where runs/ is on another file system."""
+
+    def replacing(source: Any, target: Any) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+        replace(source, target)
+
+    return replacing
+
+
+def _train_encoder(settings: Settings) -> None:
+    for stage in ("vision", "resampler"):
+        run_stage(stage, settings)
+
+
+def test_features_are_computed_again_if_only_the_normalization_of_pixels_changes(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """It is part of the encoder's files, but not of its weights."""
+    tower = tmp_path / "encoder"
+    shutil.copytree(settings.model.encoder.path, tower)
+    encoder = replace(settings.model.encoder, path=str(tower))
+    changed = replace(settings, model=replace(settings.model, encoder=encoder))
+    _train_encoder(changed)
+    write_features(changed)
+    before = read_array(paths.FEATURES / "train")
+    file = tower / "preprocessor_config.json"
+    file.write_text(file.read_text().replace("0.5, 0.5, 0.5", "0.4, 0.4, 0.4", 1))
+    write_features(changed)
+    assert not np.array_equal(read_array(paths.FEATURES / "train"), before)
+
+
+def _count_shards(patch: pytest.MonkeyPatch) -> list[Any]:
+    """The shards that are written from now on."""
+    written: list[Any] = []
+    write = picture_shards._write
+
+    def counted(*arguments: Any) -> None:
+        written.append(arguments)
+        write(*arguments)
+
+    patch.setattr(picture_shards, "_write", counted)
+    return written
+
+
+def test_a_check_that_is_stopped_reads_no_more_and_keeps_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = save_shards(Path("set"), np.arange(40, dtype=np.uint8), size=1)
+    for file in written.files:
+        os.utime(file, ns=(0, 0))
+    read: list[str] = []
+    hashed = shards.file_sha256
+
+    def slow(file: Path) -> str:
+        read.append(file.name)
+        time.sleep(0.05)
+        return hashed(file)
+
+    monkeypatch.setattr(shards, "file_sha256", slow)
+    change_last_byte(written.files[8])
+    for count in (9, 1):
+        read.clear()
+        with pytest.raises(UserError, match=r"000008\.npy: other content"):
+            verify([Shards(Path("set"))])
+        assert count <= len(read) < 20 and ("000000.npy" in read) == (count == 9)
+
+
+@pytest.mark.parametrize("store", [None, "store"])
+def test_a_picture_that_could_not_be_read_is_tried_again(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store: str | None,
+) -> None:
+    """Permissions, a network or an installed decoder do not change the size and time of a file."""
+    expected = outputs(paths.PREPARED)
+    shutil.rmtree(paths.RESUME)
+    tolerant = replace(settings, data=replace(settings.data, max_rejected=0.5))
+    tolerant = stored_in(tolerant, tmp_path / store if store else None)
+    read = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path.name == "train_1.jpg":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", denied)
+        decoded = _count_shards(patch)
+        prepare_project(tolerant, part=Part(1, 1))
+        prepare_project(tolerant, merge=True)
+        assert len(Shards(TRAIN)) == 5
+        decoded.clear()
+        prepare_project(tolerant)
+        assert not decoded  # no shard is made again for it
+    prepare_project(tolerant)
+    assert len(Shards(TRAIN)) == 6
+    if store is None:
+        assert outputs(paths.PREPARED) == expected
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '{"x": 1}', '"text"'])
+def test_a_damaged_note_of_what_was_read_is_ignored(
+    tmp_path: Path, array: np.ndarray, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = save_shards(Path("set"), array)
+    (paths.CACHE / "shards.json").write_text(content)
+    verify([written])
+    save_shards(Path("set"), array)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"digest": ""}'])
+def test_a_manifest_without_its_fields_is_an_error(
+    tmp_path: Path, array: np.ndarray, content: str
+) -> None:
+    save_shards(tmp_path / "set", array)
+    file = tmp_path / "set/manifest.json"
+    whole = json.loads(file.read_text())
+    for damaged in (content, json.dumps(whole | {"shards": [["000000.npy"]]})):
+        file.write_text(damaged)
+        with pytest.raises(
+            UserError, match=r"manifest\.json: not a manifest .*; remove it, and run"
+        ):
+            Shards(tmp_path / "set")

@@ -35,14 +35,14 @@ def test_a_second_instance_is_refused_with_the_process_id_of_the_first(
         pass
 
 
-def test_shards_run_beside_each_other_but_not_beside_the_same_or_the_full_command(
+def test_parts_run_at_the_same_time_but_not_with_the_same_one_or_the_full_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with single_instance("prepare", "1/3"):
         with single_instance("prepare", "2/3"), single_instance("features"):
             pass
-        for shard, holder in (("1/3", ""), (None, "of --shard, lastly 2/3: ")):
+        for shard, holder in (("1/3", ""), (None, "with --shard, most recently 2/3: ")):
             with (
                 pytest.raises(UserError, match=rf"\({holder}pid {os.getpid()} on"),
                 single_instance("prepare", shard),

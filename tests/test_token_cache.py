@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import re
 import time
 from pathlib import Path
@@ -16,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from helpers import save_tokenizer
 from panollava import paths
 from panollava.data import token_cache
-from panollava.data.batches import labeled_rows
 from panollava.data.dialogue import Dialogue
+from panollava.data.epoch_plan import labeled_rows
 from panollava.data.packing import Row, Rows
 from panollava.data.token_cache import check_rows, open_rows, tokenize
 from panollava.errors import UserError
@@ -200,6 +201,16 @@ def test_a_killed_writer_leaves_no_entry(tokenizer: PreTrainedTokenizerBase) -> 
     dialogue = Dialogue(tokenizer, 60)
     assert [*open_rows(FILE, dialogue, True)] == expected(dialogue, True)
     assert len(entries()) == 1 and not [*paths.CACHE.glob("*.part")]
+
+
+def test_another_machine_may_be_writing(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name begins like this one's."""
+    other = paths.CACHE / f"{platform.node()}-2{token_cache._PREFIX[-1]}1.part"
+    other.mkdir(parents=True)
+    open_rows(FILE, Dialogue(tokenizer, 60), True)
+    assert other.is_dir()
 
 
 def test_two_writers_at_the_same_time_make_one_entry(

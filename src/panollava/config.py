@@ -69,13 +69,9 @@ class Section:
 class Data(Section):
     dir: str  # folder that holds train.csv, valid.csv and test.csv
     max_rejected: Share  # largest share of a split's rows that may be bad
-    store: Literal[
-        "views", "panoramas"
-    ]  # what prepare writes; views of panoramas are sampled later
+    store: Literal["views", "panoramas"]  # what prepare keeps; panoramas: as JPEG
     shard_size: Count  # pictures per file that prepare and features write
-    store_dir: (
-        str | None
-    )  # folder for these files; null: the outputs of the stages, as DVC keeps them
+    store_dir: str | None  # folder for these files; null: in runs/, kept by DVC
 
 
 @dataclass(frozen=True)

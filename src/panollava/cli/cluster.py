@@ -25,6 +25,7 @@ from panollava.cli.cluster_check import (
     fault_of_machine,
     last_line,
 )
+from panollava.data.shard_work import Distribute
 from panollava.errors import UserError, system_errors_as_user_errors
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ _MAX_SHARDS = 16  # of a task on a GPU, whose process Ray ends with the task
 
 Shard = TypeVar("Shard")
 Make = Callable[[Sequence[Shard]], object]
-Elsewhere = Callable[[Make, Sequence[Shard]], None]
 
 
 class Needs(NamedTuple):
@@ -49,7 +49,7 @@ class Needs(NamedTuple):
 
 
 @contextlib.contextmanager
-def connect(address: str, needs: Needs, written: Sequence[Path]) -> Iterator[Elsewhere]:
+def connect(address: str, needs: Needs, written: Sequence[Path]) -> Iterator[Distribute]:
     """Connect to the cluster. Yields a function that makes shards there: it checks the machines,
     and calls on them the function that it gets, which they can import, in the project's folder.
 
@@ -73,14 +73,14 @@ def connect(address: str, needs: Needs, written: Sequence[Path]) -> Iterator[Els
             )
         log.info("%d machines of the Ray cluster at %s", len(machines), address)
 
-        def elsewhere(make: Make, shards: Sequence[Shard]) -> None:
+        def distribute(make: Make, shards: Sequence[Shard]) -> None:
             with expect(written, [paths.PARAMS, *needs.files(shards)]) as expected:
                 check_machines(ray, machines, expected)
                 # A task must fit on the smallest machine.
                 cpus = min(needs.cpus, *(int(each["Resources"]["CPU"]) for each in machines))
                 _run(ray, make, shards, needs._replace(cpus=cpus), expected)
 
-        yield elsewhere
+        yield distribute
 
 
 def _import_ray() -> Any:

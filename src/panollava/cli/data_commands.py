@@ -29,7 +29,6 @@ def add_download(command: argparse.ArgumentParser) -> None:
 def download(options: argparse.Namespace) -> None:
     from panollava.data.datasets import DATASETS, fetch_tables
     from panollava.data.download import download
-    from panollava.data.shard_work import Share
 
     folder = Path(options.data_dir)
     if dataset := DATASETS.get(options.data_dir):
@@ -42,7 +41,7 @@ def download(options: argparse.Namespace) -> None:
         rate=options.rate,
         pause=options.pause,
         give_up=options.give_up,
-        share=options.shard and Share(*options.shard),
+        part=options.shard,
         merge=options.merge,
     )
 

@@ -5,37 +5,28 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from panollava import paths
 
 if TYPE_CHECKING:
     from panollava.config import Settings
     from panollava.data.picture_shards import PictureShard
+    from panollava.data.shard_work import Part
 
-_SHARE = re.compile(r"([0-9]+)/([0-9]+)")
+_PART = re.compile(r"([0-9]+)/([0-9]+)")
 
 
 def add_to(command: argparse.ArgumentParser, ray: bool = True) -> None:
     """Without any of these options, a command does all work that is not yet done, and merges."""
     add = command.add_mutually_exclusive_group().add_argument
-    help = "do only the I-th of N equal shares of the work, beside other processes; then --merge"
-    add("--shard", type=_parse_share, metavar="I/N", help=help)
-    help = "do nothing that --shard does: check that all shares are done, and write the outputs"
+    help = "do part I of N of the work, for N processes at the same time; then --merge"
+    add("--shard", type=_parse_part, metavar="I/N", help=help)
+    help = "check that --shard has done all parts, and write the outputs"
     add("--merge", action="store_true", help=help)
     if ray:
         help = "run on a Ray cluster that this machine is part of: HOST:PORT, or auto to find it"
         add("--ray", type=_parse_address, metavar="ADDRESS", help=help)
-
-
-class Numbers(NamedTuple):
-    """Of a share, and of all."""
-
-    number: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.total}"
 
 
 def is_divided(options: argparse.Namespace) -> bool:
@@ -46,13 +37,11 @@ def is_divided(options: argparse.Namespace) -> bool:
 @contextlib.contextmanager
 def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict[str, Any]]:
     """What the options mean for `prepare_project` and `write_features`."""
-    from panollava.data.shard_work import Share
-
     if not is_divided(options):
         yield {}
         return
     if not options.ray:
-        yield {"share": options.shard and Share(*options.shard), "merge": options.merge}
+        yield {"part": options.shard, "merge": options.merge}
         return
     from panollava.cli import cluster
 
@@ -65,8 +54,8 @@ def keywords(options: argparse.Namespace, settings: "Settings") -> Iterator[dict
         needs = cluster.Needs(settings.machine.decode_threads, 0, _pictures)
     store = settings.data.store_dir
     written = [paths.RESUME, *([Path(store)] if store else [])]
-    with cluster.connect(options.ray, needs, written) as elsewhere:
-        yield {"elsewhere": elsewhere}
+    with cluster.connect(options.ray, needs, written) as distribute:
+        yield {"distribute": distribute}
 
 
 def _prepared(shards: Sequence[Any]) -> list[Path]:
@@ -79,11 +68,13 @@ def _pictures(shards: "Sequence[PictureShard]") -> list[Path]:
     return [*by_folder.values()]
 
 
-def _parse_share(text: str) -> Numbers:
-    match = _SHARE.fullmatch(text)
+def _parse_part(text: str) -> "Part":
+    from panollava.data.shard_work import Part
+
+    match = _PART.fullmatch(text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, found '{text}'")
-    return Numbers(int(match[1]), int(match[2]))
+    return Part(int(match[1]), int(match[2]))
 
 
 def _parse_address(text: str) -> str:

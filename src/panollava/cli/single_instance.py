@@ -1,5 +1,5 @@
-"""One process at a time for each command (or each of its shards) in a folder, and one process of a
-parallel launch."""
+"""One process at a time for each command (or each part of its work) in a folder, and one process of
+a parallel launch."""
 
 import contextlib
 import fcntl
@@ -29,8 +29,8 @@ def check_first_process() -> None:
 
 
 @contextlib.contextmanager
-def single_instance(command: str, shard: object = None) -> Iterator[None]:
-    """Only one process at a time runs the block in this folder, or one of each `shard`. When DVC is
+def single_instance(command: str, part: object = None) -> Iterator[None]:
+    """Only one process at a time runs the block in this folder, or one for each `part`. When DVC is
     killed, the command that it started keeps running, and would write the same files as the next
     one. Processes may be on other machines that share the folder.
 
@@ -38,13 +38,13 @@ def single_instance(command: str, shard: object = None) -> Iterator[None]:
     paths.RESUME.mkdir(exist_ok=True)
     process = f"pid {os.getpid()} on {socket.gethostname()}"
     with contextlib.ExitStack() as stack:
-        if shard is None:
+        if part is None:
             stack.enter_context(_lock(command, fcntl.LOCK_EX, process))
         else:
-            name = f"{command} {shard}".replace("/", " of ")
+            name = f"{command} {part}".replace("/", " of ")
             stack.enter_context(_lock(name, fcntl.LOCK_EX, process))
-            shards = f"of --shard, lastly {shard}: {process}"
-            stack.enter_context(_lock(command, fcntl.LOCK_SH, shards))
+            parts = f"with --shard, most recently {part}: {process}"
+            stack.enter_context(_lock(command, fcntl.LOCK_SH, parts))
         yield
 
 

@@ -29,7 +29,7 @@ from panollava.data.picture_paths import (
     is_link,
     picture_file,
 )
-from panollava.data.shard_work import Share
+from panollava.data.shard_work import Part
 from panollava.errors import UserError
 from panollava.files import write_csv, write_json
 
@@ -45,19 +45,19 @@ def download(
     rate: float,
     pause: float,
     give_up: bool,
-    share: Share | None = None,
+    part: Part | None = None,
     merge: bool = False,
 ) -> None:
     """Download the links of all splits of `folder` into `folder`/images, and write the url and
     reason of each dead link to `folder`/rejects.csv, in the order of the rows.
 
     `rate`: requests per second; `pause`: seconds before the second attempt, doubled before each
-    further one. `give_up`: treat links as dead when no complete response arrives. `share`: download
-    only these links, and write no rejects.csv. `merge`: download none; those that shares found dead
+    further one. `give_up`: treat links as dead when no complete response arrives. `part`: download
+    only these links, and write no rejects.csv. `merge`: download none; those that parts found dead
     are dead.
 
     Raises:
-        UserError: unusable rows or options, shares that are missing, or downloads that failed
+        UserError: unusable rows or options, parts that are missing, or downloads that failed
             (unless `give_up`). All complete pictures are kept for the next run.
     """
     checked(Count, connections, "--connections")
@@ -65,21 +65,21 @@ def download(
     links, wanted = _links(folder, root)
     (folder / "rejects.csv").unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    shares = _Shares(root, links)
-    mine = list(links) if share is None else share.pick(list(links))
+    parts = _Parts(root, links)
+    mine = list(links) if part is None else part.pick(list(links))
     todo = [link for link in mine if links[link] is None]
-    if share is not None:
+    if part is not None:
         dead = {}
-        shares.forget(share)
+        parts.forget(part)
     else:
-        dead = shares.dead()
+        dead = parts.dead()
         todo = [link for link in todo if link not in dead]
     if merge and todo:
         raise UserError(
             f"--merge: {len(todo)} of {len(links)} links are not downloaded, such as {todo[0]}; "
-            f"{shares.missing()}"
+            f"{parts.missing()}"
         )
-    if share is None:
+    if part is None:
         _clear(folder, wanted)
     log.info("%d links, %d of them already downloaded", len(mine), len(mine) - len(todo))
     found, failed = _download_all(todo, folder, connections, client)
@@ -93,32 +93,32 @@ def download(
             "command later, or treat these links as dead with --give-up"
         )
     dead |= found | dict.fromkeys(failed, "no complete response")
-    if share is not None:
-        shares.finish(share, dead)
-        log.info("share %d of %d: %d links, %d of them dead", *share, len(mine), len(dead))
+    if part is not None:
+        parts.finish(part, dead)
+        log.info("part %d of %d: %d links, %d of them dead", *part, len(mine), len(dead))
         return
     rejects = [(link, dead[link]) for link in links if links[link] is None and link in dead]
     write_csv(folder / "rejects.csv", pd.DataFrame(rejects, columns=["url", "reason"]))
-    shares.remove()
+    parts.remove()
     log.info(
         "%d pictures in %s, %d dead links in %s",
         *(len(links) - len(rejects), folder / "images", len(rejects), folder / "rejects.csv"),
     )
 
 
-class _Shares:
-    """The dead links that processes with a share of the links have found: a file for each of these
+class _Parts:
+    """The dead links that processes with a part of the links have found: a file for each of these
     processes that has finished."""
 
     def __init__(self, root: Path, links: Iterable[str]) -> None:
         digest = hashlib.sha256("\n".join(links).encode()).hexdigest()
         self._folder = root / paths.RESUME / f"download-{digest[:16]}"
 
-    def finish(self, share: Share, dead: dict[str, str]) -> None:
-        write_json(self._file(share), dead)
+    def finish(self, part: Part, dead: dict[str, str]) -> None:
+        write_json(self._file(part), dead)
 
-    def forget(self, share: Share) -> None:
-        self._file(share).unlink(missing_ok=True)
+    def forget(self, part: Part) -> None:
+        self._file(part).unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -136,8 +136,8 @@ class _Shares:
                 return f"not finished: --shard {', '.join(left[:20])}"
         return "no process with --shard I/N has finished with these rows"
 
-    def _file(self, share: Share) -> Path:
-        return self._folder / f"{share.number}-of-{share.total}.json"
+    def _file(self, part: Part) -> Path:
+        return self._folder / f"{part.number}-of-{part.total}.json"
 
 
 def _links(folder: Path, root: Path) -> tuple[dict[str, Path | None], set[Path]]:

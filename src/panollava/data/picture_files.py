@@ -52,6 +52,11 @@ _TIMES = [
 _GPANO_TAG = re.compile(r"(?<!/)GPano:(\w+)(?:\s*=\s*[\"']|>)\s*([^\"'<]*)")
 
 
+# Kinds of faults that may end without a change of the file: permissions, a network, a decoder that
+# is installed.
+TEMPORARY = {"picture missing", "picture cannot be read", "format not supported"}
+
+
 class PictureError(UserError):
     """A picture that is not a usable panorama. The message is `path: kind: detail`.
 

@@ -21,7 +21,8 @@ from panollava.data.images import (
     roll,
     stored_jpeg,
 )
-from panollava.data.shard_work import Workshop
+from panollava.data.picture_files import TEMPORARY
+from panollava.data.shard_work import Record, ShardStore
 from panollava.files import write_array, write_tar
 from panollava.geometry.views import Sampler, layout
 from panollava.provenance.fingerprint import fingerprint
@@ -29,7 +30,7 @@ from panollava.provenance.fingerprint import fingerprint
 ROLLED = paths.ROLLED.name
 
 
-class Recipe(NamedTuple):
+class ShardFormat(NamedTuple):
     """What is written of each panorama."""
 
     views: config.Views
@@ -49,11 +50,11 @@ class PictureShard(NamedTuple):
     split: str
     number: int
     pictures: tuple[Path, ...]
-    recipe: Recipe
-    made_from: str  # a hash
+    format: ShardFormat
+    key: str  # see `shard_key`
 
 
-def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path) -> str:
+def shard_key(pictures: Sequence[Path], format: ShardFormat, code: str, root: Path) -> str:
     """A hash of what a shard is made from. Pictures count as the same if their paths, sizes and
     times of change are. `code`: a digest of the code that makes shards; `root`: the project's
     folder, so that it may be moved."""
@@ -61,39 +62,53 @@ def hash_inputs(pictures: Sequence[Path], recipe: Recipe, code: str, root: Path)
     for picture in pictures:
         status = picture.stat()
         files.append((os.path.relpath(picture, root), status.st_size, status.st_mtime_ns))
-    described = [code, dataclasses.asdict(recipe.views), recipe.store, recipe.rolls, files]
+    described = [code, dataclasses.asdict(format.views), format.store, format.rolls, files]
     return fingerprint(described, [], {})
 
 
-def make_shards(workshop: Workshop, threads: int, shards: Sequence[PictureShard]) -> None:
+def is_outdated(shard: PictureShard, record: Record) -> bool:
+    """Whether a picture that could not be read when the shard was made can be read now, though
+    neither its size nor its time has changed."""
+    for place, kind, reason in record.faults:
+        if kind in TEMPORARY:
+            try:
+                read_panorama(shard.pictures[place], width=256)
+            except PictureError as error:
+                if error.reason == reason:
+                    continue
+            return True
+    return False
+
+
+def make_shards(store: ShardStore, threads: int, shards: Sequence[PictureShard]) -> None:
     """Write the files of shards. A picture that cannot be used is noted in the shard's record, by
     its place in the shard, with kind and reason."""
     if not shards:
         return
     cv2.setNumThreads(1)  # the decoding threads keep all cores busy
-    jobs = [(picture, shard.recipe) for shard in shards for picture in shard.pictures]
+    jobs = [(picture, shard.format) for shard in shards for picture in shard.pictures]
     results = map_pictures(_convert, jobs, threads, "panoramas")
     for shard in shards:
-        _write(workshop, shard, (result for _, result in islice(results, len(shard.pictures))))
+        _write(store, shard, (result for _, result in islice(results, len(shard.pictures))))
 
 
-def _convert(job: tuple[Path, Recipe]) -> dict[str, Any] | PictureError:
+def _convert(job: tuple[Path, ShardFormat]) -> dict[str, Any] | PictureError:
     """What each shard set gets of a picture: rows of an array, or a JPEG."""
-    path, recipe = job
-    sampler = _sampler(recipe.views)
+    path, format = job
+    sampler = _sampler(format.views)
     try:
-        if recipe.store == "views":
+        if format.store == "views":
             panorama = read_panorama(path, sampler.panorama_width)
             stored: Any = sampler.sample(panorama)[None]
         else:
             stored = stored_jpeg(path, sampler.panorama_width)
     except PictureError as error:
         return error
-    if recipe.rolls is None:
+    if format.rolls is None:
         return {paths.PANORAMAS: stored}
-    if recipe.store == "panoramas":
+    if format.store == "panoramas":
         panorama = read_panorama(stored, sampler.panorama_width)
-    rolled = [sampler.sample(roll(panorama, degrees)) for degrees in recipe.rolls]
+    rolled = [sampler.sample(roll(panorama, degrees)) for degrees in format.rolls]
     return {
         paths.PANORAMAS: stored,
         ROLLED: np.stack(rolled) if rolled else [],
@@ -105,15 +120,15 @@ _sampler = functools.cache(lambda views: Sampler(layout(views), views.size))
 
 
 def _write(
-    workshop: Workshop, shard: PictureShard, results: Iterator[dict[str, Any] | PictureError]
+    store: ShardStore, shard: PictureShard, results: Iterator[dict[str, Any] | PictureError]
 ) -> None:
-    files = shard.recipe.files
+    files = shard.format.files
     counts, faults = dict.fromkeys(files.values(), 0), []
     with ExitStack() as stack:
         append: dict[str, Any] = {}
-        for name, end in files.items():
-            write: Any = write_tar if end.endswith(".tar") else write_array
-            file = workshop.path(shard.made_from, end)
+        for name, suffix in files.items():
+            write: Any = write_tar if suffix.endswith(".tar") else write_array
+            file = store.path(shard.key, suffix)
             append[name] = stack.enter_context(write(file, shared=True))
         for place, result in enumerate(results):
             if isinstance(result, PictureError):
@@ -125,4 +140,4 @@ def _write(
                 elif len(content):
                     append[name](content)
                 counts[files[name]] += 1 if isinstance(content, bytes) else len(content)
-    workshop.finish(shard.made_from, counts, faults)
+    store.finish(shard.key, counts, faults)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,20 @@ from panollava import config, paths
 from panollava.data.picture_shards import (
     ROLLED,
     PictureShard,
-    Recipe,
-    hash_inputs,
+    ShardFormat,
+    is_outdated,
     make_shards,
+    shard_key,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
-from panollava.data.shard_work import Record, Share, Workshop, missing_error, open_workshop
+from panollava.data.shard_work import (
+    Distribute,
+    Part,
+    Record,
+    ShardStore,
+    missing_error,
+    open_store,
+)
 from panollava.errors import UserError
 from panollava.files import write_csv
 from panollava.geometry.views import layout, resampled
@@ -29,16 +37,14 @@ log = logging.getLogger(__name__)
 READS = ("data", "views", "evaluate.split", "evaluate.rolls")
 _FOLDERS = (paths.PANORAMAS, paths.PICTURES)
 Table = tuple[pd.DataFrame, pd.DataFrame]  # good rows and rejected ones
-# Calls a function with some of the shards at a time, on other machines.
-Elsewhere = Callable[[Callable[[Sequence[PictureShard]], None], Sequence[PictureShard]], None]
 
 
 def prepare_project(
     settings: config.Settings,
     root: Path = Path(),
-    share: Share | None = None,
+    part: Part | None = None,
     merge: bool = False,
-    elsewhere: Elsewhere | None = None,
+    distribute: Distribute | None = None,
 ) -> None:
     """Write runs/prepared/<split>/{panoramas,rows.csv,rejects.csv} for each split, and
     runs/prepared/<split>/pictures and runs/prepared/rolled of `evaluate.split`. `root`: the
@@ -49,73 +55,69 @@ def prepare_project(
     (degrees to the right) that does not only reorder them, one after the other. pictures: JPEGs for
     people to look at.
 
-    `share`: make only these of the missing shards, and write no outputs. `merge`: make none.
-    `elsewhere`: who makes them.
+    `part`: make only these of the missing shards, and write no outputs. `merge`: make none.
+    `distribute`: makes them on other machines.
 
     Raises:
         UserError: unusable rows or settings, missing shards, or more bad rows than
             `data.max_rejected` allows. rejects.csv is written in that case too.
     """
     folder, out = root / settings.data.dir, root / paths.PREPARED
-    if share is None:
+    if part is None:
         _clear(out)
     # Check all rows before opening pictures, which may take an hour.
     sources = {split: folder / f"{split}.csv" for split in SPLITS}
     hashes = {s: made_from.hash_source(file) for s, file in sources.items()}  # before reading them
     tables = {split: read_rows(file, root) for split, file in sources.items()}
     for split, table in tables.items():
-        _check_rejects(settings, root, split, table, writes=share is None)
-    shards = _plan_shards(settings, root, tables, share)
-    workshop = open_workshop("prepare", settings.data.store_dir, root)
-    missing = [shard for shard in shards if workshop.find(shard.made_from) is None]
+        _check_rejects(settings, root, split, table, writes=part is None)
+    shards = _plan_shards(settings, root, tables, part)
+    store = open_store("prepare", settings.data.store_dir, root)
+    missing = store.missing(shards, None if merge else is_outdated)
     if merge and missing:
         raise missing_error("prepare", [f"{s.split} {s.number}" for s in missing], len(shards))
     if len(missing) < len(shards):
         log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
-    make = partial(make_shards, workshop, settings.machine.decode_threads)
-    if elsewhere and missing:
-        elsewhere(make, missing)
+    make = partial(make_shards, store, settings.machine.decode_threads)
+    if distribute and missing:
+        distribute(make, missing)
     else:
         make(missing)
-    if share is not None:
-        log.info("share %d of %d: its %d shards are finished", *share, len(shards))
+    if part is not None:
+        log.info("part %d of %d: its %d shards are finished", *part, len(shards))
         return
     _warn_of_untracked({p for rows, _ in tables.values() for p in rows["picture"]}, folder)
     digests: dict[str, str] = {}
     for split, table in tables.items():
         mine = [shard for shard in shards if shard.split == split]
-        records = workshop.records([shard.made_from for shard in mine])
-        tables[split] = rows, rejects = _set_aside(table, mine, records)
+        records = store.records([shard.key for shard in mine])
+        tables[split] = _set_aside(table, mine, records)
         _check_rejects(settings, root, split, tables[split])
-        digests |= _publish(workshop, out, mine, records)
-        numbered = rows.assign(panorama=pd.factorize(rows["picture"])[0])
-        write_csv(out / split / "rows.csv", numbered[["panorama", "row", *COLUMNS]])
-        log.info(
-            "%s: %d rows over %d panoramas, %d rejected%s",
-            *(split, len(rows), rows["picture"].nunique(), len(rejects)),
-            f" ({_count_kinds(rejects)})" if len(rejects) else "",
-        )
+        digests |= _publish(store, out, mine, records)
+        _write_rows(out / split / "rows.csv", *tables[split])
     made_from.record_prepared(settings, out, digests, hashes)
-    workshop.close()
+    store.close()
     for warning in shared_pictures({split: rows for split, (rows, _) in tables.items()}):
         log.warning("%s", warning)
 
 
 def _plan_shards(
-    settings: config.Settings, root: Path, tables: Mapping[str, Table], share: Share | None
+    settings: config.Settings, root: Path, tables: Mapping[str, Table], part: Part | None
 ) -> Sequence[PictureShard]:
-    """All shards in order, or those of a share."""
+    """All shards in order, or those of a part."""
     size, code = settings.data.shard_size, code_digest.digest("prepare")
     evaluated, rolls = settings.evaluate.split, tuple(_rolls(settings))
-    parts = []
+    planned = []
     for split, (rows, _) in tables.items():
-        recipe = Recipe(settings.views, settings.data.store, rolls if split == evaluated else None)
+        format = ShardFormat(
+            settings.views, settings.data.store, rolls if split == evaluated else None
+        )
         pictures = rows["picture"].unique()
         for number, first in enumerate(range(0, len(pictures), size)):
-            parts.append((split, number, tuple(pictures[first : first + size]), recipe))
+            planned.append((split, number, tuple(pictures[first : first + size]), format))
     return [
-        PictureShard(*part, hash_inputs(*part[2:], code, root))
-        for part in (share.pick(parts) if share else parts)
+        PictureShard(*each, shard_key(*each[2:], code, root))
+        for each in (part.pick(planned) if part else planned)
     ]
 
 
@@ -126,7 +128,7 @@ def _set_aside(table: Table, shards: Sequence[PictureShard], records: Sequence[R
         [
             (shard.pictures[place], kind, reason)
             for shard, record in zip(shards, records, strict=True)
-            for place, kind, reason in record.notes
+            for place, kind, reason in record.faults
         ],
         columns=["picture", "kind", "reason"],
     )
@@ -134,16 +136,26 @@ def _set_aside(table: Table, shards: Sequence[PictureShard], records: Sequence[R
     return rows[~rows["picture"].isin(faults["picture"])], rejects
 
 
+def _write_rows(file: Path, rows: pd.DataFrame, rejects: pd.DataFrame) -> None:
+    numbered = rows.assign(panorama=pd.factorize(rows["picture"])[0])
+    write_csv(file, numbered[["panorama", "row", *COLUMNS]])
+    log.info(
+        "%s: %d rows over %d panoramas, %d rejected%s",
+        *(file.parent.name, len(rows), rows["picture"].nunique(), len(rejects)),
+        f" ({_count_kinds(rejects)})" if len(rejects) else "",
+    )
+
+
 def _publish(
-    workshop: Workshop, out: Path, shards: Sequence[PictureShard], records: Sequence[Record]
+    store: ShardStore, out: Path, shards: Sequence[PictureShard], records: Sequence[Record]
 ) -> dict[str, str]:
     """Write the shard sets of a split. Returns their digests by folder."""
     digests = {}
-    for name, end in shards[0].recipe.files.items():
+    for name, suffix in shards[0].format.files.items():
         folder = ROLLED if name == ROLLED else f"{shards[0].split}/{name}"
-        sampled_later = name == paths.PANORAMAS and end == ".tar"
+        sampled_later = name == paths.PANORAMAS and suffix == ".tar"
         code = fingerprint(code_digest.digest("prepare"), [], {}) if sampled_later else ""
-        digests[folder] = workshop.publish(out / folder, records, end, code)
+        digests[folder] = store.publish(out / folder, records, suffix, code)
     return digests
 
 

@@ -27,8 +27,8 @@ class SampledViews(Shards):
             pixels = read_panorama(jpeg, self.sampler.panorama_width)
         except PictureError as error:
             number, place = self.locate(panorama)
-            raise self.fault(
-                self.files[number], f"picture {place} ({error.reason}), but it is in"
+            raise self.mismatch(
+                self.files[number], f"picture {place} cannot be decoded ({error.reason}), but is in"
             ) from None
         return self.sampler.sample(pixels)
 

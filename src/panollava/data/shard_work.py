@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from panollava import paths
-from panollava.data.shards import Shard, remember, write_manifest
+from panollava.data.shards import Shard, mark_verified, write_manifest
 from panollava.errors import UserError
 from panollava.files import open_array, write_json
 from panollava.provenance.fingerprint import file_sha256
@@ -22,8 +22,20 @@ _SEEN_SECONDS = 60.0
 Item = TypeVar("Item")
 
 
-class Share(NamedTuple):
-    """The `number`th, counted from 1, of `total` shares of a command's shards."""
+class Keyed(Protocol):
+    @property
+    def key(self) -> str: ...  # a hash
+
+
+KeyedT = TypeVar("KeyedT", bound=Keyed)
+
+
+# Calls a function with some of the shards at a time, on other machines.
+Distribute = Callable[[Callable[[Sequence[Any]], object], Sequence[Any]], None]
+
+
+class Part(NamedTuple):
+    """Part `number`, from 1, of `total` of a command's work: every `total`-th shard."""
 
     number: int
     total: int
@@ -31,43 +43,60 @@ class Share(NamedTuple):
     def pick(self, items: Sequence[Item]) -> Sequence[Item]:
         return items[self.number - 1 :: self.total]
 
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
 
 class Record(NamedTuple):
     """A finished shard."""
 
-    files: dict[str, Shard]  # by the ends of their names
+    files: dict[str, Shard]  # by suffix
     times: dict[str, int]  # when they were written, in nanoseconds
-    notes: list[Any]  # what else is known of its panoramas
+    faults: list[Any]  # of pictures that could not be used: (place in the shard, kind, reason)
 
 
-class Workshop(NamedTuple):
-    """The folder in which a command makes shards. They stay in `data.store_dir`; without it, they
-    are unfinished work until the command has written its outputs."""
+class ShardStore(NamedTuple):
+    """The folder of a command's shards, each under a key: the hash of its inputs. It is permanent
+    in `data.store_dir`; otherwise it holds unfinished work until the outputs are written."""
 
     folder: Path
-    stays: bool
+    permanent: bool
     root: Path  # of the project
 
-    def path(self, made_from: str, end: str) -> Path:
-        """A file of the shard that is made from what has this hash."""
-        return self.folder / made_from[:2] / f"{made_from}{end}"
+    def path(self, key: str, suffix: str) -> Path:
+        """A file of the shard with this key."""
+        return self.folder / key[:2] / f"{key}{suffix}"
 
-    def find(self, made_from: str) -> Record | None:
+    def find(self, key: str) -> Record | None:
         """A finished shard. None: it is missing."""
         try:
-            text = self.path(made_from, ".json").read_text(encoding="utf-8")
-            files, times, notes = json.loads(text)
-            record = Record({end: Shard(*shard) for end, shard in files.items()}, times, notes)
+            text = self.path(key, ".json").read_text(encoding="utf-8")
+            files, times, faults = json.loads(text)
+            record = Record(
+                {suffix: Shard(*shard) for suffix, shard in files.items()}, times, faults
+            )
             sizes = [(self.folder / each.file).stat().st_size for each in record.files.values()]
         except (OSError, ValueError, TypeError, AttributeError):  # missing, or not a record
             return None
         complete = sizes == [each.bytes for each in record.files.values()]
         return record if complete else None
 
-    def records(self, made_from: Sequence[str]) -> list[Record]:
+    def missing(
+        self, shards: Sequence[KeyedT], again: Callable[[KeyedT, Record], bool] | None = None
+    ) -> list[KeyedT]:
+        """Those to make, one for each key. `again`: whether to make a finished one again."""
+
+        def is_missing(shard: KeyedT) -> bool:
+            record = self.find(shard.key)
+            return record is None or bool(again and again(shard, record))
+
+        different = {shard.key: shard for shard in shards}
+        return [shard for shard in different.values() if is_missing(shard)]
+
+    def records(self, keys: Sequence[str]) -> list[Record]:
         """Raises UserError for a shard that was removed meanwhile."""
         records, deadline = [], time.monotonic() + _SEEN_SECONDS
-        for each in made_from:
+        for each in keys:
             while (record := self.find(each)) is None:
                 if time.monotonic() > deadline:
                     file = self.path(each, ".json")
@@ -76,18 +105,17 @@ class Workshop(NamedTuple):
             records.append(record)
         return records
 
-    def finish(self, made_from: str, files: Mapping[str, int], notes: Sequence[Any] = ()) -> None:
-        """Record a shard whose files are written. `files`: the panoramas in each, by the ends of
-        their names."""
+    def finish(self, key: str, files: Mapping[str, int], faults: Sequence[Any] = ()) -> None:
+        """Record a shard whose files are written. `files`: the panoramas in each, by suffix."""
         shards, times = {}, {}
-        for end, panoramas in files.items():
-            file = self.path(made_from, end)
+        for suffix, panoramas in files.items():
+            file = self.path(key, suffix)
             name, status = file.relative_to(self.folder).as_posix(), file.stat()
-            shards[end] = Shard(name, panoramas, status.st_size, file_sha256(file))
-            times[end] = status.st_mtime_ns
-        write_json(self.path(made_from, ".json"), [shards, times, notes], shared=True)
+            shards[suffix] = Shard(name, panoramas, status.st_size, file_sha256(file))
+            times[suffix] = status.st_mtime_ns
+        write_json(self.path(key, ".json"), [shards, times, faults], shared=True)
 
-    def publish(self, out: Path, records: Sequence[Record], end: str, code: str = "") -> str:
+    def publish(self, out: Path, records: Sequence[Record], suffix: str, code: str = "") -> str:
         """Write the shard set `out` of one file of each shard, but for those without panoramas.
         `code`: see `write_manifest`. Returns the set's digest."""
         shutil.rmtree(out, ignore_errors=True)
@@ -95,36 +123,36 @@ class Workshop(NamedTuple):
         found: dict[Path, Shard] = {}
         times: dict[Path, int] = {}
         for number, record in enumerate(records):
-            shard = record.files[end]
+            shard = record.files[suffix]
             file = self.folder / shard.file
             if not shard.panoramas:
                 continue
-            if not self.stays:
+            if not self.permanent:
                 source, file = file, out / f"{number:06d}{file.suffix}"
                 shard = shard._replace(file=file.name)
                 _link(source, file)
-            found[file], times[file] = shard, record.times[end]
-        remember(found, times, self.root)
+            found[file], times[file] = shard, record.times[suffix]
+        mark_verified(found, times, self.root)
         first = next(iter(found), None)
         shape, dtype = (), "uint8"  # type: tuple[int, ...], str
         if first is not None and first.suffix == ".npy":
             array = open_array(first)
             shape, dtype = array.shape[1:], str(array.dtype)
-        place = self.folder if self.stays else None
+        place = self.folder if self.permanent else None
         return write_manifest(out, [*found.values()], place, shape, dtype, code)
 
     def close(self) -> None:
         """All outputs are written: unfinished work may be deleted once DVC has recorded them."""
-        if not self.stays and self.folder.is_dir():
+        if not self.permanent and self.folder.is_dir():
             (self.folder / paths.FINISHED).touch()
 
 
-def open_workshop(command: str, store_dir: str | None, root: Path = Path()) -> Workshop:
+def open_store(command: str, store_dir: str | None, root: Path = Path()) -> ShardStore:
     if store_dir is not None:
-        return Workshop(root / store_dir / command, True, root)
+        return ShardStore(root / store_dir / command, True, root)
     folder = root / paths.RESUME / f"{command}-shards"
     (folder / paths.FINISHED).unlink(missing_ok=True)
-    return Workshop(folder, False, root)
+    return ShardStore(folder, False, root)
 
 
 def missing_error(command: str, missing: Sequence[str], count: int) -> UserError:
@@ -137,8 +165,10 @@ def missing_error(command: str, missing: Sequence[str], count: int) -> UserError
 
 
 def _link(source: Path, target: Path) -> None:
-    """Another name for the same file. Moves it where the file system has no links."""
+    """Another name for the same file, or a copy: runs/ may be on another file system, or on one
+    without links. The source may belong to several shard sets, and may be needed again if this
+    process is killed."""
     try:
         os.link(source, target)
     except OSError:
-        os.replace(source, target)
+        shutil.copy2(source, target)  # keeps the time of change, see `verify`

@@ -37,6 +37,15 @@ class Shard(NamedTuple):
     sha256: str
 
 
+class _Manifest(NamedTuple):
+    digest: str  # of all shards' content
+    folder: str | None  # of the shards; None: that of the manifest
+    shape: list[int]  # of each panorama
+    dtype: str
+    code: str  # a digest, see `write_manifest`
+    shards: list[Shard]
+
+
 class Shards:
     """The panoramas of a shard set, read like an array: as views, features or the bytes of JPEG
     files."""
@@ -44,14 +53,12 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         """Raises UserError if the set, or one of its shards, is missing or incomplete."""
         self.folder, manifest = folder, _read_manifest(folder)
-        self.digest: str = manifest["digest"]
-        self.shards = [Shard(*shard) for shard in manifest["shards"]]
+        self.digest, self.code, self.shards = manifest.digest, manifest.code, manifest.shards
         self.starts = np.cumsum([0, *(shard.panoramas for shard in self.shards)])
         # Those of one array with all panoramas. Without a meaning for JPEG files.
-        self.shape = (len(self), *manifest["shape"])
-        self.dtype = np.dtype(manifest["dtype"])
-        self.code: str = manifest["code"]  # a digest, see `write_manifest`
-        place = folder if manifest["folder"] is None else Path(manifest["folder"])
+        self.shape = (len(self), *manifest.shape)
+        self.dtype = np.dtype(manifest.dtype)
+        place = folder if manifest.folder is None else Path(manifest.folder)
         self.files = [place / shard.file for shard in self.shards]
         for file, shard in zip(self.files, self.shards, strict=True):
             self._check_size(file, shard.bytes)
@@ -80,27 +87,26 @@ class Shards:
         if file.suffix != ".tar":
             return open_array(file)
         tar = _Tar(file)
-        if len(tar) != self.shards[number].panoramas:
-            raise self.fault(file, f"contains {len(tar)} pictures, other than")
+        if len(tar) != (expected := self.shards[number].panoramas):
+            raise self.mismatch(file, f"{len(tar)} pictures instead of the {expected} in")
         return tar
 
     def _check_size(self, file: Path, expected: int) -> None:
         try:
             size = file.stat().st_size
         except FileNotFoundError:
-            raise self.fault(file, "no such file, but it is in") from None
+            raise self.mismatch(file, "no such file, but it is in") from None
         if size != expected:
-            raise self.fault(file, f"{size} bytes instead of the {expected} in")
+            raise self.mismatch(file, f"{size} bytes instead of the {expected} in")
 
-    def fault(self, file: Path, fault: str) -> UserError:
-        """`fault`: ends with what the manifest says of the file."""
-        again = "run the stage that writes it: dvc repro"
-        if file.parent == self.folder:
-            again = "run: make verify, then dvc repro"
-        return UserError(
-            f"{file}: {fault} {self.folder / MANIFEST}; restore the file, or remove "
-            f"{self.folder} and {again}"
-        )
+    def mismatch(self, file: Path, fault: str) -> UserError:
+        """An error for a file that differs from the manifest, whose path follows `fault`."""
+        remedy = f"remove {self.folder} and run: make verify, then dvc repro"
+        if file.parent != self.folder:  # DVC would restore the manifest only
+            command = file.parents[1].name
+            remedy = f"delete it and run: dvc repro --force --single-item {command}"
+            remedy += f" (without DVC: panollava {command})"
+        return UserError(f"{file}: {fault} {self.folder / MANIFEST}; restore the file, or {remedy}")
 
 
 class _Tar:
@@ -158,15 +164,16 @@ def write_manifest(
     return digest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
     remedy = "run the stage that writes it: dvc repro"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        manifest = _Manifest(**json.loads(file.read_text(encoding="utf-8")))
+        return manifest._replace(shards=[Shard(*shard) for shard in manifest.shards])
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); remove it, and {remedy}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not a manifest ({error}); remove it, and {remedy}") from None
 
 
 def verify(sets: Sequence[Shards]) -> None:
@@ -178,22 +185,29 @@ def verify(sets: Sequence[Shards]) -> None:
     """
     known = _read_verified()
     todo = [
-        (each, file, shard)
+        (each, file, shard, state[1])
         for each in sets
         for file, shard in zip(each.files, each.shards, strict=True)
-        if known.get(str(file.absolute())) != _state(file, shard)
+        if known.get(str(file.absolute())) != (state := _state(file, shard))
     ]
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        hashes = pool.map(file_sha256, [file for _, file, _ in todo])
+    files: dict[Path, Shard] = {}
+    times: dict[Path, int] = {}
+    pool = ThreadPoolExecutor(_HASHING_THREADS)
+    try:
+        hashes = pool.map(file_sha256, [file for _, file, _, _ in todo])
         bar = tqdm(hashes, desc="checking shards", total=len(todo), delay=2, disable=None)
-        for (each, file, shard), found in zip(todo, bar, strict=True):
+        for (each, file, shard, time), found in zip(todo, bar, strict=True):
             if found != shard.sha256:
-                raise each.fault(file, "other content than in")
-    files = {file: shard for _, file, shard in todo}
-    remember(files, {file: file.stat().st_mtime_ns for file in files})
+                raise each.mismatch(file, "other content than in")
+            files[file], times[file] = shard, time
+    finally:  # Ctrl-C too: neither read all other files, nor read these again
+        pool.shutdown(cancel_futures=True)
+        mark_verified(files, times)
 
 
-def remember(files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()) -> None:
+def mark_verified(
+    files: Mapping[Path, Shard], times: Mapping[Path, int], root: Path = Path()
+) -> None:
     """Note for `verify` that these files had the contents of these shards at these times of change,
     in nanoseconds."""
     if files:
@@ -213,6 +227,6 @@ def _state(file: Path, shard: Shard) -> list[Any]:
 
 def _read_verified(root: Path = Path()) -> dict[str, list[Any]]:
     try:
-        return json.loads((root / _VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((root / _VERIFIED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _KEPT = 16
 _CHUNK = 4096  # rows that a process tokenizes at a time
 _MAX_PROCESSES = 32
-_PREFIX = f"{platform.node()}-"  # of temporary folders
+_PREFIX = f"{platform.node()}@"  # of temporary folders; no part of a name of a machine
 _ARRAYS = ("tokens", "starts", "panoramas")  # of Rows
 
 

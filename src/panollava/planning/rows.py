@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import labeled_rows
 from panollava.data.dialogue import Dialogue
+from panollava.data.epoch_plan import labeled_rows
 from panollava.data.packing import Rows
 from panollava.data.picture_paths import NOT_DOWNLOADED
 from panollava.data.rows import COLUMNS, read_rows

@@ -17,16 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from panollava.config import Settings
-from panollava.data.batches import (
-    ByPanorama,
-    PlanSize,
-    StepBatch,
-    divide,
-    group_rows,
-    plan_epoch,
-    tree_sum,
-)
+from panollava.data.batches import StepBatch, tree_sum
 from panollava.data.dialogue import Dialogue
+from panollava.data.epoch_plan import ByPanorama, PlanSize, divide, group_rows, plan_epoch
 from panollava.data.packing import Row
 from panollava.model.precision import autocast
 from panollava.planning.rows import SplitRows

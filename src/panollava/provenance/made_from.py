@@ -77,7 +77,7 @@ def record_features(settings: config.Settings, encoder: "nn.Module") -> None:
 
 
 def check_features(settings: config.Settings, encoder: "nn.Module") -> None:
-    """Raises UserError if `runs/features` was made with other encoder weights or another precision,
+    """Raises UserError if `runs/features` was made with another encoder or precision,
     or from views, rolled ones included, other than those in `runs/prepared`."""
     _check(paths.FEATURES, _describe_features(settings, encoder), "features")
 
@@ -87,6 +87,7 @@ def _describe_features(settings: config.Settings, encoder: "nn.Module") -> dict[
     # that only reorder views ask for no other features.
     return {
         "model.encoder.layer": encoder.layer,
+        "encoder configuration": fingerprint(encoder.describe(), [], {}),  # type: ignore[operator]
         "encoder weights": fingerprint(None, [], encoder.state_dict()),
         **{key: operator.attrgetter(key)(settings) for key in _FEATURE_PARAMETERS},
         "prepared views": _read(paths.PREPARED, "prepare")["digests"],

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.shards import Shards, open_views
+from panollava.data.shards import Shards, open_views, verify
 from panollava.errors import UserError
 from panollava.files import write_text
 from panollava.serving import project_record as project
@@ -114,6 +114,7 @@ def _pictures(settings: Settings, gallery: Gallery) -> dict[int, str]:
     """The reduced panoramas as base64."""
     shards = Shards(paths.PREPARED / settings.evaluate.split / paths.PICTURES)
     _check_numbers(shards, gallery)
+    verify([shards])
     numbers = [each.number for each in gallery.panoramas]
     return {number: base64.b64encode(shards[number]).decode() for number in numbers}
 
@@ -148,6 +149,7 @@ def _maps(settings: Settings, gallery: Gallery) -> Maps:
     folder = paths.PREPARED / settings.evaluate.split / paths.PANORAMAS
     views = open_views(folder, settings.views)
     _check_numbers(views, gallery)
+    verify([views])
     maps: Maps = {}
     for panorama in tqdm(gallery.panoramas, desc="maps", delay=2, disable=None):
         computed = HeatMaps(model, np.array(views[panorama.number]))

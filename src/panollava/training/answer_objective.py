@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from panollava import paths
 from panollava.config import Settings
-from panollava.data.batches import StepBatch, TextBatch, TextReader, labeled_rows
+from panollava.data.batches import StepBatch, TextBatch, TextReader
 from panollava.data.dialogue import Dialogue
+from panollava.data.epoch_plan import labeled_rows
 from panollava.data.packing import Row, pack
 from panollava.data.shards import Shards, open_views
 from panollava.data.token_cache import check_rows, open_rows

@@ -3,7 +3,7 @@
 import logging
 import operator
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from pydantic_core import to_jsonable_python
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather
-from panollava.data.shard_work import Share, Workshop, missing_error, open_workshop
+from panollava.data.shard_work import Distribute, Part, ShardStore, missing_error, open_store
 from panollava.data.shards import Shards, open_views, verify
 from panollava.errors import UserError
 from panollava.files import write_array
@@ -39,7 +40,7 @@ READS = (
     *("model.sphere_columns", "model.resampler.pool", "model.features", *INFERENCE),
 )
 _PLACES = ("data.store_dir",)  # parameters that change no result
-_BATCH, _END = 8, ".npy"  # panoramas; of a shard's file name
+_BATCH, _SUFFIX = 8, ".npy"  # panoramas; of a shard's file name
 _TRAINED_BY = STAGES["resampler"]  # the last stage that trains the encoder
 Inputs = Mapping[str, Shards]  # views, by shard set
 
@@ -47,66 +48,62 @@ Inputs = Mapping[str, Shards]  # views, by shard set
 class FeatureShard(NamedTuple):
     name: str  # of the shard set
     panoramas: range
-    made_from: str  # a hash
-
-
-# Calls a function with some of the shards at a time, on other machines.
-Elsewhere = Callable[[Callable[[Sequence[FeatureShard]], None], Sequence[FeatureShard]], None]
+    key: str  # a hash
 
 
 def write_features(
     settings: Settings,
     start: Path | None = None,
-    share: Share | None = None,
+    part: Part | None = None,
     merge: bool = False,
-    elsewhere: Elsewhere | None = None,
+    distribute: Distribute | None = None,
 ) -> None:
     """Write the shard sets runs/features/<split> of all splits, and runs/features/rolled of the
     rolled panoramas: (*shape, features) of each panorama, see `Pooling`. Each shard holds the
     panoramas of one of `prepare`.
 
-    `start`: weights that hold the encoder (default: the result of the resampler stage). `share`:
-    make only these of the missing shards, and write no outputs. `merge`: make none. `elsewhere`:
+    `start`: weights that hold the encoder (default: the result of the resampler stage). `part`:
+    make only these of the missing shards, and write no outputs. `merge`: make none. `distribute`:
     who makes them.
 
     Raises:
         UserError: missing or other inputs, missing shards, or features that are not finite.
     """
     made_from.check_prepared(settings.views)
-    if share is None:
+    if part is None:
         ranks.on_first(lambda: made_from.invalidate(paths.FEATURES))
     inputs = _open_inputs(settings)
     ranks.on_first(lambda: verify([*inputs.values()]))
     model = _Model(settings, start)
     shards = _plan_shards(model, inputs)
-    if share is not None:
-        shards = share.pick(shards)
-    workshop = open_workshop("features", settings.data.store_dir)
-    missing = ranks.on_first(lambda: [s for s in shards if workshop.find(s.made_from) is None])
+    if part is not None:
+        shards = part.pick(shards)
+    store = open_store("features", settings.data.store_dir)
+    missing = ranks.on_first(lambda: store.missing(shards))
     if merge and missing:
         names = [f"{s.name} {s.panoramas.start}-{s.panoramas.stop - 1}" for s in missing]
         raise missing_error("features", names, len(shards))
     if len(missing) < len(shards):
         log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
-    if elsewhere and missing:
-        elsewhere(partial(make_shards, settings, start), missing)
+    if distribute and missing:
+        distribute(partial(make_shards, settings, start), missing)
     else:
-        model.write(workshop, missing, inputs)
-    if share is not None:
-        log.info("share %d of %d: its %d shards are finished", *share, len(shards))
+        model.write(store, missing, inputs)
+    if part is not None:
+        log.info("part %d of %d: its %d shards are finished", *part, len(shards))
     elif not ranks.rank():
         for name, views in inputs.items():
-            mine = [shard.made_from for shard in shards if shard.name == name]
-            workshop.publish(paths.FEATURES / name, workshop.records(mine), _END)
+            mine = [shard.key for shard in shards if shard.name == name]
+            store.publish(paths.FEATURES / name, store.records(mine), _SUFFIX)
             log.info("features of %d panoramas: %s", len(views), paths.FEATURES / name)
         made_from.record_features(settings, model.encoder)
-        workshop.close()
+        store.close()
 
 
 def make_shards(settings: Settings, start: Path | None, shards: Sequence[FeatureShard]) -> None:
     """Write the files of shards, in a process that may get others later."""
     model, inputs = _load(pickle.dumps((settings, start)))
-    model.write(open_workshop("features", settings.data.store_dir), shards, inputs)
+    model.write(open_store("features", settings.data.store_dir), shards, inputs)
 
 
 @lru_cache(1)
@@ -151,28 +148,29 @@ class _Model:
             "parameters": to_jsonable_python(values),
             "code": code_digest.digest("features"),
             "device": self.device.type,
-            "torch": torch.__version__,
+            "encoder": self.encoder.describe(),
+            "versions": [torch.__version__, transformers.__version__],
         }
         self.described = fingerprint(described, [], self.encoder.state_dict())
 
     @torch.inference_mode()
-    def write(self, workshop: Workshop, shards: Sequence[FeatureShard], inputs: Inputs) -> None:
+    def write(self, store: ShardStore, shards: Sequence[FeatureShard], inputs: Inputs) -> None:
         """Batches of fixed content, which ranks take in turn."""
-        firsts = {s.made_from: [*s.panoramas][::_BATCH] for s in shards}
-        total = sum(map(len, firsts.values()))
+        firsts = [[*shard.panoramas][::_BATCH] for shard in shards]
+        total = sum(map(len, firsts))
         bar = tqdm(desc="features", total=total, disable=ranks.rank() > 0 or None)
-        for shard in shards:
+        for shard, items in zip(shards, firsts, strict=True):
             compute = partial(self._compute, shard, inputs[shard.name])
-            batches = ranks.map_in_turn(compute, firsts[shard.made_from])
+            batches = ranks.map_in_turn(compute, items)
             if ranks.rank():
                 for _ in batches:
                     pass
                 continue
-            with write_array(workshop.path(shard.made_from, _END), shared=True) as append:
+            with write_array(store.path(shard.key, _SUFFIX), shared=True) as append:
                 for values in batches:
                     append(values)
                     bar.update()
-            workshop.finish(shard.made_from, {_END: len(shard.panoramas)})
+            store.finish(shard.key, {_SUFFIX: len(shard.panoramas)})
 
     def _compute(self, shard: FeatureShard, source: Shards, first: int) -> NDArray:
         dtype = self.settings.model.features

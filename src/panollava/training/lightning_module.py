@@ -18,13 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from panollava.config import Settings
-from panollava.data.batches import (
-    PlanSize,
-    StepBatch,
-    StepDataset,
-    StepLoader,
-    tree_sum,
-)
+from panollava.data.batches import StepBatch, StepDataset, StepLoader, tree_sum
+from panollava.data.epoch_plan import PlanSize
 from panollava.data.shapes import Shape, choose_shapes, describe
 from panollava.errors import UserError
 from panollava.model import ranks
