@@ -121,7 +121,7 @@ def test_features_of_other_weights_or_settings_are_an_error(
 def test_features_of_pixels_normalized_otherwise_are_an_error(
     settings: Settings, encoder: torch.nn.Module
 ) -> None:
-    encoder.mean = encoder.mean + 0.1
+    encoder.get_buffer("mean").add_(0.1)
     with pytest.raises(UserError, match="runs/features: made with other encoder configuration; ru"):
         check_features(settings, encoder)
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import PIL
+import simplejpeg
 
 from panollava import config, paths
 from panollava.data.images import (
@@ -62,7 +64,9 @@ def shard_key(pictures: Sequence[Path], format: ShardFormat, code: str, root: Pa
     for picture in pictures:
         status = picture.stat()
         files.append((os.path.relpath(picture, root), status.st_size, status.st_mtime_ns))
-    described = [code, dataclasses.asdict(format.views), format.store, format.rolls, files]
+    versions = [cv2.__version__, PIL.__version__, simplejpeg.__version__, np.__version__]
+    steps = [dataclasses.asdict(format.views), format.store, format.rolls]
+    described = [code, versions, *steps, files]
     return fingerprint(described, [], {})
 
 
