@@ -55,7 +55,7 @@ def test_a_command_that_outlives_dvc_blocks_the_next_one(
     run.process.kill()
     run.process.wait()
     output = project.run("dvc", "repro", "vision", check=False)
-    at_work = re.search(r"another panollava process \(pid (\d+) on \S+\) is already running", output)
+    at_work = re.search(r"another panollava process \(pid (\d+) on \S+\) is already", output)
     assert at_work and int(at_work[1]) in {command.pid for command in commands}, output
     run.signal(signal.SIGKILL)
     run.end()
