@@ -55,6 +55,10 @@ class PictureShard(NamedTuple):
     format: ShardFormat
     key: str  # see `shard_key`
 
+    @property
+    def title(self) -> str:
+        return f"{self.split} {self.number}"
+
 
 def shard_key(pictures: Sequence[Path], format: ShardFormat, code: str, root: Path) -> str:
     """A hash of what a shard is made from. Pictures count as the same if their paths, sizes and

@@ -18,14 +18,7 @@ from panollava.data.picture_shards import (
     shard_key,
 )
 from panollava.data.rows import COLUMNS, SPLITS, read_rows, shared_pictures
-from panollava.data.shard_work import (
-    Distribute,
-    Part,
-    Record,
-    ShardStore,
-    missing_error,
-    open_store,
-)
+from panollava.data.shard_work import Distribute, Part, Record, ShardStore, open_store
 from panollava.errors import UserError
 from panollava.files import write_csv
 from panollava.geometry.views import layout, resampled
@@ -73,11 +66,7 @@ def prepare_project(
         _check_rejects(settings, root, split, table, writes=part is None)
     shards = _plan_shards(settings, root, tables, part)
     store = open_store("prepare", settings.data.store_dir, root)
-    missing = store.missing(shards, None if merge else is_outdated)
-    if merge and missing:
-        raise missing_error("prepare", [f"{s.split} {s.number}" for s in missing], len(shards))
-    if len(missing) < len(shards):
-        log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
+    missing = store.missing(shards, merge, is_outdated)
     make = partial(make_shards, store, settings.machine.decode_threads)
     if distribute and missing:
         distribute(make, missing)

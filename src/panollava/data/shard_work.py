@@ -3,6 +3,7 @@ is made from, so that an interrupted command continues with the missing ones, an
 and machines can share them."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,18 +17,25 @@ from panollava.errors import UserError
 from panollava.files import open_array, write_json
 from panollava.provenance.fingerprint import file_sha256
 
+log = logging.getLogger(__name__)
+
 # NFS may show a machine for so long that a file is missing which another one has written.
 _SEEN_SECONDS = 60.0
 
 Item = TypeVar("Item")
 
 
-class Keyed(Protocol):
+class Planned(Protocol):
+    """A shard that is to exist."""
+
     @property
     def key(self) -> str: ...  # a hash
 
+    @property
+    def title(self) -> str: ...  # for messages
 
-KeyedT = TypeVar("KeyedT", bound=Keyed)
+
+PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 # Calls a function with some of the shards at a time, on other machines.
@@ -82,16 +90,26 @@ class ShardStore(NamedTuple):
         return record if complete else None
 
     def missing(
-        self, shards: Sequence[KeyedT], again: Callable[[KeyedT, Record], bool] | None = None
-    ) -> list[KeyedT]:
-        """Those to make, one for each key. `again`: whether to make a finished one again."""
+        self,
+        shards: Sequence[PlannedT],
+        merge: bool,
+        again: Callable[[PlannedT, Record], bool] = lambda shard, record: False,
+    ) -> list[PlannedT]:
+        """Those to make, one for each key. `again`: whether to make a finished one again.
 
-        def is_missing(shard: KeyedT) -> bool:
-            record = self.find(shard.key)
-            return record is None or bool(again and again(shard, record))
-
-        different = {shard.key: shard for shard in shards}
-        return [shard for shard in different.values() if is_missing(shard)]
+        Raises:
+            UserError: some are missing, and `merge` wants none to be made.
+        """
+        different = {shard.key: shard for shard in shards}.values()
+        found = [(shard, self.find(shard.key)) for shard in different]
+        if merge:
+            if titles := [shard.title for shard, record in found if record is None]:
+                raise _missing_error(self.folder.name, titles, len(found))
+            return []
+        missing = [shard for shard, record in found if record is None or again(shard, record)]
+        if finished := len(found) - len(missing):
+            log.info("%d of %d shards are finished already", finished, len(found))
+        return missing
 
     def records(self, keys: Sequence[str]) -> list[Record]:
         """Raises UserError for a shard that was removed meanwhile."""
@@ -155,8 +173,8 @@ def open_store(command: str, store_dir: str | None, root: Path = Path()) -> Shar
     return ShardStore(folder, False, root)
 
 
-def missing_error(command: str, missing: Sequence[str], count: int) -> UserError:
-    """`missing`: descriptions of shards."""
+def _missing_error(folder: str, missing: Sequence[str], count: int) -> UserError:
+    command = folder.removesuffix("-shards")
     examples = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     return UserError(
         f"--merge: {len(missing)} of {count} shards are missing ({examples}); make them with: "

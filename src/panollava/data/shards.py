@@ -131,9 +131,8 @@ def open_views(folder: Path, settings: config.Views) -> Shards:
     """The views in a shard set of `prepare`, which stores them or the panoramas themselves.
 
     Raises UserError, see `Shards`."""
-    shards = Shards(folder)
-    if not any(file.suffix == ".tar" for file in shards.files):
-        return shards
+    if not any(shard.file.endswith(".tar") for shard in _read_manifest(folder).shards):
+        return Shards(folder)
     # The digest of stored panoramas covers this code, so that a training does not depend on code
     # for pictures if views are stored.
     module = importlib.import_module("panollava.data.sampled_views")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from panollava import paths
 from panollava.config import Settings
 from panollava.data.batches import gather
-from panollava.data.shard_work import Distribute, Part, ShardStore, missing_error, open_store
+from panollava.data.shard_work import Distribute, Part, ShardStore, open_store
 from panollava.data.shards import Shards, open_views, verify
 from panollava.errors import UserError
 from panollava.files import write_array
@@ -50,6 +50,10 @@ class FeatureShard(NamedTuple):
     panoramas: range
     key: str  # a hash
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.panoramas.start}-{self.panoramas.stop - 1}"
+
 
 def write_features(
     settings: Settings,
@@ -79,12 +83,7 @@ def write_features(
     if part is not None:
         shards = part.pick(shards)
     store = open_store("features", settings.data.store_dir)
-    missing = ranks.on_first(lambda: store.missing(shards))
-    if merge and missing:
-        names = [f"{s.name} {s.panoramas.start}-{s.panoramas.stop - 1}" for s in missing]
-        raise missing_error("features", names, len(shards))
-    if len(missing) < len(shards):
-        log.info("%d of %d shards are finished already", len(shards) - len(missing), len(shards))
+    missing = ranks.on_first(lambda: store.missing(shards, merge))
     if distribute and missing:
         distribute(partial(make_shards, settings, start), missing)
     else:
