@@ -200,6 +200,16 @@ def train_nothing() -> None:
         run_stage(name, change(settings, **{f"stage__{each}__epochs": 0 for each in stages}))
 
 
+def results_of_one_process() -> dict[str, bytes]:
+    """`results` of a project in which nothing has run."""
+    from panollava.cli.main import main
+
+    main(["prepare"])
+    train_nothing()
+    main(["features"])
+    return results()
+
+
 def results() -> dict[str, bytes]:
     """The files that `prepare` and `features` wrote here."""
     files = [*paths.PREPARED.rglob("*"), *paths.FEATURES.rglob("*")]

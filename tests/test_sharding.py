@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import ROOT, results, train_nothing
+from helpers import ROOT, results, results_of_one_process
 from panollava import paths
 from panollava.cli import cluster
 from panollava.cli import main as cli
@@ -118,10 +118,7 @@ def test_no_cluster_and_no_ray_are_errors(monkeypatch: pytest.MonkeyPatch) -> No
 def test_parts_of_any_number_give_the_files_of_one_process(
     divided_project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cli.main(["prepare"])
-    train_nothing()
-    cli.main(["features"])
-    expected = results()
+    expected = results_of_one_process()
     for count in (1, 3, 7):
         for command in ("prepare", "features"):
             shutil.rmtree(paths.RESUME / f"{command}-shards", ignore_errors=True)
@@ -161,10 +158,7 @@ def test_a_record_that_is_seen_late_is_no_missing_one(divided_project: Path) -> 
 
 @pytest.mark.slow
 def test_parts_run_at_the_same_time(divided_project: Path) -> None:
-    cli.main(["prepare"])
-    train_nothing()
-    cli.main(["features"])
-    expected = results()
+    expected = results_of_one_process()
     for command in ("prepare", "features"):
         shutil.rmtree(paths.RESUME / f"{command}-shards", ignore_errors=True)
         processes = [start(command, "--shard", f"{number}/3") for number in (1, 2, 3)]
